@@ -1,0 +1,1 @@
+"""Update a suspended virtual machine before it wakes up."""

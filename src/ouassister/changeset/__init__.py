@@ -1,0 +1,1 @@
+"""What the update changed: extract, store, verify, write to a medium."""

@@ -1,0 +1,1 @@
+"""The main job on a real guest, side by side with the conventional way."""

@@ -1,0 +1,1 @@
+"""The guest's disks as a private, writable copy."""

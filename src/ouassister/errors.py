@@ -1,0 +1,253 @@
+"""The whole error tree.
+
+::
+
+    OUassisterError
+    ├── InternalError               1   our own bug
+    ├── UsageError                  2   the call's words are off
+    │   └── HostNotReadyError       2   a host tool or kernel feature is missing
+    ├── StateError                 20   the saved VM is not in a state we can update
+    │   ├── RunningVMError         20   the VM runs, or nobody can tell
+    │   ├── NotSuspendedError      20   there is no saved memory
+    │   ├── TruncatedStateError    20   the save file ends early
+    │   ├── PageAbsentError        20   a byte of memory was never saved
+    │   ├── CorruptGuestError      20   guest memory contradicts itself
+    │   └── DirtyDatabaseError     20   the package database has writes only in memory
+    ├── StaleError                 21   made for another suspension of this VM
+    │   └── TamperedError          21   a stored plan or change set is not what was made
+    ├── LockedError                22   another run or an updater holds the lock
+    ├── UnsupportedError           23   a guest or format that is in no table
+    │   ├── UnsupportedStateError  23   … of the save file: field, offset, value
+    │   └── UnsupportedGuestError  23   … of the guest
+    ├── RepositoryError            30   network or repository
+    ├── UpdaterError               31   the guest's updater failed
+    │   └── WorkDiskFullError      31   no room for the work folder
+    ├── DeadlineError              32   a time limit ran out
+    ├── ApplyError                 40   reflection failed and was undone
+    ├── GateClosedError            41   reflection failed, the gate stays closed
+    └── InterruptedRunError       143   ended by SIGINT or SIGTERM
+
+A class exists when a caller acts differently. ``code`` is stable; scripts may match it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Impact = Literal["untouched", "partly applied", "unknown"]
+
+
+class OUassisterError(Exception):
+    """Base of all errors that reach a user.
+
+    Args:
+        message: One sentence: the cause, with the value that shows it.
+        hint: One sentence: the next step. The class has a default.
+        context: What was being done, outermost first.
+    """
+
+    code: ClassVar[str]
+    exit_status: ClassVar[int]
+    default_hint: ClassVar[str]
+    impact: ClassVar[Impact] = "untouched"
+
+    def __init__(self, message: str, *, hint: str | None = None, context: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint or self.default_hint
+        self.context = context
+
+
+class InternalError(OUassisterError):
+    """A defect of OUassister itself."""
+
+    code = "internal"
+    exit_status = 1
+    default_hint = "this is a defect of ouassister: please report it with the lines above"
+    impact = "unknown"
+
+
+class UsageError(OUassisterError):
+    """The call's words are off."""
+
+    code = "usage"
+    exit_status = 2
+    default_hint = "see 'ouassister --help'"
+
+
+class HostNotReadyError(UsageError):
+    """The host lacks a tool or a kernel feature."""
+
+    code = "host-not-ready"
+    default_hint = "'ouassister doctor' names what is missing and how to get it"
+
+
+class StateError(OUassisterError):
+    """The saved VM is not in a state that can be updated."""
+
+    code = "state"
+    exit_status = 20
+    default_hint = "resume the VM and save it again"
+
+
+class RunningVMError(StateError):
+    """The VM runs; its disk belongs to it."""
+
+    code = "state-running"
+    default_hint = "suspend the VM to a save file first"
+
+
+class NotSuspendedError(StateError):
+    """There is no saved memory."""
+
+    code = "state-not-suspended"
+    default_hint = "suspend the VM to a save file first ('ouassister suspend', or QMP 'migrate')"
+
+
+class TruncatedStateError(StateError):
+    """The save file ends before its own end marker."""
+
+    code = "state-truncated"
+    default_hint = "restore the save file from a backup; a VM started from this one would cold-boot"
+
+
+class PageAbsentError(StateError, LookupError):
+    """A byte of guest memory was never saved.
+
+    Attributes:
+        address: The first such physical address.
+    """
+
+    code = "state-page-absent"
+
+    def __init__(self, address: int, **kwargs: str) -> None:
+        super().__init__(f"page absent from the save: {address:#018x}", **kwargs)
+        self.address = address
+
+
+class CorruptGuestError(StateError):
+    """Guest memory contradicts itself, or exceeds a bound."""
+
+    code = "state-corrupt-guest"
+    default_hint = "resume the VM and look at its kernel log; then save it again"
+
+
+class DirtyDatabaseError(StateError):
+    """The package database has changes that exist in memory only."""
+
+    code = "state-dirty-database"
+    default_hint = "resume the VM, run 'sync' in it and save it again"
+
+
+class StaleError(OUassisterError):
+    """Made for another suspension of this VM."""
+
+    code = "stale"
+    exit_status = 21
+    default_hint = "run 'ouassister update' again: it plans afresh for the VM as it sleeps now"
+
+
+class TamperedError(StaleError):
+    """A stored plan or change set is not the one that was made."""
+
+    code = "tampered"
+    default_hint = "discard it ('ouassister discard') and update again; find out who wrote there"
+
+
+class LockedError(OUassisterError):
+    """Another run, or an updater of the guest, holds a lock."""
+
+    code = "locked"
+    exit_status = 22
+    default_hint = "wait for it to end and try again"
+
+
+class UnsupportedError(OUassisterError):
+    """A guest or a format that no table lists as supported."""
+
+    code = "unsupported"
+    exit_status = 23
+    default_hint = "'ouassister support' lists what is supported"
+
+
+class UnsupportedStateError(UnsupportedError):
+    """A save file with something unseen in it.
+
+    Args:
+        field: What was being read, by the format's own name.
+        offset: Its offset in the file, in bytes.
+        value: What stood there.
+        reason: Why it is refused; one clause.
+    """
+
+    code = "unsupported-state"
+
+    def __init__(
+        self, field: str, offset: int, value: object, reason: str = "not seen before", **kwargs: str
+    ) -> None:
+        super().__init__(f"{field} at offset {offset:#x} is {value!r}: {reason}", **kwargs)
+        self.field = field
+        self.offset = offset
+        self.value = value
+
+
+class UnsupportedGuestError(UnsupportedError):
+    """A guest whose kernel, file system or package manager is not supported."""
+
+    code = "unsupported-guest"
+
+
+class RepositoryError(OUassisterError):
+    """The network or a repository did not deliver."""
+
+    code = "repository"
+    exit_status = 30
+    default_hint = "check the mirrors named and run the same command again; downloads are kept"
+
+
+class UpdaterError(OUassisterError):
+    """The guest's own updater failed in the shadow."""
+
+    code = "updater-failed"
+    exit_status = 31
+    default_hint = "the updater's output is in the run's log; nothing of the VM was changed"
+
+
+class WorkDiskFullError(UpdaterError):
+    """The host has no room for the work folder."""
+
+    code = "work-disk-full"
+    default_hint = "free space there, or point OUASSISTER_HOME to a larger disk"
+
+
+class DeadlineError(OUassisterError):
+    """A time limit ran out."""
+
+    code = "deadline"
+    exit_status = 32
+    default_hint = "raise the limit, or look at what hangs in the run's log"
+
+
+class ApplyError(OUassisterError):
+    """Reflection failed; everything it had done was undone."""
+
+    code = "apply-undone"
+    exit_status = 40
+    default_hint = "the guest is as it was suspended; the report names the cause"
+
+
+class GateClosedError(OUassisterError):
+    """Reflection failed and needs a person; the network link stays down."""
+
+    code = "gate-closed"
+    exit_status = 41
+    default_hint = "look at the guest's console; 'ouassister resume' takes up where it stopped"
+    impact = "unknown"
+
+
+class InterruptedRunError(OUassisterError):
+    """Ended by SIGINT or SIGTERM, and cleaned up."""
+
+    code = "interrupted"
+    exit_status = 143
+    default_hint = "run the same command again; finished downloads are kept"

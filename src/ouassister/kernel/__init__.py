@@ -1,0 +1,1 @@
+"""The guest's kernel, read from its memory: Linux's own names."""

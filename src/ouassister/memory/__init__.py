@@ -1,0 +1,1 @@
+"""Reads of guest-physical memory."""

@@ -1,0 +1,290 @@
+"""Frozen records that pass between the steps of the spine; data only.
+
+Guest paths are absolute ``bytes``. Times are nanoseconds since the epoch unless a name says
+otherwise; sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+PhysAddr = NewType("PhysAddr", int)
+VirtAddr = NewType("VirtAddr", int)
+GuestPid = NewType("GuestPid", int)
+HostPid = NewType("HostPid", int)
+
+
+# --- state: the saved VM -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """One host file as it was when looked at.
+
+    ``sample_sha256`` covers the size and 64 blocks of 4 KiB at even distances, so that a file
+    whose times were put back is still told apart when it differs there.
+    """
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    sample_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Binds what is made to one suspension: the save file and every disk with its backing files."""
+
+    save: FileStamp
+    disks: tuple[FileStamp, ...]
+
+
+# --- kernel: the guest as its kernel knows it ----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Uts:
+    """``struct new_utsname`` of the guest's initial namespace."""
+
+    sysname: str
+    nodename: str
+    release: str
+    version: str
+    machine: str
+    domainname: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One process (thread group leader). Kernel threads have no ``exe``."""
+
+    pid: GuestPid
+    parent: GuestPid
+    comm: bytes
+    state: str
+    uid: int
+    exe: bytes | None
+    cmdline: tuple[bytes, ...]
+    start_ns: int  # since boot
+    kernel_thread: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mount of init's namespace."""
+
+    source: bytes
+    target: bytes
+    fstype: str
+    major: int
+    minor: int
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FileLock:
+    """A POSIX, OFD or BSD lock on a file that is cached."""
+
+    path: bytes
+    kind: str  # "posix", "flock"
+    pid: GuestPid
+    write: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CachedFile:
+    """What the kernel's caches say about one path; ``inode`` 0 is a negative dentry (no such file).
+
+    ``dirty`` is true when pages wait for write-back or the inode itself does.
+    """
+
+    path: bytes
+    inode: int
+    mode: int
+    size: int
+    mtime_ns: int
+    dirty: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GuestView:
+    """What the sleeping kernel knows. Everything in it comes from the save file alone."""
+
+    uts: Uts
+    boot_id: str  # as /proc/sys/kernel/random/boot_id prints it; "" when not found
+    suspended_at_s: int  # guest wall clock, seconds since the epoch
+    uptime_s: int
+    cpus: int
+    memory_bytes: int
+    tasks: tuple[Task, ...]
+    mounts: tuple[Mount, ...]
+    locks: tuple[FileLock, ...]
+    database: tuple[CachedFile, ...]  # cached files of the package manager's database
+    degraded: tuple[str, ...] = ()  # what this kernel does not tell, by name
+
+
+# --- packages: plan and run ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PackageChange:
+    """One package that changes. ``old`` is empty for a new one, ``new`` for a removed one."""
+
+    name: str
+    architecture: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """One archive to download. ``digest`` is ``ALGORITHM:hex``, as the index says."""
+
+    package: str
+    url: str
+    file_name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for; no packages means a full upgrade."""
+
+    install: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A package that was asked for or pending and is not in the change set, and why."""
+
+    package: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an update would do; nothing has run. ``plan_id`` hashes everything else."""
+
+    plan_id: str
+    vm: str
+    fence: Fence
+    request: Request
+    changes: tuple[PackageChange, ...]
+    archives: tuple[Archive, ...]
+    left_out: tuple[LeftOut, ...]
+    download_bytes: int
+
+
+# --- changeset -----------------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    """What an entry of a change set leaves at its path."""
+
+    FILE = "file"
+    DIRECTORY = "directory"
+    SYMLINK = "symlink"
+    HARDLINK = "hardlink"  # to ``target``, an earlier entry of this change set
+    FIFO = "fifo"
+    CHAR = "char"
+    BLOCK = "block"
+    DELETE = "delete"  # nothing: the path is removed, with all that is below it
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What must stand at a path before it is touched; the guest must not have changed it.
+
+    ``mode`` holds type and permission bits. Directories are compared by inode and mode alone,
+    except below a deletion, where their times tell whether an entry came or went.
+    """
+
+    inode: int
+    mode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One path that the update changed.
+
+    ``expected`` is None when nothing may stand at the path. ``offset`` is where a file's bytes
+    start in the layer. ``below`` lists, for a deleted directory, everything that must be below
+    it: path and state.
+    """
+
+    path: bytes
+    kind: Kind
+    expected: Expected | None
+    mode: int = 0  # permission bits, with setuid, setgid and sticky
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+    sha256: str = ""
+    offset: int = 0
+    target: bytes = b""  # of a symlink or hard link
+    major: int = 0
+    minor: int = 0
+    xattrs: tuple[tuple[str, bytes], ...] = ()
+    below: tuple[tuple[bytes, Expected], ...] = ()
+
+
+class ActionKind(StrEnum):
+    """What is done in the guest around the files."""
+
+    DAEMON_RELOAD = "daemon-reload"
+    UNIT = "unit"  # a verb of the service manager on units
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Recorded in the shadow, done in the guest after its files are in place.
+
+    ``verb`` and ``units`` are systemctl's words.
+    """
+
+    kind: ActionKind
+    verb: str = ""
+    units: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The one guest that a change set may be applied to."""
+
+    boot_id: str
+    machine_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changeset:
+    """Immutable; ``changeset_id`` is the SHA-256 of the manifest without it.
+
+    Every byte of the layer is covered: each file by its entry's SHA-256, the whole by
+    ``layer_sha256``.
+    """
+
+    changeset_id: str
+    vm: str
+    created_at_s: int
+    fence: Fence
+    identity: Identity
+    changes: tuple[PackageChange, ...]
+    left_out: tuple[LeftOut, ...]
+    entries: tuple[Entry, ...]
+    actions: tuple[Action, ...]
+    lock_paths: tuple[bytes, ...]  # the package manager's locks, in its own order
+    layer_sha256: str
+    layer_size: int
+    reboot_needed: bool
+    filtered: tuple[bytes, ...]  # changed in the shadow and left out on purpose
+    notes: tuple[str, ...] = field(default=())

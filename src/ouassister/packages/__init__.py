@@ -1,0 +1,1 @@
+"""The guest's own package manager, planned and run in the shadow."""

@@ -1,0 +1,1 @@
+"""How a VM is described, suspended and restored."""

@@ -1,0 +1,1 @@
+"""Applies a change set from inside the resumed guest, behind a closed gate."""

@@ -1,0 +1,1 @@
+"""Runs programs in the sleeping guest's view (the VM Shadow)."""

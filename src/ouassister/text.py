@@ -1,0 +1,42 @@
+r"""Bytes of a guest as text, reversibly and safe for a terminal.
+
+Printable UTF-8 stays as it is; a backslash becomes ``\\``; every other byte becomes ``\xNN``.
+"""
+
+from __future__ import annotations
+
+import re
+
+_ESCAPE = re.compile(r"\\(\\|x[0-9a-f]{2})|\\")
+
+
+def to_text(raw: bytes) -> str:
+    r"""Escape guest bytes: ``b"a\\x1b" -> "a\\x1b"``."""
+    parts: list[str] = []
+    for char in raw.decode("utf-8", "surrogateescape"):
+        if char == "\\":
+            parts.append("\\\\")
+        elif char.isprintable():
+            parts.append(char)
+        else:
+            parts += [f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape")]
+    return "".join(parts)
+
+
+def from_text(text: str) -> bytes:
+    r"""Undo `to_text`.
+
+    Raises:
+        ValueError: A backslash starts neither ``\\`` nor ``\xNN``.
+    """
+
+    def decode(match: re.Match[str]) -> str:
+        escape = match[1]
+        if escape is None:
+            raise ValueError(f"stray backslash at {match.start()} in {text!r}")
+        if escape == "\\":
+            return "\\"
+        byte = int(escape[1:], 16)
+        return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
+
+    return _ESCAPE.sub(decode, text).encode("utf-8", "surrogateescape")

@@ -1,0 +1,19 @@
+"""What all tiers share: a missing tool skips on a laptop and fails in CI, through one helper."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+
+def need(tool: str) -> str:
+    """Return the tool's path; skip without it, or fail where CI promises it."""
+    path = shutil.which(tool)
+    if path is None:
+        message = f"{tool} is not installed ('make deps' installs it)"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
