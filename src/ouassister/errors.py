@@ -64,7 +64,7 @@ class InternalError(OUassisterError):
     code = "internal"
     exit_status = 1
     default_hint = "this is a defect of ouassister: please report it with the lines above"
-    impact = "unknown"
+    impact: ClassVar[Impact] = "unknown"
 
 
 class UsageError(OUassisterError):
@@ -242,7 +242,7 @@ class GateClosedError(OUassisterError):
     code = "gate-closed"
     exit_status = 41
     default_hint = "look at the guest's console; 'ouassister resume' takes up where it stopped"
-    impact = "unknown"
+    impact: ClassVar[Impact] = "unknown"
 
 
 class InterruptedRunError(OUassisterError):
