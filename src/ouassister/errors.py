@@ -6,13 +6,17 @@
     ├── InternalError               1   our own bug
     ├── UsageError                  2   the call's words are off
     │   └── HostNotReadyError       2   a host tool or kernel feature is missing
+    ├── NothingPendingError        10   there is nothing to apply
     ├── StateError                 20   the saved VM is not in a state we can update
     │   ├── RunningVMError         20   the VM runs, or nobody can tell
     │   ├── NotSuspendedError      20   there is no saved memory
     │   ├── TruncatedStateError    20   the save file ends early
     │   ├── PageAbsentError        20   a byte of memory was never saved
     │   ├── CorruptGuestError      20   guest memory contradicts itself
-    │   └── DirtyDatabaseError     20   the package database has writes only in memory
+    │   ├── DirtyDatabaseError     20   the package database has writes only in memory
+    │   ├── QemuLostError          20   QEMU ended while it was needed
+    │   ├── QemuRefusedError       20   QEMU answered a command with an error
+    │   └── AgentError             20   the guest agent failed or speaks nonsense
     ├── StaleError                 21   made for another suspension of this VM
     │   └── TamperedError          21   a stored plan or change set is not what was made
     ├── LockedError                22   another run or an updater holds the lock
@@ -20,6 +24,7 @@
     │   ├── UnsupportedStateError  23   … of the save file: field, offset, value
     │   └── UnsupportedGuestError  23   … of the guest
     ├── RepositoryError            30   network or repository
+    │   └── PackageNotFoundError   30   no repository has the package
     ├── UpdaterError               31   the guest's updater failed
     │   └── WorkDiskFullError      31   no room for the work folder
     ├── DeadlineError              32   a time limit ran out
@@ -82,6 +87,14 @@ class HostNotReadyError(UsageError):
     default_hint = "'ouassister doctor' names what is missing and how to get it"
 
 
+class NothingPendingError(OUassisterError):
+    """There is no change set to apply."""
+
+    code = "nothing-pending"
+    exit_status = 10
+    default_hint = "run 'ouassister update' first, or resume the VM as usual"
+
+
 class StateError(OUassisterError):
     """The saved VM is not in a state that can be updated."""
 
@@ -137,6 +150,35 @@ class DirtyDatabaseError(StateError):
 
     code = "state-dirty-database"
     default_hint = "resume the VM, run 'sync' in it and save it again"
+
+
+class QemuLostError(StateError):
+    """QEMU ended, or hung up, while it was needed."""
+
+    code = "state-qemu-lost"
+    default_hint = "QEMU's log beside the vm.toml tells why it ended"
+
+
+class QemuRefusedError(StateError):
+    """QEMU answered a command with an error.
+
+    Attributes:
+        error_class: QMP's class of the error, such as ``GenericError`` or ``DeviceNotFound``.
+    """
+
+    code = "state-qemu-refused"
+    default_hint = "the reason is QEMU's own; its log lies beside the vm.toml"
+
+    def __init__(self, command: str, error_class: str, reason: str) -> None:
+        super().__init__(f"QEMU refused {command}: {reason}")
+        self.error_class = error_class
+
+
+class AgentError(StateError):
+    """The guest agent answered with an error, or not in its protocol."""
+
+    code = "state-agent"
+    default_hint = "check that qemu-guest-agent runs in the guest and allows guest-exec"
 
 
 class StaleError(OUassisterError):
@@ -203,6 +245,13 @@ class RepositoryError(OUassisterError):
     code = "repository"
     exit_status = 30
     default_hint = "check the mirrors named and run the same command again; downloads are kept"
+
+
+class PackageNotFoundError(RepositoryError):
+    """No repository of the guest has the package that was asked for."""
+
+    code = "package-not-found"
+    default_hint = "check the name; the guest's own sources.list decides what there is"
 
 
 class UpdaterError(OUassisterError):

@@ -75,8 +75,17 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockRange:
+    """The part of a disk that a block device is, as the guest's kernel knows it."""
+
+    disk: str  # the whole disk's name in the guest, "vda"
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Mount:
-    """One mount of init's namespace."""
+    """One mount of init's namespace. ``block`` is None for a file system without a disk."""
 
     source: bytes
     target: bytes
@@ -84,6 +93,7 @@ class Mount:
     major: int
     minor: int
     read_only: bool
+    block: BlockRange | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,23 +248,15 @@ class Entry:
     below: tuple[tuple[bytes, Expected], ...] = ()
 
 
-class ActionKind(StrEnum):
-    """What is done in the guest around the files."""
-
-    DAEMON_RELOAD = "daemon-reload"
-    UNIT = "unit"  # a verb of the service manager on units
-
-
 @dataclass(frozen=True, slots=True)
 class Action:
     """Recorded in the shadow, done in the guest after its files are in place.
 
-    ``verb`` and ``units`` are systemctl's words.
+    ``argv`` starts with the bare name of a program that `ouassister.shadow.recorder` stands in
+    for; every word was checked against its alphabet.
     """
 
-    kind: ActionKind
-    verb: str = ""
-    units: tuple[str, ...] = ()
+    argv: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,3 +290,62 @@ class Changeset:
     reboot_needed: bool
     filtered: tuple[bytes, ...]  # changed in the shadow and left out on purpose
     notes: tuple[str, ...] = field(default=())
+
+
+# --- reports -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One step of a run and how long it took."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What an update did while the VM slept.
+
+    ``changeset_id`` is empty when there was nothing to do. ``offline_s`` is everything but
+    fetching lists and archives, which is ``download_s``.
+    """
+
+    vm: str
+    plan_id: str
+    changeset_id: str
+    changes: tuple[PackageChange, ...]
+    left_out: tuple[LeftOut, ...]
+    files: int
+    deletions: int
+    layer_bytes: int
+    actions: tuple[Action, ...]
+    filtered: tuple[bytes, ...]
+    reboot_needed: bool
+    notes: tuple[str, ...]
+    phases: tuple[Phase, ...]
+    offline_s: float
+    download_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeReport:
+    """What a resume did.
+
+    ``online_s`` runs from the guest's first instruction to the open gate. ``verified`` lists what
+    was checked in the guest, and nothing else.
+    """
+
+    vm: str
+    changeset_id: str
+    result: str
+    files: int
+    bytes: int
+    failed_actions: tuple[str, ...]
+    verified: tuple[str, ...]
+    reboot_needed: bool
+    notes: tuple[str, ...]
+    phases: tuple[Phase, ...]
+    guest_phases: tuple[Phase, ...]
+    restore_s: float
+    online_s: float

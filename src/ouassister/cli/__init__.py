@@ -1,1 +1,5 @@
 """The command line: thin, one file per verb."""
+
+from ouassister.cli.main import main
+
+__all__ = ["main"]

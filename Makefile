@@ -1,0 +1,75 @@
+# make demo   the main job, end to end, on a real VM
+# make test   all tests, those that boot a guest included
+# make check  format, lint, types and the fast tests
+#
+# Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
+# environment in .venv with the versions and hashes of requirements/.
+SHELL := /bin/bash
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# The demo and the tests that build a guest work as root.
+ROOT := $(if $(SUDO),sudo --preserve-env=CI,)
+
+DEBIAN := qemu-system-x86 qemu-system-common qemu-utils mmdebstrap fuse2fs fuse3 e2fsprogs fdisk \
+          uidmap apt-utils attr acl libcap2-bin util-linux python3-venv gcc libc6-dev musl-tools make
+PYTHON := python3
+BIN := .venv/bin
+APPLIER := src/ouassister/reflect/bin/applier-x86_64
+
+demo: .venv/ready $(APPLIER)
+	$(ROOT) $(BIN)/ouassister demo
+
+test: .venv/ready $(APPLIER) guest-tests
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(ROOT) $(BIN)/python -m pytest -p no:cacheprovider -m "" --durations=15 $(PYTEST)
+
+check: .venv/ready $(APPLIER)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+applier: $(APPLIER)
+
+$(APPLIER): build/deps $(wildcard guest/*.c guest/*.h guest/Makefile)
+	$(MAKE) -C guest all
+	install -D -m 755 build/guest/applier-x86_64 $@
+
+guest-tests: build/deps
+	$(MAKE) -C guest tests
+
+deps: build/deps
+
+build/deps: Makefile
+	@missing=; for package in $(DEBIAN); do \
+	    dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q ' installed$$' \
+	        || missing="$$missing $$package"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+	    $(SUDO) apt-get update -q && \
+	    DEBIAN_FRONTEND=noninteractive \
+	    $(SUDO) apt-get install -y -q --no-install-recommends $$missing; \
+	fi
+	@mkdir -p build && touch $@
+
+.venv/ready: build/deps pyproject.toml requirements/dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# New versions: edit pyproject.toml, then this; the files carry hashes and no index.
+lock:
+	$(PYTHON) -m venv build/lock && build/lock/bin/pip install -q pip-tools
+	build/lock/bin/pip-compile -q --strip-extras --generate-hashes --allow-unsafe \
+	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-header \
+	    --extra dev -o requirements/dev.txt pyproject.toml
+	build/lock/bin/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url \
+	    --no-emit-find-links --no-emit-trusted-host --no-header \
+	    -o requirements/runtime.txt pyproject.toml
+
+clean:
+	rm -rf build .venv $(APPLIER)
+
+.PHONY: demo test check applier guest-tests deps lock clean

@@ -1,0 +1,143 @@
+/* One run: the medium's entries bound to the guest's directories. */
+#ifndef CHANGE_H
+#define CHANGE_H
+
+#include "medium.h"
+#include "tree.h"
+
+#include <sys/stat.h>
+
+#define STATE_DIR "/var/lib/ouassister"
+#define RESERVED ".ouassister-"
+#define RESERVED_SIZE sizeof(RESERVED "0123456789ab-4294967295")
+#define MAX_FILE_SYSTEMS 64
+#define MAX_LOCKS 64
+
+enum op {
+    OP_INSIDE,  /* below a new directory, which brings it along */
+    OP_NEW,     /* reserved name -> path, nothing was there */
+    OP_REPLACE, /* reserved name <-> path */
+    OP_DELETE,  /* path -> reserved name */
+    OP_META,    /* a directory that stays gets other attributes */
+};
+
+struct item;
+
+struct dir {
+    const char *path;
+    int fd;             /* -1 while closed */
+    struct item *maker; /* the new directory's entry; NULL when the guest has the directory */
+    struct status status;
+    uint32_t fs;      /* index in file_systems; of guest directories only */
+    bool default_acl; /* what is created here inherits an ACL, acl(5) */
+};
+
+/* What stood at the path; all of it is put back in a directory that OP_META changed. */
+struct old_meta {
+    uint32_t mode;
+    uint32_t uid;
+    uint32_t gid;
+    uint32_t zero;
+    int64_t mtime_ns;
+};
+
+struct item {
+    const struct entry_record *record;
+    const char *path;
+    const char *name; /* its last component */
+    struct dir *dir;
+    struct dir *own; /* the directory record of the same path, or NULL */
+    enum op op;
+    bool staged;
+    uint64_t inode; /* of what was staged */
+    int meta_fd;    /* of OP_META */
+    struct old_meta old;
+    const uint8_t *old_xattrs; /* of OP_META, in the journal's form */
+};
+
+struct file_system {
+    int fd; /* some directory on it; not owned */
+    uint32_t major;
+    uint32_t minor;
+    uint64_t bytes; /* needed */
+    uint64_t inodes;
+    const char *path;
+};
+
+struct change {
+    struct medium medium;
+    int root;
+    int state; /* STATE_DIR */
+    char id[65];
+    struct dir *dirs;
+    struct item *items;
+    uint32_t n_items;
+    struct item **order; /* all but OP_INSIDE, as they are committed */
+    uint32_t n_order;
+    struct file_system file_systems[MAX_FILE_SYSTEMS];
+    uint32_t n_file_systems;
+    uint32_t state_fs; /* the index of STATE_DIR's */
+};
+
+/* The entry changes a directory that stays. */
+static inline bool changes_directory(const struct entry_record *entry)
+{
+    return entry->kind == KIND_DIRECTORY && entry->has_expected && S_ISDIR(entry->expected.mode);
+}
+
+/* Entries to operations, and their order. Reads nothing of the guest. */
+int change_plan(struct change *change);
+
+/* The name beside the target under which an item is staged, and its old inode kept. */
+void reserved_name(const struct change *change, const struct item *item,
+                   char name[RESERVED_SIZE]);
+
+/* Opens every directory that the guest has. */
+int change_open_dirs(struct change *change);
+
+/* The directory's descriptor; a new one is opened at its final path when it is not open. */
+int dir_fd(struct change *change, struct dir *dir);
+
+/* guest.c: is this the guest, what time is it, who holds the package manager. */
+int guest_is_machine(const struct change *change);
+int guest_is_boot(const struct change *change);
+int guest_set_time(const char *seconds);
+int guest_lock(const struct change *change);
+
+/* check.c: compares every path with what the entry expects, and counts the room. */
+int check(struct change *change);
+
+/* stage.c */
+int stage(struct change *change);
+enum staged_by {
+    STAGED_HERE,        /* by this process: item->staged tells */
+    STAGED_BEFORE_KILL, /* unknown how far: every reserved name that is there */
+    STAGED_AS_PLANNED,  /* the journal has the inode numbers: those and no other */
+};
+int unstage(struct change *change, enum staged_by by);
+/* syncfs of each file system touched, or of all but the journal's. */
+int sync_file_systems(const struct change *change, bool all);
+
+/* attributes.c */
+struct place {
+    int dir;
+    const char *name;
+    int fd; /* of the file itself, or -1: by name then, not following */
+};
+int set_attributes(const struct change *change, const struct item *item, const struct place *place,
+                   const struct status *now, bool inherits_acl);
+int set_mtime(const struct place *place, int64_t mtime_ns);
+int meta_apply(const struct change *change, const struct item *item);
+int meta_restore(const struct change *change, const struct item *item);
+
+/* commit.c */
+int commit(struct change *change, bool recovering);
+int verify(struct change *change, bool recovering);
+int undo(struct change *change);
+/* After a kill: whether any rename was done. */
+int commit_began(struct change *change, bool *began);
+int cleanup(struct change *change);
+/* Directory times, last of all: every rename in a directory changes them. */
+int set_directory_times(struct change *change, bool old);
+
+#endif

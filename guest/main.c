@@ -1,0 +1,251 @@
+/* applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOSECONDS]
+ *
+ * Makes the guest's tree what the change set on the medium says, or leaves it as it was. What it
+ * promises, the medium and the output are in docs/design/0003-applier.md.
+ */
+#include "change.h"
+#include "journal.h"
+#include "report.h"
+#include "steps.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static const char usage[] =
+    "usage: applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOS]\n";
+
+struct options {
+    const char *device;
+    const char *root;
+    const char *set_time;
+    uint8_t sha256[32];
+};
+
+static struct change change;
+
+static int conclude(const char *result, int status)
+{
+    uint64_t bytes = 0;
+
+    if (status == EXIT_APPLIED)
+        for (uint32_t i = 0; i < change.n_items; i++)
+            if (change.items[i].record->kind == KIND_FILE)
+                bytes += change.items[i].record->size;
+    report_result(result, status == EXIT_APPLIED ? change.n_items : 0, bytes);
+    return status;
+}
+
+static int refused(void)
+{
+    return conclude("refused", EXIT_REFUSED);
+}
+
+static int needs_person(const char *code, const char *what)
+{
+    fail(code, "", "%s", what); /* the first failure stays, when there was one */
+    return conclude("needs-person", EXIT_NEEDS_PERSON);
+}
+
+/* The tree never changed but for reserved names: they go, and it is a refusal. */
+static int give_up_staging(void)
+{
+    int result;
+
+    phase("unstage");
+    result = unstage(&change, STAGED_HERE);
+    if (set_directory_times(&change, true) < 0 || result < 0)
+        return needs_person("undo", "what was staged could not be removed");
+    if (journal_remove(&change) < 0)
+        return needs_person("undo", "the journal could not be removed");
+    return refused();
+}
+
+static int go_back(bool marked)
+{
+    phase("undo");
+    /* Without the mark a kill from here on would end in going forward: whole as well. */
+    if (!marked && journal_mark_undo(&change) < 0)
+        complain("undo-failed", STATE_DIR, "marking the journal");
+    if (undo(&change) < 0)
+        return needs_person("undo", "not everything could be put back");
+    if (unstage(&change, STAGED_AS_PLANNED) < 0 || set_directory_times(&change, true) < 0)
+        return needs_person("undo", "what was staged could not be removed");
+    if (step(UNDO_SYNC) || sync_file_systems(&change, true) < 0)
+        return needs_person("undo", "what was put back could not be written out");
+    if (journal_remove(&change) < 0)
+        return needs_person("undo", "the journal could not be removed");
+    return conclude("undone", EXIT_UNDONE);
+}
+
+/* After the marker: nothing from here on can take the update back. */
+static int clean_up(void)
+{
+    int result;
+
+    phase("cleanup");
+    result = cleanup(&change);
+    if (set_directory_times(&change, false) < 0 || sync_file_systems(&change, false) < 0 ||
+        result < 0 || journal_remove(&change) < 0)
+        fail("leftover", STATE_DIR, "old files or the journal are still there");
+    return conclude("applied", EXIT_APPLIED);
+}
+
+static int go_forward(bool recovering)
+{
+    phase("commit");
+    if (commit(&change, recovering) < 0)
+        return go_back(false);
+    phase("verify");
+    if (verify(&change, recovering) < 0)
+        return go_back(false);
+    phase("marker");
+    if (marker_write(&change) < 0)
+        return go_back(false);
+    if (step(MARKER_SYNC) || syncfs(change.state) < 0) {
+        fail_errno(STATE_DIR, "writing the marker out");
+        return needs_person("io", "the marker could not be written out");
+    }
+    return clean_up();
+}
+
+/* Returns -1 when staging has to start (again), or the exit status. */
+static int recover(enum journal_state state)
+{
+    bool began = true;
+
+    phase("recover");
+    if (state == JOURNAL_UNDOING)
+        return go_back(true);
+    if (state == JOURNAL_PLANNED) {
+        if (commit_began(&change, &began) < 0)
+            return needs_person("undo", "the state of an interrupted run is unknown");
+        /* A rename is proof that everything staged is durable; without one, it may not be. */
+        if (began)
+            return go_forward(true);
+        if (undo(&change) < 0 || unstage(&change, STAGED_AS_PLANNED) < 0 ||
+            set_directory_times(&change, true) < 0)
+            return needs_person("undo", "an interrupted run could not be undone");
+    } else if (unstage(&change, STAGED_BEFORE_KILL) < 0) {
+        return needs_person("undo", "what was staged could not be removed");
+    }
+    if (journal_remove(&change) < 0)
+        return needs_person("undo", "the journal could not be removed");
+    return -1;
+}
+
+static int apply(const struct options *options)
+{
+    enum journal_state journal;
+    bool ours;
+    int status;
+
+    phase("medium");
+    change.root = open(options->root, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (change.root < 0) {
+        fail_errno(options->root, "opening the root");
+        return refused();
+    }
+    if (medium_open(&change.medium, options->device, options->sha256) < 0 ||
+        change_plan(&change) < 0)
+        return refused();
+    phase("lock");
+    if (guest_is_machine(&change) < 0 || state_open(&change) < 0 ||
+        marker_is_ours(&change, &ours) < 0 || journal_load(&change, &journal) < 0)
+        return refused();
+    if (ours && journal == JOURNAL_NONE)
+        return conclude("already-applied", EXIT_APPLIED);
+    /* A journal of this change set proves the guest; a power cut changes its boot id. */
+    if ((journal == JOURNAL_NONE && guest_is_boot(&change) < 0) || guest_lock(&change) < 0)
+        return refused();
+    phase("check");
+    if (change_open_dirs(&change) < 0)
+        return refused();
+    if (ours)
+        return clean_up();
+    if (journal != JOURNAL_NONE) {
+        status = recover(journal);
+        if (status >= 0)
+            return status;
+        if (guest_is_boot(&change) < 0)
+            return refused();
+        phase("check");
+    }
+    if (check(&change) < 0 || (options->set_time && guest_set_time(options->set_time) < 0))
+        return refused();
+    phase("stage");
+    if (stage(&change) < 0 || journal_write_plan(&change) < 0)
+        return give_up_staging();
+    phase("sync");
+    if (step(STAGE_SYNC) || sync_file_systems(&change, true) < 0) {
+        fail_errno("", "writing what was staged out");
+        return give_up_staging();
+    }
+    return go_forward(false);
+}
+
+static int hex_digit(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+static bool parse_sha256(const char *hex, uint8_t digest[32])
+{
+    if (strlen(hex) != 64)
+        return false;
+    for (int i = 0; i < 32; i++) {
+        int high = hex_digit(hex[2 * i]), low = hex_digit(hex[2 * i + 1]);
+
+        if (high < 0 || low < 0)
+            return false;
+        digest[i] = (uint8_t)(high << 4 | low);
+    }
+    return true;
+}
+
+static bool parse(int argc, char **argv, struct options *options)
+{
+    bool has_sha256 = false;
+
+    if (argc < 3 || strcmp(argv[1], "apply") != 0)
+        return false;
+    options->device = argv[2];
+    options->root = "/";
+    for (int i = 3; i + 1 < argc; i += 2) {
+        if (!strcmp(argv[i], "--medium-sha256"))
+            has_sha256 = parse_sha256(argv[i + 1], options->sha256);
+        else if (!strcmp(argv[i], "--root"))
+            options->root = argv[i + 1];
+        else if (!strcmp(argv[i], "--set-time"))
+            options->set_time = argv[i + 1];
+        else
+            return false;
+    }
+    return argc % 2 == 1 && has_sha256;
+}
+
+int main(int argc, char **argv)
+{
+    static const int ignored[] = {SIGHUP, SIGINT, SIGTERM, SIGPIPE};
+    struct options options = {0};
+
+#ifdef OUA_FAULTS
+    if (argc == 2 && !strcmp(argv[1], "steps")) {
+        steps_list();
+        return 0;
+    }
+#endif
+    if (!parse(argc, argv, &options)) {
+        fputs(usage, stderr);
+        return EXIT_USAGE;
+    }
+    /* The agent that started us may be restarted by the update: only SIGKILL stops us. */
+    for (size_t i = 0; i < sizeof ignored / sizeof *ignored; i++)
+        signal(ignored[i], SIG_IGN);
+    umask(0);
+    return apply(&options);
+}

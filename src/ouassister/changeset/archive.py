@@ -1,0 +1,256 @@
+"""Change sets on the host's disk: made once, never changed, checked whenever they are read.
+
+``FOLDER/CHANGESET_ID/manifest.json`` is the canonical JSON of the record (`codec`), and
+``layer.tar`` the layer. The id covers the manifest, the manifest covers the layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ouassister import codec
+from ouassister.changeset.layer import sync_directory
+from ouassister.errors import InternalError, TamperedError, WorkDiskFullError
+from ouassister.model import Changeset, Kind
+from ouassister.text import to_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ouassister.changeset.extract import Extraction
+    from ouassister.model import Action, Fence, Identity, LeftOut, PackageChange
+
+MANIFEST = "manifest.json"
+LAYER = "layer.tar"
+
+_ID = re.compile(r"[0-9a-f]{64}")
+_PARTIAL = ".partial-"
+_CHUNK = 1 << 20
+_MANIFEST_LIMIT = 1 << 30
+
+
+def build(
+    extraction: Extraction,
+    *,
+    vm: str,
+    created_at_s: int,
+    fence: Fence,
+    identity: Identity,
+    changes: tuple[PackageChange, ...],
+    left_out: tuple[LeftOut, ...],
+    actions: tuple[Action, ...],
+    lock_paths: tuple[bytes, ...],
+    reboot_needed: bool,
+    notes: tuple[str, ...] = (),
+) -> Changeset:
+    """Make the record of a change set; its id follows from all the rest.
+
+    Raises:
+        InternalError: The entries contradict each other.
+    """
+    draft = Changeset(
+        changeset_id="",
+        vm=vm,
+        created_at_s=created_at_s,
+        fence=fence,
+        identity=identity,
+        changes=changes,
+        left_out=left_out,
+        entries=extraction.entries,
+        actions=actions,
+        lock_paths=lock_paths,
+        layer_sha256=extraction.layer_sha256,
+        layer_size=extraction.layer_size,
+        reboot_needed=reboot_needed,
+        filtered=extraction.filtered,
+        notes=(*extraction.notes, *notes),
+    )
+    for defect in _defects(draft):
+        raise InternalError(f"change set of {vm}: {defect}")
+    return dataclasses.replace(draft, changeset_id=codec.digest(draft, without="changeset_id"))
+
+
+def save(changeset: Changeset, layer: Path, folder: Path) -> Path:
+    """Store a change set; a crash at any point leaves all of it or nothing under its id.
+
+    The caller holds the VM's lock.
+
+    Args:
+        changeset: Made by `build`.
+        layer: Its layer; copied, since its owner is the root of the user namespace, and hashed
+            once more on the way.
+        folder: Of all change sets of a VM; made when it is not there.
+
+    Returns:
+        The change set's own folder.
+
+    Raises:
+        InternalError: Record or layer are not what the id says.
+        WorkDiskFullError: No room; nothing is left of it.
+    """
+    if codec.digest(changeset, without="changeset_id") != changeset.changeset_id:
+        raise InternalError(f"change set of {changeset.vm} does not have the id of its content")
+    target = folder / changeset.changeset_id
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for stale in folder.glob(f"{_PARTIAL}*"):
+            discard(stale)
+        staged = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+        try:
+            _stage(changeset, layer, staged)
+            if target.exists():  # the same content: what is there serves
+                load(folder, changeset.changeset_id)
+                verify_layer(changeset, target / LAYER)
+                return target
+            staged.chmod(0o500)
+            staged.rename(target)
+            sync_directory(folder)
+        finally:
+            discard(staged)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise WorkDiskFullError(f"no room for a change set in {folder}") from error
+        raise
+    return target
+
+
+def load(folder: Path, changeset_id: str) -> tuple[Changeset, Path]:
+    """Read a change set back; the layer's bytes are for `verify_layer`.
+
+    Returns:
+        The record, and the path of its layer.
+
+    Raises:
+        TamperedError: Something is not as it was saved; the message names the file.
+    """
+    if not _ID.fullmatch(changeset_id):
+        raise TamperedError(f"{changeset_id!r} is not the id of a change set")
+    path = folder / changeset_id / MANIFEST
+    layer = folder / changeset_id / LAYER
+    try:
+        if path.stat().st_size > _MANIFEST_LIMIT:
+            raise TamperedError(f"{path} is larger than any manifest")
+        raw = path.read_bytes()
+        changeset = codec.from_value(Changeset, json.loads(raw))
+    except FileNotFoundError as error:
+        raise TamperedError(f"{path} is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise TamperedError(f"{path} is not the manifest that was saved: {error}") from error
+    if changeset.changeset_id != changeset_id or raw != codec.canonical(changeset):
+        raise TamperedError(f"{path} is not the manifest that was saved")
+    if codec.digest(changeset, without="changeset_id") != changeset_id:
+        raise TamperedError(f"{path} does not hash to its id")
+    for defect in _defects(changeset):
+        raise TamperedError(f"{path}: {defect}")
+    if not layer.is_file() or layer.is_symlink():
+        raise TamperedError(f"{layer} is missing")
+    return changeset, layer
+
+
+def verify_layer(changeset: Changeset, layer: Path) -> None:
+    """Hash the layer.
+
+    Raises:
+        TamperedError: Its bytes are not those that the manifest was made for.
+    """
+    with layer.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != changeset.layer_size:
+            raise TamperedError(f"{layer} has {size} bytes instead of {changeset.layer_size}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != changeset.layer_sha256:
+        raise TamperedError(f"{layer} has the SHA-256 {digest} instead of {changeset.layer_sha256}")
+
+
+def discard(target: Path) -> None:
+    """Remove a change set's folder, if it is there."""
+    if target.is_dir() and not target.is_symlink():
+        target.chmod(0o700)
+        shutil.rmtree(target)
+
+
+def describe(changeset: Changeset) -> Iterator[str]:
+    """Lines for a person; safe for a terminal."""
+    deleted = sum(entry.kind is Kind.DELETE for entry in changeset.entries)
+    size = sum(entry.size for entry in changeset.entries)
+    yield f"change set {changeset.changeset_id[:12]} for {_plain(changeset.vm)}"
+    yield f"  {len(changeset.changes)} packages"
+    for change in changeset.changes:
+        step = {
+            (True, False): f"remove {change.old}",
+            (False, True): f"install {change.new}",
+        }.get((bool(change.old), bool(change.new)), f"{change.old} -> {change.new}")
+        yield _plain(f"    {change.name}:{change.architecture}  {step}")
+    for left in changeset.left_out:
+        yield _plain(f"  left out: {left.package}: {left.reason}")
+    yield f"  {len(changeset.entries) - deleted} paths written, {deleted} deleted, {size} bytes"
+    yield f"  {len(changeset.actions)} actions, {len(changeset.filtered)} paths stay behind"
+    if changeset.reboot_needed:
+        yield "  needs a reboot"
+    for note in changeset.notes:
+        yield _plain(f"  note: {note}")
+
+
+def describe_entries(changeset: Changeset) -> Iterator[str]:
+    """One line for each path; safe for a terminal."""
+    for entry in changeset.entries:
+        sign = "-" if entry.kind is Kind.DELETE else "+" if entry.expected is None else "~"
+        arrow = f" -> {to_text(entry.target)}" if entry.target else ""
+        yield f"{sign} {to_text(entry.path)}{arrow}"
+
+
+def _stage(changeset: Changeset, layer: Path, staged: Path) -> None:
+    with (staged / MANIFEST).open("xb") as file:
+        os.fchmod(file.fileno(), 0o400)
+        file.write(codec.canonical(changeset))
+        file.flush()
+        os.fsync(file.fileno())
+    digest = hashlib.sha256()
+    size = 0
+    source = os.open(layer, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(source, "rb", buffering=0) as file, (staged / LAYER).open("xb") as copy:
+        os.fchmod(copy.fileno(), 0o400)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            copy.write(chunk)
+            size += len(chunk)
+        copy.flush()
+        os.fsync(copy.fileno())
+    if (digest.hexdigest(), size) != (changeset.layer_sha256, changeset.layer_size):
+        raise InternalError(f"{layer} is not the layer of the change set to save")
+    sync_directory(staged)
+
+
+def _defects(changeset: Changeset) -> Iterator[str]:
+    """What no reader of a change set should have to expect."""
+    before: list[bytes] = []
+    seen: set[bytes] = set()
+    for entry in changeset.entries:
+        name = to_text(entry.path)
+        parts = entry.path.split(b"/")
+        if parts[0] or len(parts) < 2 or {b"", b".", b".."} & set(parts[1:]) or b"\0" in entry.path:
+            yield f"{name} is not an absolute, normal path"
+        if parts <= before:
+            yield f"{name} is out of order"
+        if entry.kind is Kind.HARDLINK and entry.target not in seen:
+            yield f"{name} links to no earlier entry"
+        end = entry.offset + entry.size
+        if entry.kind is Kind.FILE and not 0 <= entry.offset <= end <= changeset.layer_size:
+            yield f"content of {name} is outside of the layer"
+        before = parts
+        if entry.kind not in (Kind.DELETE, Kind.DIRECTORY, Kind.HARDLINK):
+            seen.add(entry.path)
+
+
+def _plain(text: str) -> str:
+    # Notes hold escaped paths already; only what a terminal would act on is left to escape.
+    return "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in text)

@@ -1,0 +1,107 @@
+"""What verbs share: naming a VM, options, the story of a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ouassister.errors import UsageError
+from ouassister.provider import vmtoml
+from ouassister.timeline import Timeline, stderr_story
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.store.database import Store
+
+Result = tuple[int, object, str]
+"""Exit status, JSON value, text."""
+
+PARTIAL = 11
+REBOOT_NEEDED = 12
+NOTHING_TO_DO = 10
+
+
+def add_vm(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names a VM."""
+    parser.add_argument("vm", metavar="VM", help="path of a vm.toml, or a name from 'list'")
+
+
+def add_request(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is wanted."""
+    wish = parser.add_mutually_exclusive_group()
+    wish.add_argument(
+        "--install", metavar="PKG", action="append", default=[], help="install this package"
+    )
+    wish.add_argument(
+        "--upgrade", action="store_true", help="upgrade all that is installed (default)"
+    )
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the options of everything that opens a shadow."""
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=3600.0,
+        metavar="S",
+        help="seconds that one call of the guest's programs may take (default 3600)",
+    )
+    parser.add_argument("--keep", action="store_true", help="leave the work folder")
+    parser.add_argument("--quiet", action="store_true", help="no story on standard error")
+
+
+def find_vm(store: Store, word: str) -> VmConfig:
+    """Load the VM that a word names.
+
+    Raises:
+        UsageError: It is neither a file nor a known name, or the file is off.
+    """
+    path = Path(word)
+    if path.is_dir():
+        path = path / "vm.toml"
+    if "/" in word or path.exists():
+        return vmtoml.load(path)
+    for name, source in store.vms():
+        if name == word:
+            return vmtoml.load(Path(source))
+    raise UsageError(f"{word!r} is neither a vm.toml nor a VM from 'ouassister list'")
+
+
+def timeline(arguments: argparse.Namespace, store: Store, config: VmConfig) -> Timeline:
+    """A story on standard error that is also kept as the VM's history."""
+    store.remember(config.name, str(config.source))
+    quiet = getattr(arguments, "quiet", False)
+    return Timeline(
+        None if quiet else stderr_story,
+        lambda step, detail: store.log(config.name, arguments.verb, step, detail),
+    )
+
+
+def table(rows: list[tuple[str, ...]], indent: str = "") -> str:
+    """Align columns for a person."""
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def size(number: int) -> str:
+    """Bytes for a person: 2.1 MB."""
+    value = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":  # noqa: PLR2004
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{number} B"
+
+
+def warn(line: str) -> None:
+    """Say something on standard error."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,105 @@
+"""Entry point: parse, run one verb, print its result or its error.
+
+Results go to standard output, the story to standard error. Exit statuses are those of
+docs/reference/errors.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+from ouassister.errors import InternalError, OUassisterError, WorkDiskFullError
+from ouassister.interrupts import interruptible
+from ouassister.text import to_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SCHEMA: Final = 1
+VERBS: Final = (
+    "list",
+    "inspect",
+    "plan",
+    "update",
+    "resume",
+    "status",
+    "discard",
+    "run",
+    "suspend",
+    "demo",
+    "doctor",
+    "support",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser(sys.argv[1:] if argv is None else argv)
+    try:
+        with interruptible():
+            module = importlib.import_module(f"ouassister.cli.{arguments.verb}_verb")
+            status, value, text = module.run(arguments)
+    except OUassisterError as error:
+        return _print_error(error, as_json=arguments.json)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            full = WorkDiskFullError(f"{error.filename or 'the work folder'}: {error.strerror}")
+            return _print_error(full, as_json=arguments.json)
+        return _internal(error, as_json=arguments.json)
+    except Exception as error:
+        return _internal(error, as_json=arguments.json)
+    if arguments.json:
+        if value is not None:
+            print(json.dumps({"schema": SCHEMA, "verb": arguments.verb, "result": value}, indent=2))
+    elif text:
+        print(text)
+    return int(status)
+
+
+def _parser(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ouassister", description="Update a suspended virtual machine before it wakes up."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name in VERBS:
+        module = importlib.import_module(f"ouassister.cli.{name}_verb")
+        summary = module.__doc__.splitlines()[0]
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        verb.add_argument("--json", action="store_true", help="print the result as JSON")
+        module.add_arguments(verb)
+    return parser.parse_args(argv)
+
+
+def _internal(error: Exception, *, as_json: bool) -> int:
+    if os.environ.get("OUASSISTER_DEBUG"):
+        raise error
+    name = type(error).__name__
+    return _print_error(
+        InternalError(f"{name}: {error}", context="OUASSISTER_DEBUG=1 shows where"),
+        as_json=as_json,
+    )
+
+
+def _print_error(error: OUassisterError, *, as_json: bool) -> int:
+    if as_json:
+        value = {
+            "code": error.code,
+            "exit_status": error.exit_status,
+            "message": error.message,
+            "impact": error.impact,
+            "hint": error.hint,
+        }
+        print(json.dumps({"schema": SCHEMA, "error": value}, indent=2))
+        return error.exit_status
+    message = to_text(error.message.encode("utf-8", "surrogateescape"))
+    print(f"error: {message} [{error.code}]", file=sys.stderr)
+    if error.context:
+        print(f"  while: {error.context}", file=sys.stderr)
+    print(f"  guest: {error.impact}", file=sys.stderr)
+    print(f"  hint:  {error.hint}", file=sys.stderr)
+    return error.exit_status

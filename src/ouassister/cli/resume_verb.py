@@ -1,0 +1,50 @@
+"""Resume the VM behind a closed gate, apply its change set, open the gate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ouassister import codec, pipeline
+from ouassister.cli import common
+from ouassister.store.database import Store
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ouassister.model import ResumeReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The VM."""
+    common.add_vm(parser)
+    parser.add_argument("--quiet", action="store_true", help="no story on standard error")
+
+
+def run(arguments: argparse.Namespace) -> common.Result:
+    """See the module."""
+    with Store() as store:
+        config = common.find_vm(store, arguments.vm)
+        story = common.timeline(arguments, store, config)
+        report = pipeline.resume(config, store, story)
+    status = common.REBOOT_NEEDED if report.reboot_needed else 0
+    if report.failed_actions:
+        status = common.PARTIAL
+    return status, codec.to_value(report), "\n".join(lines(report))
+
+
+def lines(report: ResumeReport) -> list[str]:
+    """The report for a person."""
+    told = [
+        f"{report.vm}: {report.result} change set {report.changeset_id}",
+        f"  {report.files} files, {common.size(report.bytes)};"
+        f" gate open {report.online_s:.2f} s after the first instruction",
+        f"  verified: {', '.join(report.verified) or 'nothing'}",
+    ]
+    rows = [(phase.name, f"{phase.seconds:.3f} s") for phase in report.phases]
+    rows += [(f"  in the guest: {phase.name}", f"{phase.seconds:.3f} s") for phase in report.guest_phases]
+    told.append(common.table(rows, "  "))
+    told += [f"  action failed: {action}" for action in report.failed_actions]
+    told += [f"note: {note}" for note in report.notes]
+    if report.reboot_needed:
+        told.append("the new kernel needs a reboot of the guest")
+    return told

@@ -1,0 +1,44 @@
+"""Suspend a running VM to its save file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ouassister.cli import common
+from ouassister.errors import OUassisterError
+from ouassister.provider import qemu
+from ouassister.store.database import Store
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The VM."""
+    common.add_vm(parser)
+    parser.add_argument(
+        "--no-sync", action="store_true", help="do not ask the guest to flush its caches first"
+    )
+
+
+def run(arguments: argparse.Namespace) -> common.Result:
+    """See the module."""
+    with Store() as store:
+        config = common.find_vm(store, arguments.vm)
+        store.remember(config.name, str(config.source))
+        with store.lock(config.name), qemu.attach(config) as vm:
+            synced = not arguments.no_sync and _sync(vm)
+            vm.suspend()
+        store.log(config.name, "suspend", "saved", "synced" if synced else "not synced")
+    told = "its caches were flushed" if synced else "its caches were not flushed"
+    value = {"vm": config.name, "save": str(config.save), "synced": synced}
+    return 0, value, f"{config.name} is suspended to {config.save}; {told}"
+
+
+def _sync(vm: qemu.RunningVM) -> bool:
+    """Ask the guest to flush; a guest without an agent is suspended all the same."""
+    try:
+        return vm.qga().run(["/bin/sync"], timeout_s=60).exit_status == 0
+    except OUassisterError as error:
+        common.warn(f"note: the guest could not be asked to flush: {error.message}")
+        return False

@@ -1,0 +1,66 @@
+"""Update the VM while it sleeps; the result waits as a change set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ouassister import codec, pipeline
+from ouassister.cli import common
+from ouassister.cli.plan_verb import package_lines
+from ouassister.errors import UsageError
+from ouassister.model import Request
+from ouassister.store.database import Store
+from ouassister.text import to_text
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ouassister.model import UpdateReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The VM, the wish or a plan."""
+    common.add_vm(parser)
+    common.add_request(parser)
+    parser.add_argument("--plan", metavar="ID", help="carry out exactly this plan")
+    common.add_run(parser)
+
+
+def run(arguments: argparse.Namespace) -> common.Result:
+    """See the module."""
+    if arguments.plan and (arguments.install or arguments.upgrade):
+        raise UsageError("--plan says what to do; --install and --upgrade do not go with it")
+    wish = arguments.plan or Request(tuple(arguments.install))
+    with Store() as store:
+        config = common.find_vm(store, arguments.vm)
+        story = common.timeline(arguments, store, config)
+        options = pipeline.Options(arguments.timeout, arguments.keep)
+        report = pipeline.update_sleeping(config, wish, store, story, options)
+    return status_of(report), codec.to_value(report), "\n".join(_lines(report, arguments.vm))
+
+
+def status_of(report: UpdateReport) -> int:
+    """The exit status that tells a script how it went."""
+    if not report.changeset_id:
+        return common.PARTIAL if report.left_out else common.NOTHING_TO_DO
+    return common.PARTIAL if report.left_out else 0
+
+
+def _lines(report: UpdateReport, vm: str) -> list[str]:
+    lines = [f"{report.vm}: {len(report.changes)} packages", *package_lines(report.changes, report.left_out)]
+    if report.changeset_id:
+        lines += [
+            f"change set {report.changeset_id}",
+            f"  {report.files} files and {report.deletions} deletions,"
+            f" {common.size(report.layer_bytes)}; {len(report.actions)} actions",
+        ]
+        lines += [f"  then: {' '.join(action.argv)}" for action in report.actions]
+        if report.filtered:
+            shown = ", ".join(to_text(path) for path in report.filtered[:6])
+            more = f" and {len(report.filtered) - 6} more" if len(report.filtered) > 6 else ""  # noqa: PLR2004
+            lines.append(f"  not taken along on purpose: {shown}{more}")
+    lines += [f"note: {note}" for note in report.notes]
+    lines.append(f"offline {report.offline_s:.2f} s, download {report.download_s:.2f} s")
+    if report.changeset_id:
+        lines.append(f"to apply it: ouassister resume {vm}")
+    return lines

@@ -1,0 +1,98 @@
+"""What the host must have, each with the purpose that it serves."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ouassister.errors import OUassisterError
+from ouassister.shadow import ids
+from ouassister.store.database import home
+
+_TOOLS: Final = (
+    ("qemu-system-x86_64", "qemu-system-x86", "runs and restores VMs"),
+    ("qemu-img", "qemu-utils", "the private copy of a disk"),
+    ("qemu-storage-daemon", "qemu-system-common", "serves the private copy as a file"),
+    ("fuse2fs", "fuse2fs", "mounts it without the host's kernel parsing it"),
+    ("e2fsck", "e2fsprogs", "replays its journal"),
+)
+_USER_TOOLS: Final = (("newuidmap", "uidmap", "maps subordinate ids for a user"),)
+_MIN_FREE: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    ok: bool
+    name: str
+    purpose: str
+    detail: str
+
+
+def check_host() -> tuple[Check, ...]:
+    """Look at everything; nothing is changed."""
+    tools = _TOOLS + (() if os.geteuid() == 0 else _USER_TOOLS)
+    checks = [_tool(*tool) for tool in tools]
+    checks += [_machine(), _fuse(), _namespaces(), _overlayfs(), _ids(), _free(home())]
+    return tuple(checks)
+
+
+def _tool(name: str, package: str, purpose: str) -> Check:
+    path = shutil.which(name)
+    return Check(path is not None, name, purpose, path or f"apt-get install {package}")
+
+
+def _machine() -> Check:
+    machine = platform.machine()
+    ok = machine == "x86_64"
+    return Check(ok, "x86-64", "system call numbers of the shadow", machine)
+
+
+def _fuse() -> Check:
+    device = Path("/dev/fuse")
+    purpose = "mounts of the private copy"
+    if not device.exists():
+        return Check(ok=False, name="/dev/fuse", purpose=purpose, detail="modprobe fuse")
+    if not os.access(device, os.R_OK | os.W_OK):
+        return Check(ok=False, name="/dev/fuse", purpose=purpose, detail="chmod 0666 /dev/fuse")
+    return Check(ok=True, name="/dev/fuse", purpose=purpose, detail="open to this user")
+
+
+def _namespaces() -> Check:
+    limit = int(Path("/proc/sys/user/max_user_namespaces").read_text())
+    switch = Path("/proc/sys/kernel/unprivileged_userns_clone")
+    closed = os.geteuid() != 0 and switch.exists() and switch.read_text().strip() == "0"
+    ok = limit > 0 and not closed
+    detail = f"{limit} allowed" if ok else "sysctl kernel.unprivileged_userns_clone=1"
+    return Check(ok, "user namespaces", "the guest's ids without rights on the host", detail)
+
+
+def _overlayfs() -> Check:
+    known = "\toverlay\n" in Path("/proc/filesystems").read_text()
+    module = Path(f"/lib/modules/{platform.release()}/kernel/fs/overlayfs").exists()
+    detail = "in the kernel" if known else "a module" if module else "modprobe overlay"
+    return Check(known or module, "overlayfs", "keeps what the update changes apart", detail)
+
+
+def _ids() -> Check:
+    purpose = "the guest's users on the host"
+    try:
+        chosen = ids.choose()
+    except OUassisterError as error:
+        return Check(ok=False, name="subordinate ids", purpose=purpose, detail=error.hint)
+    return Check(True, "subordinate ids", purpose, f"from {chosen.base_uid}")
+
+
+def _free(folder: Path) -> Check:
+    place = folder
+    while not place.exists():
+        place = place.parent
+    status = os.statvfs(place)
+    free = status.f_bavail * status.f_frsize
+    purpose = "lists, archives, the union layer"
+    return Check(free >= _MIN_FREE, "free space", purpose, f"{free >> 20} MiB in {folder}")

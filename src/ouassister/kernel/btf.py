@@ -1,0 +1,195 @@
+"""BPF Type Format: the type table that a kernel carries about itself; format only.
+
+The index keeps one offset and one name per type; nothing else is decoded until it is asked
+for. Everything in the table is checked against its bounds, since it comes from a guest.
+
+Source: Linux ``Documentation/bpf/btf.rst`` and ``include/uapi/linux/btf.h`` (v6.12);
+FLOAT since b1828f0b0482 (v5.13), DECL_TAG since b5ea834dde6b (v5.16), TYPE_TAG since
+8c42d2fa4eea (v5.17), ENUM64 since 6089fb325cf7 (v6.0).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final
+
+from ouassister.errors import CorruptGuestError, UnsupportedGuestError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+_MAGIC: Final = 0xEB9F
+_HEADER: Final = struct.Struct("<HBBIIIII")
+_MAX_BYTES: Final = 256 << 20
+MAX_NAME: Final = 4096
+
+
+class Kind(IntEnum):
+    """``BTF_KIND_*``."""
+
+    INT = 1
+    PTR = 2
+    ARRAY = 3
+    STRUCT = 4
+    UNION = 5
+    ENUM = 6
+    FWD = 7
+    TYPEDEF = 8
+    VOLATILE = 9
+    CONST = 10
+    RESTRICT = 11
+    FUNC = 12
+    FUNC_PROTO = 13
+    VAR = 14
+    DATASEC = 15
+    FLOAT = 16
+    DECL_TAG = 17
+    TYPE_TAG = 18
+    ENUM64 = 19
+
+
+# Words behind the three of ``struct btf_type``: a constant, and one count per ``vlen``.
+_FIXED: Final = {Kind.INT: 1, Kind.ARRAY: 3, Kind.VAR: 1, Kind.DECL_TAG: 1}
+_EACH: Final = {Kind.STRUCT: 3, Kind.UNION: 3, Kind.ENUM: 2, Kind.FUNC_PROTO: 2,
+                Kind.DATASEC: 3, Kind.ENUM64: 3}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One type, undecoded: ``size_or_type`` and ``words`` mean what its kind says."""
+
+    kind: Kind
+    name: str
+    flag: bool  # kind_flag
+    count: int  # vlen
+    size_or_type: int
+    words: tuple[int, ...]
+
+
+class Btf:
+    """An indexed table.
+
+    Args:
+        raw: The whole section.
+        base: The table that this one extends (a module's), if any.
+
+    Raises:
+        CorruptGuestError: The table exceeds its own bounds.
+        UnsupportedGuestError: A kind that is not in `Kind`, or another version.
+    """
+
+    def __init__(self, raw: bytes, base: Btf | None = None) -> None:
+        self._base = base
+        self.first_id: int = base.first_id + len(base) if base else 1
+        self._first_string: int = base._first_string + len(base._strings) if base else 0
+        types, strings = _sections(raw)
+        self._strings: bytes = strings
+        self._words = memoryview(types).cast("I")
+        self._starts, self._names, self._kinds = _index(self._words)
+
+    def __len__(self) -> int:
+        """Return the number of types in this table, without the base."""
+        return len(self._starts)
+
+    def name(self, offset: int) -> str:
+        """Return the string at an offset of the string section."""
+        if offset < self._first_string and self._base:
+            return self._base.name(offset)
+        start = offset - self._first_string
+        end = self._strings.find(b"\0", start, start + MAX_NAME) if start >= 0 else -1
+        if end < 0:
+            raise CorruptGuestError(f"BTF string {offset:#x} is out of bounds")
+        return self._strings[start:end].decode("utf-8", "replace")
+
+    def record(self, type_id: int) -> Record:
+        """Return one type by its id (0 is void, and no record)."""
+        if type_id < self.first_id and self._base:
+            return self._base.record(type_id)
+        index = type_id - self.first_id
+        if not 0 <= index < len(self._starts):
+            raise CorruptGuestError(f"BTF type id {type_id} is out of bounds")
+        start = self._starts[index]
+        end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._words)
+        name, info, size_or_type = self._words[start : start + 3]
+        return Record(
+            Kind(self._kinds[index]), self.name(name), bool(info >> 31), info & 0xFFFF,
+            size_or_type, tuple(self._words[start + 3 : end]),
+        )  # fmt: skip
+
+    def find(self, name: str, kinds: Collection[Kind]) -> Iterator[int]:
+        """Yield the ids of the types with that name and one of those kinds."""
+        if self._base:
+            yield from self._base.find(name, kinds)
+        for offset in self._string_offsets(name):
+            index = -1
+            while True:
+                try:
+                    index = self._names.index(offset, index + 1)
+                except ValueError:
+                    break
+                if self._kinds[index] in kinds:
+                    yield self.first_id + index
+
+    def of_kind(self, kinds: Collection[Kind]) -> Iterator[int]:
+        """Yield the ids of all types of some kinds."""
+        if self._base:
+            yield from self._base.of_kind(kinds)
+        for index, kind in enumerate(self._kinds):
+            if kind in kinds:
+                yield self.first_id + index
+
+    def _string_offsets(self, name: str) -> list[int]:
+        if not name:
+            return []
+        encoded = name.encode()
+        offsets = []
+        at = self._strings.find(b"\0" + encoded + b"\0")
+        if at >= 0:  # pahole stores each string once
+            offsets.append(self._first_string + at + 1)
+        return offsets + (self._base._string_offsets(name) if self._base else [])
+
+
+def _sections(raw: bytes) -> tuple[bytes, bytes]:
+    if not _HEADER.size <= len(raw) <= _MAX_BYTES:
+        raise CorruptGuestError(f"a BTF section of {len(raw)} bytes")
+    magic, version, flags, header, type_at, type_size, string_at, string_size = _HEADER.unpack_from(
+        raw
+    )
+    if magic != _MAGIC:
+        raise CorruptGuestError(f"BTF magic is {magic:#x}")
+    if (version, flags) != (1, 0):
+        raise UnsupportedGuestError(f"BTF version {version}, flags {flags:#x} is not known")
+    body = len(raw) - header
+    if header < _HEADER.size or header % 4 or type_at % 4 or type_size % 4:
+        raise CorruptGuestError("the BTF header is not aligned")
+    if type_at + type_size > body or string_at + string_size > body or not string_size:
+        raise CorruptGuestError("the BTF header points out of its section")
+    types = raw[header + type_at : header + type_at + type_size]
+    strings = raw[header + string_at : header + string_at + string_size]
+    if strings[0] or strings[-1]:
+        raise CorruptGuestError("BTF strings do not start and end with NUL")
+    return types, strings
+
+
+def _index(words: memoryview[int]) -> tuple[list[int], list[int], list[int]]:
+    fixed = [3 + _FIXED.get(Kind(kind), 0) if 0 < kind < 20 else 0 for kind in range(32)]
+    each = [_EACH.get(Kind(kind), 0) if 0 < kind < 20 else 0 for kind in range(32)]
+    starts: list[int] = []
+    names: list[int] = []
+    kinds: list[int] = []
+    position, end = 0, len(words)
+    while position + 3 <= end:
+        info = words[position + 1]
+        kind = (info >> 24) & 0x1F
+        size = fixed[kind]
+        if not size:
+            raise UnsupportedGuestError(f"BTF kind {kind} is not known")
+        starts.append(position)
+        names.append(words[position])
+        kinds.append(kind)
+        position += size + each[kind] * (info & 0xFFFF)
+    if position != end:
+        raise CorruptGuestError("the last BTF type reaches beyond its section")
+    return starts, names, kinds

@@ -1,0 +1,155 @@
+"""From a save file to what its kernel knows: one `GuestView`.
+
+Source: the modules it calls; each cites its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from ouassister.errors import (
+    CorruptGuestError,
+    OUassisterError,
+    StateError,
+    UnsupportedError,
+    UnsupportedGuestError,
+    UnsupportedStateError,
+)
+from ouassister.kernel import dentries, e820, mounts, system, tasks, vmcoreinfo
+from ouassister.kernel.ext4 import Ext4
+from ouassister.kernel.locks import read_locks
+from ouassister.kernel.program import Image, Kernel
+from ouassister.kernel.time import Clocks, read_clocks
+from ouassister.kernel.uts import read_uts
+from ouassister.model import CachedFile, FileLock, GuestView
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ouassister.memory import SaveFile
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_MAX_NOTES: Final = 16  # VMCOREINFO look-alikes to try
+_NO_CLOCK: Final = Clocks(0, 0)
+
+
+class Guest:
+    """A guest's kernel together with what could not be learnt.
+
+    Attributes:
+        kernel: The kernel.
+        degraded: What this kernel does not tell, ``"what: why"`` each.
+    """
+
+    def __init__(self, kernel: Kernel, degraded: list[str]) -> None:
+        self.kernel = kernel
+        self.degraded = degraded
+
+    def ask(self, what: str, question: Callable[[], T], otherwise: U) -> T | U:
+        """Ask; when this kernel cannot tell, note it and go on with ``otherwise``."""
+        try:
+            return question()
+        except UnsupportedGuestError as error:
+            self.degraded.append(f"{what}: {error.message}")
+            return otherwise
+
+
+def open_guest(save: SaveFile) -> Guest:
+    """Find the kernel in a save file and prove the layout of its memory.
+
+    Raises:
+        UnsupportedGuestError: There is no kernel that can be read.
+        CorruptGuestError: There is one, and it contradicts itself.
+        UnsupportedStateError: Memory whose layout cannot be proven.
+    """
+    problems: list[OUassisterError] = []
+    for memory in save.candidates():
+        for note in itertools.islice(vmcoreinfo.find(memory), _MAX_NOTES):
+            try:
+                image, degraded = _prove(save, Image(memory, note))
+                return Guest(Kernel(image), degraded)
+            except (StateError, UnsupportedError) as error:
+                problems.append(error)
+    if not problems:
+        raise UnsupportedGuestError(
+            "there is no Linux kernel in this memory that describes itself (no VMCOREINFO)",
+            hint="a Linux guest with CONFIG_CRASH_CORE is needed; was the guest booted at all?",
+        )
+    # A wrong candidate only ever reads nonsense; what a right one says is worth more.
+    raise min(problems, key=lambda error: isinstance(error, StateError))
+
+
+def _prove(save: SaveFile, image: Image) -> tuple[Image, list[str]]:
+    """Return the kernel's image under the layout that its own memory map tells."""
+    try:
+        ranges = e820.ram_ranges(image.virtual, image.symbols)
+    except UnsupportedGuestError as error:
+        # Without the map only a memory that has no hole in any machine is taken as it is.
+        save.proven(save.memory)
+        return image, [f"memory map: {error.message}"]
+    hole = e820.hole_start(ranges, save.ram_bytes)
+    if hole is None:
+        raise UnsupportedStateError(
+            "length of pc.ram", 0, save.ram_bytes, "the guest's memory map does not fit it"
+        )
+    if hole == image.memory.hole:
+        save.proven(image.memory)
+        return image, []
+    proven = Image(save.layout(hole), image.note)
+    if e820.hole_start(e820.ram_ranges(proven.virtual, proven.symbols), save.ram_bytes) != hole:
+        raise CorruptGuestError("the guest has two memory maps")
+    save.proven(proven.memory)
+    return proven, []
+
+
+def introspect(save: SaveFile, database_roots: tuple[bytes, ...]) -> GuestView:
+    """Read what the sleeping kernel knows.
+
+    Args:
+        save: The open save file.
+        database_roots: Directories of the package manager's database; what is cached below
+            them, and the locks on it, is part of the view.
+
+    Raises:
+        UnsupportedGuestError: The kernel cannot be read at all.
+        CorruptGuestError: The guest's memory contradicts itself.
+        PageAbsentError: A page that is needed was never saved.
+    """
+    guest = open_guest(save)
+    kernel = guest.kernel
+    processes = tasks.leaders(kernel)
+    init = processes.get(1)
+    if init is None:
+        raise CorruptGuestError("the guest has no process 1")
+    namespace = mounts.read_namespace(kernel, init)
+    journal = Ext4(kernel)
+    database: list[CachedFile] = []
+    locks: list[FileLock] = []
+
+    def look_below(root: bytes) -> None:
+        top = dentries.lookup(kernel, namespace, root)
+        if top is not None:
+            for path, dentry in dentries.below(kernel, top, root):
+                database.append(dentries.describe(path, dentry, journal))
+                locks.extend(read_locks(kernel, path, dentry))
+
+    for root in database_roots:
+        guest.ask("package database", functools.partial(look_below, root), None)
+    clocks = guest.ask("clock", lambda: read_clocks(kernel), _NO_CLOCK)
+    return GuestView(
+        uts=read_uts(kernel),
+        boot_id=guest.ask("boot id", lambda: system.boot_id(kernel), ""),
+        suspended_at_s=clocks.realtime_s,
+        uptime_s=clocks.boottime_ns // 1_000_000_000,
+        cpus=guest.ask("processors", lambda: system.online_cpus(kernel), 0),
+        memory_bytes=save.ram_bytes,
+        tasks=tasks.read_tasks(kernel, processes),
+        mounts=mounts.read_mounts(namespace),
+        locks=tuple(locks),
+        database=tuple(sorted(database, key=lambda file: file.path)),
+        degraded=tuple(guest.degraded),
+    )

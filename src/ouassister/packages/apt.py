@@ -1,0 +1,220 @@
+"""The guest's own apt and dpkg, run in the shadow.
+
+Refresh and download see the network; planning and the update itself do not. Package lists and
+archives live in a cache folder of the VM on the host, so nothing of them enters the union layer
+and an interrupted download goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ouassister.errors import (
+    PackageNotFoundError,
+    RepositoryError,
+    UnsupportedGuestError,
+    UpdaterError,
+    UsageError,
+    WorkDiskFullError,
+)
+from ouassister.packages import apt_output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ouassister.model import Archive, LeftOut, PackageChange, Request
+    from ouassister.shadow.session import Shadow
+
+DATABASE: Final = b"/var/lib/dpkg"
+# In the order in which apt takes them (apt pkgcache lock, then dpkg's frontend protocol).
+LOCKS: Final = (
+    b"/var/lib/dpkg/lock-frontend",
+    b"/var/lib/dpkg/lock",
+    b"/var/cache/apt/archives/lock",
+)
+UPDATERS: Final = frozenset(
+    (b"/usr/bin/dpkg", b"/usr/bin/apt", b"/usr/bin/apt-get", b"/usr/bin/aptitude")
+)
+
+_ENVIRONMENT: Final = {"DEBIAN_FRONTEND": "noninteractive", "DEBCONF_NONINTERACTIVE_SEEN": "true"}
+_OPTIONS: Final = (
+    "APT::Get::Assume-Yes=true",
+    "APT::Color=0",
+    "Dpkg::Use-Pty=0",
+    # Recorders stand before the guest's own programs (ouassister.shadow.recorder).
+    "DPkg::Path=/run/ouassister/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "DPkg::Lock::Timeout=0",
+    "Acquire::Retries=2",
+    "Acquire::ForceHash=SHA256",
+    # The administrator's configuration files stay.
+    "Dpkg::Options::=--force-confdef",
+    "Dpkg::Options::=--force-confold",
+)
+_PINS: Final = "preferences"
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """Outcome of refreshing the package lists: what could not be fetched."""
+
+    unreachable: tuple[str, ...]
+
+
+class Apt:
+    """apt-get in one shadow.
+
+    Args:
+        shadow: Where it runs.
+        tell: Takes one line of progress.
+        timeout_s: Limit of each call, in seconds.
+    """
+
+    def __init__(self, shadow: Shadow, tell: Callable[[str], None], timeout_s: float) -> None:
+        self._shadow = shadow
+        self._tell = tell
+        self._timeout_s = timeout_s
+        self._calls = 0
+        self._pins: tuple[PackageChange, ...] = ()
+
+    def refresh(self) -> Refresh:
+        """Fetch the package lists.
+
+        Raises:
+            RepositoryError: No repository could be read.
+        """
+        status, output = self._apt("update", network=True)
+        if "No space left on device" in output:
+            raise WorkDiskFullError(f"no room for package lists: {apt_output.error_lines(output)}")
+        unreachable = apt_output.unreachable_indexes(output)
+        if status != 0:
+            raise RepositoryError(f"apt-get update: {apt_output.error_lines(output)}")
+        return Refresh(unreachable)
+
+    def plan(
+        self, request: Request
+    ) -> tuple[tuple[PackageChange, ...], tuple[Archive, ...], tuple[LeftOut, ...]]:
+        """Simulate; nothing is changed or fetched.
+
+        Raises:
+            PackageNotFoundError: A package that was asked for has no candidate.
+            UpdaterError: apt-get finds no solution.
+        """
+        words = _words(request)
+        status, output = self._apt("-s", *words)
+        if status != 0:
+            missing = apt_output.missing_packages(output)
+            if missing:
+                raise PackageNotFoundError(
+                    f"the guest's repositories have no package {', '.join(missing)}"
+                )
+            raise UpdaterError(f"apt-get finds no solution: {apt_output.error_lines(output)}")
+        changes = apt_output.parse_changes(output)
+        kept = apt_output.parse_kept_back(output)
+        if not changes:
+            return (), (), kept
+        status, output = self._apt("--print-uris", *words)
+        if status != 0:
+            raise UpdaterError(f"apt-get --print-uris: {apt_output.error_lines(output)}")
+        return changes, apt_output.parse_archives(output), kept
+
+    def download(self, request: Request, archives: tuple[Archive, ...]) -> tuple[Archive, ...]:
+        """Fetch the archives.
+
+        Returns:
+            Those that could not be fetched, or whose digest is not the index's.
+
+        Raises:
+            WorkDiskFullError: There is no room for them.
+        """
+        _status, output = self._apt("--download-only", *_words(request), network=True)
+        folder = self._shadow.spec.cache / "apt" / "archives"
+        if "No space left on device" in output:
+            raise WorkDiskFullError(f"no room for archives: {apt_output.error_lines(output)}")
+        return tuple(archive for archive in archives if not _is_whole(archive, folder))
+
+    def pin_away(self, changes: tuple[PackageChange, ...]) -> None:
+        """From now on, plan as if these versions did not exist; see apt_preferences(5)."""
+        self._pins += changes
+        text = self._read_guest("/etc/apt/preferences")
+        for change in self._pins:
+            package = f"{change.name}:{change.architecture}"
+            text += f"\nPackage: {package}\nPin: version {change.new}\nPin-Priority: -1\n"
+        self._shadow.provide(_PINS, text.encode("utf-8", "surrogateescape"))
+
+    def emulate(self, request: Request) -> str:
+        """Install, offline; returns apt's output.
+
+        Raises:
+            UpdaterError: apt or dpkg failed, or left a package half-way.
+            WorkDiskFullError: The union layer found no room.
+        """
+        status, output = self._apt("--no-download", *_words(request))
+        if status != 0:
+            if "No space left on device" in output:
+                raise WorkDiskFullError(f"the union layer: {apt_output.error_lines(output)}")
+            raise UpdaterError(f"apt-get: {apt_output.error_lines(output)}")
+        audit_status, audit = self._run(["dpkg", "--audit"])
+        if audit_status != 0 or audit.strip():
+            raise UpdaterError(f"dpkg --audit after the run: {apt_output.error_lines(audit)}")
+        return output
+
+    def _apt(self, *words: str, network: bool = False) -> tuple[int, str]:
+        argv = ["apt-get", "-q"]
+        for option in _OPTIONS:
+            argv += ["-o", option]
+        if self._pins:
+            argv += ["-o", f"Dir::Etc::Preferences=/run/ouassister/bin/{_PINS}"]
+        return self._run([*argv, *words], network=network)
+
+    def _run(self, argv: list[str], *, network: bool = False) -> tuple[int, str]:
+        self._calls += 1
+        name = f"{self._calls:02d}-{Path(argv[0]).name}.log"
+        status = self._shadow.run(
+            argv,
+            network=network,
+            output=name,
+            timeout_s=self._timeout_s,
+            environment=_ENVIRONMENT,
+            on_output=self._progress,
+        )
+        path = self._shadow.output_path(name)
+        if status == 127:
+            raise UnsupportedGuestError(f"the guest has no {argv[0]}")
+        return status, path.read_text(errors="backslashreplace")
+
+    def _progress(self, lines: list[str]) -> None:
+        for line in apt_output.progress(lines):
+            self._tell(line)
+
+    def _read_guest(self, path: str) -> str:
+        status, output = self._run(["cat", path])
+        return output if status == 0 else ""
+
+
+def check_request(request: Request) -> None:
+    """Refuse words that are no package names before anything starts.
+
+    Raises:
+        UsageError: Names the word.
+    """
+    for word in request.install:
+        if apt_output.PACKAGE.fullmatch(word) is None:
+            raise UsageError(f"{word!r} is not a package name")
+
+
+def _words(request: Request) -> tuple[str, ...]:
+    if request.install:
+        return ("install", *request.install)
+    return ("upgrade", "--with-new-pkgs")
+
+
+def _is_whole(archive: Archive, folder: Path) -> bool:
+    algorithm, _, expected = archive.digest.partition(":")
+    try:
+        with (folder / archive.file_name).open("rb") as file:
+            return hashlib.file_digest(file, algorithm.lower()).hexdigest() == expected
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,400 @@
+"""The spine: each step takes a frozen record and returns the next.
+
+    open_sleeping  →  Sleeping          reads only
+    open_guest     →  Guest             a shadow over a private copy of the disk
+    apt            →  Plan, output      the guest's own tools, on the host
+    extract        →  Changeset         frozen, hashed
+    reflect        →  ResumeReport      the only step that a guest can feel
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ouassister import codec
+from ouassister.changeset import archive
+from ouassister.changeset.extract import collect
+from ouassister.disk.storage import EXPORT_NODE, create_overlay
+from ouassister.errors import (
+    DirtyDatabaseError,
+    NothingPendingError,
+    OUassisterError,
+    StaleError,
+    WorkDiskFullError,
+)
+from ouassister.interrupts import watched
+from ouassister.model import Changeset, Identity, Kind, Plan, Request, UpdateReport
+from ouassister.packages import apt, update
+from ouassister.reflect.reflection import reflect
+from ouassister.shadow import sandbox
+from ouassister.shadow.events import read_actions
+from ouassister.shadow.session import RECORDED, ShadowSpec, open_shadow
+from ouassister.sleeping import (
+    UNFLUSHED_NOTE,
+    Sleeping,
+    chain,
+    open_sleeping,
+    refuse_running,
+    refuse_unsafe,
+    root_device,
+)
+from ouassister.state.fence import check_fence
+from ouassister.state.running import writer_of
+from ouassister.store.database import ChangesetState, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ouassister.model import ResumeReport
+    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.shadow.session import Shadow
+    from ouassister.timeline import Timeline
+
+_AGREEMENT: Final = "ouassister.disk.agreement"
+_EXTRACT: Final = "ouassister.changeset.extract"
+_ONLINE_PHASES: Final = ("refresh lists", "download")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a run behaves; none of it changes what is updated."""
+
+    timeout_s: float = 3600.0  # of each call of the guest's updater
+    keep: bool = False  # the work folder stays
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A sleeping VM with its shadow open."""
+
+    sleeping: Sleeping
+    shadow: Shadow
+    folder: Path
+
+
+@contextlib.contextmanager
+def open_guest(
+    config: VmConfig, store: Store, timeline: Timeline, options: Options
+) -> Iterator[Guest]:
+    """Open the saved VM and start a shadow over it; at the end nothing of it is left."""
+    with contextlib.ExitStack() as stack:
+        with timeline.phase("read memory"):
+            sleeping = stack.enter_context(open_sleeping(config))
+        root = root_device(sleeping)
+        stack.enter_context(
+            watched(config.name, lambda: any(writer_of(disk.path) for disk in config.disks))
+        )
+        folder = stack.enter_context(_work_folder(store, config.name, keep=options.keep))
+        spec = ShadowSpec(
+            work=folder,
+            cache=store.vm_folder(config.name) / "cache",
+            storage_daemon=create_overlay(root, folder),
+            export_node=EXPORT_NODE,
+            uts=sleeping.view.uts,
+            avoid=(config.folder, *chain(config)),
+            preload=(_AGREEMENT, _EXTRACT),
+        )
+        with timeline.phase("start shadow"):
+            shadow = stack.enter_context(open_shadow(spec))
+        yield Guest(sleeping, shadow, folder)
+
+
+def plan(
+    config: VmConfig, request: Request, store: Store, timeline: Timeline, options: Options
+) -> Plan:
+    """Say what an update would do; lists are fetched, nothing is changed.
+
+    Raises:
+        OUassisterError: See `open_sleeping`, `refuse_unsafe` and `Apt`.
+    """
+    apt.check_request(request)
+    with _named(config, store), open_guest(config, store, timeline, options) as guest:
+        _refuse_dirty(guest)
+        made = _plan(guest, request, timeline, options)[1]
+        store.add_plan(made)
+        return made
+
+
+def update_sleeping(
+    config: VmConfig,
+    wish: Request | str,
+    store: Store,
+    timeline: Timeline,
+    options: Options,
+) -> UpdateReport:
+    """Update the VM while it sleeps; the result is a stored change set.
+
+    Args:
+        config: The VM.
+        wish: A request, or the id of a plan that `plan` made.
+        store: Where the change set goes.
+        timeline: Takes the story.
+        options: See `Options`.
+
+    Raises:
+        OUassisterError: Nothing of the VM was written, whichever error it is.
+    """
+    if isinstance(wish, Request):
+        apt.check_request(wish)
+    with _named(config, store):
+        stored = None if isinstance(wish, Request) else store.plan(config.name, wish)
+        if stored is not None:
+            check_fence(stored.fence)
+        try:
+            with open_guest(config, store, timeline, options) as guest:
+                _refuse_dirty(guest)
+                report = _update(guest, stored or wish, store, timeline, options)
+        except OSError as error:
+            if error.errno == 28:  # noqa: PLR2004 - ENOSPC
+                raise WorkDiskFullError(f"the work folder: {error}") from error
+            raise
+        offline_s = timeline.elapsed_s - report.download_s
+        return replace(report, phases=timeline.phases, offline_s=round(offline_s, 4))
+
+
+def _update(
+    guest: Guest, wish: object, store: Store, timeline: Timeline, options: Options
+) -> UpdateReport:
+    vm = guest.sleeping.config.name
+    stored = wish if isinstance(wish, Plan) else None
+    request = stored.request if stored is not None else wish
+    assert isinstance(request, Request)  # noqa: S101 - the only other type of a wish
+    tool, made, notes = _plan_or_check(guest, request, stored, timeline, options)
+    store.add_plan(made)
+    if not made.changes:
+        return _report(made, None, timeline, notes)
+    with timeline.phase("download"):
+        prepared = update.download(tool, made)
+    store.add_plan(prepared.plan)
+    with timeline.phase("emulate"):
+        tool.emulate(prepared.request)
+    with timeline.phase("extract"):
+        argument = {
+            "upper": sandbox.UPPER,
+            "lower": sandbox.LOWER,
+            "image": sandbox.EXPORT,
+            "layer": f"{sandbox.WORK}/output/layer.tar",
+            "record": f"{sandbox.WORK}/output/record.json",
+        }
+        summary = guest.shadow.call(_EXTRACT, "run", argument)
+        extraction = collect(summary, guest.shadow.output_path("record.json"))
+    check_fence(guest.sleeping.fence)
+    actions, recorded_notes = read_actions(guest.shadow.events_path(), frozenset(RECORDED))
+    with timeline.phase("store change set"):
+        changeset = archive.build(
+            extraction,
+            vm=vm,
+            created_at_s=int(time.time()),
+            fence=guest.sleeping.fence,
+            identity=_identity(guest),
+            changes=prepared.plan.changes,
+            left_out=prepared.plan.left_out,
+            actions=actions,
+            lock_paths=apt.LOCKS,
+            reboot_needed=any(
+                entry.path.startswith(b"/boot/vmlinuz-") and entry.kind is Kind.FILE
+                for entry in extraction.entries
+            ),
+            notes=(*notes, *recorded_notes),
+        )
+        layer = guest.shadow.output_path("layer.tar")
+        archive.save(changeset, layer, store.changesets(vm))
+        store.add_changeset(vm, changeset.changeset_id)
+    return _report(prepared.plan, changeset, timeline, changeset.notes)
+
+
+def _plan_or_check(
+    guest: Guest, request: Request, stored: Plan | None, timeline: Timeline, options: Options
+) -> tuple[apt.Apt, Plan, tuple[str, ...]]:
+    """Plan afresh, or make sure that a stored plan still holds."""
+    if stored is None:
+        return _plan(guest, request, timeline, options)
+    tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
+    with timeline.phase("plan"):
+        update.check_same(stored, tool.plan(request)[0])
+    return tool, stored, (UNFLUSHED_NOTE,)
+
+
+def _plan(
+    guest: Guest, request: Request, timeline: Timeline, options: Options
+) -> tuple[apt.Apt, Plan, tuple[str, ...]]:
+    tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
+    with timeline.phase("refresh lists"):
+        refreshed = tool.refresh()
+    with timeline.phase("plan"):
+        made = update.make_plan(
+            guest.sleeping.config.name,
+            guest.sleeping.fence,
+            request,
+            tool.plan(request),
+            tuple(
+                update.LeftOut(where, "this repository could not be read; its packages are as of"
+                               " the last time it could")
+                for where in refreshed.unreachable
+            ),
+        )
+    return tool, made, (UNFLUSHED_NOTE,)
+
+
+def _refuse_dirty(guest: Guest) -> None:
+    """Hold memory against itself, then against the disk."""
+    refuse_unsafe(guest.sleeping)
+    found: list[str] = guest.shadow.call(
+        _AGREEMENT,
+        "disagreements",
+        {
+            "root": sandbox.LOWER,
+            "image": sandbox.EXPORT,
+            "files": [codec.to_value(file) for file in guest.sleeping.view.database],
+        },
+    )
+    if found:
+        raise DirtyDatabaseError(
+            f"the package database on disk is older than in memory: {found[0]}"
+            + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+        )
+
+
+def _identity(guest: Guest) -> Identity:
+    """The machine id is read in the shadow: what the guest's /etc says, symlinks and all."""
+    status = guest.shadow.run(
+        ["cat", "/etc/machine-id"], output="machine-id", package_cache=False, timeout_s=30
+    )
+    text = guest.shadow.output_path("machine-id").read_text(errors="replace").strip()
+    known = status == 0 and len(text) == 32 and text.isalnum()  # noqa: PLR2004 - machine-id(5)
+    return Identity(guest.sleeping.view.boot_id, text if known else "")
+
+
+def run_program(
+    config: VmConfig, argv: Sequence[str], store: Store, timeline: Timeline, options: Options
+) -> int:
+    """Run any program in the sleeping guest's view; what it writes is thrown away.
+
+    Returns:
+        The program's exit status.
+    """
+    with _named(config, store), open_guest(config, store, timeline, options) as guest:
+        return guest.shadow.run(argv, package_cache=False, timeout_s=options.timeout_s)
+
+
+def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
+    """Resume the VM with its links down, apply the pending change set, open the gate.
+
+    Raises:
+        NothingPendingError: There is no change set.
+        StaleError: It was made for another suspension, or is not what was made.
+        ApplyError: The guest is as it was suspended, and runs; the gate is closed.
+        GateClosedError: It may be partly applied; the gate is closed.
+    """
+    with _named(config, store):
+        row = store.pending(config.name)
+        if row is None:
+            raise NothingPendingError(f"{config.name} has no change set to apply")
+        changeset, layer = archive.load(store.changesets(config.name), row.changeset_id)
+        archive.verify_layer(changeset, layer)
+        again = row.state is ChangesetState.APPLYING
+        if not again:
+            refuse_running(config)
+            check_fence(changeset.fence)
+        with tempfile.TemporaryDirectory(prefix="medium-", dir=store.vm_folder(config.name)) as tmp:
+            try:
+                return reflect(
+                    config,
+                    changeset,
+                    layer,
+                    Path(tmp),
+                    timeline,
+                    on_state=lambda state: store.set_state(changeset.changeset_id, state),
+                    again=again,
+                )
+            except OUassisterError as error:
+                store.log(config.name, "resume", "failed", f"{error.code}: {error.message}")
+                raise
+
+
+def discard(config: VmConfig, store: Store) -> tuple[str, ...]:
+    """Drop the VM's ready change sets and its caches; returns what was dropped.
+
+    Raises:
+        StaleError: A change set is half applied; it must be resumed first.
+    """
+    with _named(config, store):
+        rows = store.changeset_rows(config.name)
+        if any(row.state is ChangesetState.APPLYING for row in rows):
+            raise StaleError(
+                f"{config.name} was resumed for a change set that is not finished",
+                hint="'ouassister resume' takes up where it stopped",
+            )
+        dropped = []
+        for row in rows:
+            folder = store.changesets(config.name) / row.changeset_id
+            if folder.exists():
+                shutil.rmtree(folder)
+                dropped.append(row.changeset_id)
+            if row.state is ChangesetState.READY:
+                store.set_state(row.changeset_id, ChangesetState.DISCARDED)
+        return tuple(dropped)
+
+
+@contextlib.contextmanager
+def _named(config: VmConfig, store: Store) -> Iterator[None]:
+    """Lock the VM and know it by its name."""
+    store.remember(config.name, str(config.source))
+    with store.lock(config.name):
+        yield
+
+
+@contextlib.contextmanager
+def _work_folder(store: Store, vm: str, *, keep: bool) -> Iterator[Path]:
+    """A private folder of one run; leftovers of killed runs go first (we hold the VM's lock)."""
+    runs = store.vm_folder(vm) / "runs"
+    if runs.exists():
+        shutil.rmtree(runs)
+    runs.mkdir(mode=0o700)
+    folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%dT%H%M%S-"), dir=runs))
+    try:
+        yield folder
+    finally:
+        _keep_log(folder, store.vm_folder(vm) / "last-run.log")
+        if not keep:
+            shutil.rmtree(runs)
+
+
+def _keep_log(folder: Path, target: Path) -> None:
+    """Join what the guest's programs printed; what is not readable is not kept."""
+    logs = sorted((folder / "shadow" / "output").glob("*.log"))
+    with contextlib.suppress(OSError):
+        target.write_bytes(b"".join(log.read_bytes() for log in logs))
+
+
+def _report(
+    made: Plan, changeset: Changeset | None, timeline: Timeline, notes: tuple[str, ...]
+) -> UpdateReport:
+    download_s = timeline.seconds(*_ONLINE_PHASES)
+    entries = changeset.entries if changeset is not None else ()
+    deletions = sum(entry.kind is Kind.DELETE for entry in entries)
+    return UpdateReport(
+        vm=made.vm,
+        plan_id=made.plan_id,
+        changeset_id=changeset.changeset_id if changeset is not None else "",
+        changes=made.changes,
+        left_out=made.left_out,
+        files=len(entries) - deletions,
+        deletions=deletions,
+        layer_bytes=changeset.layer_size if changeset is not None else 0,
+        actions=changeset.actions if changeset is not None else (),
+        filtered=changeset.filtered if changeset is not None else (),
+        reboot_needed=changeset.reboot_needed if changeset is not None else False,
+        notes=notes,
+        phases=timeline.phases,
+        offline_s=0.0,
+        download_s=round(download_s, 4),
+    )
+
+

@@ -1,0 +1,253 @@
+"""``vm.toml``: a plain QEMU virtual machine, described in one file.
+
+The fields are documented in docs/reference/vm-toml.md. Everything is checked when it is loaded,
+except that the save file exists: that is a state of the VM, and who opens it says so.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ouassister.errors import UsageError
+from ouassister.provider.cmdline import (
+    Options,
+    devices,
+    disk_files,
+    node_names,
+    reserved_option,
+    words,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_REFERENCE = "docs/reference/vm-toml.md lists the fields"
+_FORMATS = ("qcow2", "raw")
+_SUN_PATH = 107  # unix(7): sun_path holds 108 bytes with its terminator
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """One disk of the VM: a block node of the command and the file below it."""
+
+    node: str
+    path: Path
+    format: str
+    serial: str = ""
+    guest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Net:
+    """A network device whose link is part of the gate."""
+
+    device: str
+    netdev: str  # its back end, found in the command; "" when it has none
+
+
+@dataclass(frozen=True, slots=True)
+class VmConfig:
+    """One ``vm.toml``; paths are absolute.
+
+    Attributes:
+        folder: The folder of the file: QEMU's working directory.
+        qmp: Socket that the provider adds to the command as QMP server.
+        agent: Host side of the guest agent's channel; None without one.
+        medium_bus: Bus that takes the hot-plugged disk; "" lets QEMU choose.
+    """
+
+    source: Path
+    folder: Path
+    name: str
+    save: Path
+    command: tuple[str, ...]
+    qmp: Path
+    agent: Path | None
+    disks: tuple[Disk, ...]
+    nets: tuple[Net, ...]
+    medium_bus: str = ""
+
+    def short(self, path: Path) -> str:
+        """Spell a path as QEMU gets it: relative where it lies in the folder."""
+        return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
+
+
+class _Table:
+    """One table of the file, read key by key; what is left over is an error."""
+
+    def __init__(self, source: Path, name: str, value: object) -> None:
+        self.source = source
+        self.name = name
+        if not isinstance(value, dict):
+            raise self.error("", "is not a table")
+        self.values = dict(cast("dict[str, Any]", value))
+
+    def error(self, key: str, problem: str) -> UsageError:
+        where = ".".join(filter(None, (self.name, key)))
+        return UsageError(f"{self.source}: {where} {problem}", hint=_REFERENCE)
+
+    def text(self, key: str, *, default: str | None = None) -> str:
+        value = self.values.pop(key, default)
+        if value is None:
+            raise self.error(key, "is missing")
+        if not isinstance(value, str):
+            raise self.error(key, f"is {value!r} where a string belongs")
+        if "\0" in value or (not value and default is None):
+            raise self.error(key, f"is {value!r}: empty, or with a null byte")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.values.pop(key, None)
+        if not isinstance(value, list) or not value:
+            raise self.error(key, "must be a list of strings, one per argument")
+        for item in value:
+            if not isinstance(item, str) or "\0" in item:
+                raise self.error(key, f"holds {item!r} where a string belongs")
+        return tuple(value)
+
+    def tables(self, key: str) -> list[_Table]:
+        value = self.values.pop(key, [])
+        if not isinstance(value, list):
+            raise self.error(key, f"is no array of tables: write [[{key}]]")
+        return [_Table(self.source, f"{key}[{i}]", item) for i, item in enumerate(value)]
+
+    def end(self) -> None:
+        if self.values:
+            keys = ", ".join(sorted(self.values))
+            raise self.error(keys, "is not a known key")
+
+
+def load(path: Path) -> VmConfig:
+    """Read and check a ``vm.toml``.
+
+    Raises:
+        UsageError: The file cannot be read, or a key is off; the message names it.
+    """
+    source = path.absolute()
+    try:
+        data = tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {source}: {error.strerror}", hint=_REFERENCE) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source} is not TOML: {error}", hint=_REFERENCE) from error
+    root = _Table(source, "", data)
+    folder = source.parent
+
+    vm = _Table(source, "vm", root.values.pop("vm", None))
+    name = vm.text("name")
+    if not name.isprintable() or "/" in name:
+        raise vm.error("name", f"is {name!r}: printable characters without '/' only")
+    save = folder / vm.text("save")
+    vm.end()
+
+    qemu = _Table(source, "qemu", root.values.pop("qemu", None))
+    command = qemu.texts("command")
+    if (option := reserved_option(command)) is not None:
+        raise qemu.error("command", f"contains {option}, which ouassister adds itself")
+    qmp = _socket(qemu, "qmp", folder)
+    agent = _socket(qemu, "agent", folder) if "agent" in qemu.values else None
+    qemu.end()
+
+    options = words(command)
+    if agent is not None and not _has_socket(options, agent, folder):
+        raise qemu.error("agent", f"is {agent}, which no socket -chardev of the command serves")
+    disks = tuple(_disk(table, folder, options) for table in root.tables("disk"))
+    if not disks:
+        raise root.error("disk", "is missing: a VM has at least one [[disk]]")
+    nets = tuple(_net(table, options) for table in root.tables("net"))
+    bus = ""
+    if "medium" in root.values:
+        medium = _Table(source, "medium", root.values.pop("medium"))
+        bus = medium.text("bus", default="")
+        medium.end()
+    root.end()
+    _unique(root, "disk", "node", (disk.node for disk in disks))
+    _unique(root, "disk", "path", (str(disk.path) for disk in disks))
+    _unique(root, "net", "device", (net.device for net in nets))
+    return VmConfig(source, folder, name, save, command, qmp, agent, disks, nets, bus)
+
+
+def dump(config: VmConfig) -> str:
+    """Write a configuration as TOML; paths in its folder become relative."""
+    # A JSON string is a TOML basic string, except that TOML wants DEL escaped too.
+    quote: Callable[[object], str] = lambda value: json.dumps(value).replace("\x7f", "\\u007f")  # noqa: E731
+    lines = ["[vm]", f"name = {quote(config.name)}", f"save = {quote(config.short(config.save))}"]
+    lines += ["", "[qemu]", "command = ["]
+    lines += [f"    {quote(word)}," for word in config.command]
+    lines += ["]", f"qmp = {quote(config.short(config.qmp))}"]
+    if config.agent is not None:
+        lines.append(f"agent = {quote(config.short(config.agent))}")
+    for disk in config.disks:
+        lines += ["", "[[disk]]", f"node = {quote(disk.node)}"]
+        lines += [f"path = {quote(config.short(disk.path))}", f"format = {quote(disk.format)}"]
+        lines += [f"serial = {quote(disk.serial)}"] if disk.serial else []
+        lines += [f"guest = {quote(disk.guest)}"] if disk.guest else []
+    for net in config.nets:
+        lines += ["", "[[net]]", f"device = {quote(net.device)}"]
+    if config.medium_bus:
+        lines += ["", "[medium]", f"bus = {quote(config.medium_bus)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _socket(table: _Table, key: str, folder: Path) -> Path:
+    """A socket path that QEMU can bind: short, or below its working directory."""
+    path = folder / table.text(key)
+    spelled = str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+    if len(spelled.encode()) > _SUN_PATH:
+        raise table.error(key, f"is longer than the {_SUN_PATH} bytes of a socket address")
+    if not path.parent.is_dir():
+        raise table.error(key, f"lies in {path.parent}, which is no folder")
+    return path
+
+
+def _has_socket(options: Iterable[tuple[str, Options]], agent: Path, folder: Path) -> bool:
+    return any(
+        name == "chardev"
+        and values.get("backend") == "socket"
+        and "path" in values
+        and folder / values["path"] == agent
+        for name, values in options
+    )
+
+
+def _disk(table: _Table, folder: Path, options: list[tuple[str, Options]]) -> Disk:
+    node = table.text("node")
+    path = folder / table.text("path")
+    kind = table.text("format")
+    serial = table.text("serial", default="")
+    guest = table.text("guest", default="")
+    table.end()
+    if kind not in _FORMATS:
+        raise table.error("format", f"is {kind!r}; known are {' and '.join(_FORMATS)}")
+    if node not in node_names(options):
+        raise table.error("node", f"is {node!r}, which no -blockdev of the command defines")
+    if not path.exists():
+        raise table.error("path", f"is {path}, which does not exist")
+    if not any(_same(path, folder / name) for name in disk_files(options, node)):
+        raise table.error("path", f"is {path}, but node {node!r} of the command opens another file")
+    return Disk(node, path, kind, serial, guest)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one == other or (other.exists() and one.samefile(other))
+
+
+def _net(table: _Table, options: list[tuple[str, Options]]) -> Net:
+    device = table.text("device")
+    table.end()
+    for values in devices(options):
+        if values.get("id") == device:
+            return Net(device, values.get("netdev", ""))
+    raise table.error("device", f"is {device!r}, which no -device of the command has as its id")
+
+
+def _unique(table: _Table, name: str, key: str, values: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            raise table.error(name, f"has {key} {value!r} twice")
+        seen.add(value)

@@ -1,0 +1,81 @@
+"""The shell lines that start the applier in the guest, and those that carry out recorded actions.
+
+They run in whatever shell the guest has as /bin/sh, with nothing but dd, mkdir, chmod and sleep.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ouassister.changeset.medium import MediumInfo
+    from ouassister.model import Action
+
+# $1 serial of the medium's disk, $2 blocks of the applier, the rest its arguments. /run is mounted
+# noexec, so the applier is put beside its journal. A disk is found by the serial that its driver
+# shows in sysfs: udev's links come later.
+APPLY: Final = r"""
+serial=$1 blocks=$2; shift 2
+tries=0
+while :; do
+    for file in /sys/block/*/serial; do
+        found=
+        read -r found <"$file" || :
+        [ "$found" = "$serial" ] || continue
+        device=${file%/serial}; device=/dev/${device##*/}
+        [ -b "$device" ] && break 2
+    done
+    tries=$((tries + 1))
+    [ $tries -lt 1500 ] || { echo "the change set's disk did not appear" >&2; exit 69; }
+    sleep 0.02
+done
+umask 077
+[ -d /var/lib/ouassister ] || mkdir -p /var/lib/ouassister || exit 73
+applier=/var/lib/ouassister/applier
+dd if="$device" of="$applier" bs=4096 skip=1 count="$blocks" 2>/dev/null || exit 74
+chmod 700 "$applier" || exit 74
+exec "$applier" apply "$device" "$@"
+"""
+
+
+def apply_command(serial: str, medium: MediumInfo, now_ns: int) -> list[str]:
+    """Arguments for the guest agent: wait for the disk, take the applier from it, run it."""
+    seconds, nanoseconds = divmod(now_ns, 1_000_000_000)
+    return [
+        "/bin/sh",
+        "-c",
+        APPLY,
+        "ouassister",
+        serial,
+        str(medium.applier_blocks),
+        "--medium-sha256",
+        medium.header_sha256,
+        "--set-time",
+        f"{seconds}.{nanoseconds:09d}",
+    ]
+
+
+def actions_command(actions: Sequence[Action]) -> list[str]:
+    """Arguments for the guest agent: do each action, print its index and exit status."""
+    lines = [
+        f"{shlex.join(action.argv)} >/dev/null 2>&1 </dev/null; echo {index} $?"
+        for index, action in enumerate(actions)
+    ]
+    return ["/bin/sh", "-c", "\n".join(lines)]
+
+
+def failed_actions(actions: Sequence[Action], output: bytes) -> tuple[str, ...]:
+    """Which actions did not end with status 0; one without a status counts as failed."""
+    statuses: dict[int, str] = {}
+    for line in output.decode("ascii", "replace").splitlines():
+        index, _, status = line.partition(" ")
+        if index.isdecimal() and status.isdecimal():
+            statuses[int(index)] = status
+    return tuple(
+        f"{' '.join(action.argv)}: status {statuses.get(index, 'unknown')}"
+        for index, action in enumerate(actions)
+        if statuses.get(index) != "0"
+    )

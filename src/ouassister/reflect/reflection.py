@@ -1,0 +1,197 @@
+"""Resume behind a closed gate, apply from inside, open the gate.
+
+The links are down before the guest's first instruction and go up after the applier has said that
+all is in place. Whatever fails in between leaves them down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ouassister.changeset.medium import write_medium
+from ouassister.errors import (
+    ApplyError,
+    DeadlineError,
+    GateClosedError,
+    HostNotReadyError,
+    OUassisterError,
+)
+from ouassister.model import Phase, ResumeReport
+from ouassister.provider import qemu
+from ouassister.reflect import applier_protocol, bootstrap
+from ouassister.store.database import ChangesetState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ouassister.changeset.medium import MediumInfo
+    from ouassister.model import Changeset
+    from ouassister.provider.qemu import RunningVM
+    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.reflect.applier_protocol import ApplierResult
+    from ouassister.timeline import Timeline
+
+APPLIER: Final = Path(__file__).parent / "bin" / "applier-x86_64"
+APPLY_S: Final = 900.0
+_ACTIONS_S: Final = 600.0
+_GATE_HINT: Final = (
+    "the VM runs with its links down; look at its console, then 'ouassister resume' tries again"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """The change set as a disk image, and what starts the applier from it."""
+
+    path: Path
+    info: MediumInfo
+    serial: str
+
+
+def reflect(
+    config: VmConfig,
+    changeset: Changeset,
+    layer: Path,
+    folder: Path,
+    timeline: Timeline,
+    *,
+    on_state: Callable[[ChangesetState], None],
+    again: bool,
+) -> ResumeReport:
+    """Resume the VM and make the change set true in it.
+
+    Args:
+        config: The VM, suspended; with ``again`` it may run already, behind its gate.
+        changeset: Verified against its id and its layer.
+        layer: Its layer.
+        folder: A private folder for the medium.
+        timeline: Takes the story.
+        on_state: Records how far the change set got, durably.
+        again: An earlier resume stopped half-way.
+
+    Raises:
+        ApplyError: The guest is as it was suspended; the gate is closed.
+        GateClosedError: Nobody knows how far it got; the gate is closed.
+        StaleError: The guest is not the one the change set was made for; the gate is closed.
+    """
+    with timeline.phase("write medium"):
+        medium = _write_medium(changeset, layer, folder)
+    with timeline.phase("restore, links down"):
+        vm = _bring_back(config, again=again)
+        on_state(ChangesetState.APPLYING)
+    with vm:
+        start = time.monotonic()
+        try:
+            vm.qga()  # connected before the guest runs: its agent wakes at once
+            vm.attach_medium(medium.path, medium.serial)
+            vm.cont()
+            start = time.monotonic()
+            with timeline.phase("apply"):
+                result = _apply(vm, medium)
+            with timeline.phase("actions"):
+                failed = _act(vm, changeset)
+            with timeline.phase("open gate"):
+                vm.set_links(up=True)
+            online_s = time.monotonic() - start
+        except (ApplyError, GateClosedError) as error:
+            if isinstance(error, ApplyError):
+                on_state(ChangesetState.FAILED)
+            raise
+        except OUassisterError as error:
+            if error.exit_status in (21, 22, 23):  # the applier refused: nothing was touched
+                on_state(ChangesetState.FAILED)
+                error.hint = _GATE_HINT
+                raise
+            raise GateClosedError(error.message, hint=_GATE_HINT) from error
+        on_state(ChangesetState.APPLIED)
+        notes = _detach(vm, timeline)
+    return _report(changeset, result, failed, timeline, online_s, notes)
+
+
+def _write_medium(changeset: Changeset, layer: Path, folder: Path) -> Medium:
+    if not APPLIER.exists():
+        raise HostNotReadyError(f"the applier {APPLIER} is not built", hint="run 'make applier'")
+    path = folder / "medium.img"
+    info = write_medium(changeset, layer, APPLIER, path)
+    return Medium(path, info, f"oua-{changeset.changeset_id[:16]}")
+
+
+def _bring_back(config: VmConfig, *, again: bool) -> RunningVM:
+    """Restore the VM, or find it as an earlier resume left it."""
+    if not (again and qemu.is_running(config)):
+        return qemu.restore(config, links_up=False)
+    vm = qemu.attach(config)
+    vm.set_links(up=False)
+    with contextlib.suppress(OUassisterError):  # it may have none, or not be able to let go
+        vm.detach_medium(timeout_s=5)
+    return vm
+
+
+def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
+    command = bootstrap.apply_command(medium.serial, medium.info, time.time_ns())
+    try:
+        done = vm.qga().run(command, timeout_s=APPLY_S)
+    except DeadlineError as error:
+        raise GateClosedError(f"the guest: {error.message}", hint=_GATE_HINT) from error
+    try:
+        result = applier_protocol.parse_output(done.stdout)
+    except applier_protocol.ProtocolError as error:
+        detail = done.stderr.decode("utf-8", "replace").strip()[:500] or str(error)
+        raise applier_protocol.error_for_silence(done.exit_status, detail) from error
+    failure = applier_protocol.error_for(result)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _act(vm: RunningVM, changeset: Changeset) -> tuple[str, ...]:
+    if not changeset.actions:
+        return ()
+    command = bootstrap.actions_command(changeset.actions)
+    done = vm.qga().run(command, timeout_s=_ACTIONS_S)
+    return bootstrap.failed_actions(changeset.actions, done.stdout)
+
+
+def _detach(vm: RunningVM, timeline: Timeline) -> tuple[str, ...]:
+    """Take the medium away; a guest that will not let go of it is told of, no more."""
+    try:
+        with timeline.phase("detach medium"):
+            vm.detach_medium()
+    except OUassisterError as error:
+        return (f"the change set's disk is still attached: {error.message}",)
+    return ()
+
+
+def _report(
+    changeset: Changeset,
+    result: ApplierResult,
+    failed: tuple[str, ...],
+    timeline: Timeline,
+    online_s: float,
+    notes: tuple[str, ...],
+) -> ResumeReport:
+    return ResumeReport(
+        vm=changeset.vm,
+        changeset_id=changeset.changeset_id,
+        result=str(result.outcome),
+        files=result.files,
+        bytes=result.size_bytes,
+        failed_actions=failed,
+        verified=(
+            "every byte of the change set by its SHA-256, in the guest",
+            "every replaced or deleted path was as planned",
+            "every path in place: inode, size and mode",
+        ),
+        reboot_needed=changeset.reboot_needed,
+        notes=(*changeset.notes, *notes),
+        phases=timeline.phases,
+        guest_phases=tuple(
+            Phase(name, round(milliseconds / 1000, 4)) for name, milliseconds in result.phases_ms
+        ),
+        restore_s=round(timeline.seconds("restore, links down"), 4),
+        online_s=round(online_s, 4),
+    )

@@ -1,0 +1,223 @@
+"""The first process of a shadow: private mounts, the disk export, the way into the user namespace.
+
+Started as ``python -I -m ouassister.shadow.keeper FD``; FD is a socket on which the first line is
+the configuration (`Configuration`). From then on it belongs to the supervisor.
+
+    host side ── keeper ── init ─┬─ qemu-storage-daemon     caller's rights, own mounts and pids
+                                 └─ supervisor ─┬─ fuse2fs  subordinate ids from here on
+                                                └─ runner ── the guest's programs
+
+When the host's side dies, the keeper is told by a signal, the init by another; with the init the
+kernel ends every process of the shadow, and with them the mounts go.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+from ouassister import codec
+from ouassister.model import Uts
+from ouassister.shadow import raw, sandbox
+from ouassister.shadow.supervisor import Supervisor
+
+IDS: Final = 65536  # a guest's uids and gids
+_FUSE_DEVICE: Final = os.makedev(10, 229)  # Documentation/admin-guide/devices.txt
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What the host's side decides.
+
+    ``base_uid`` and ``base_gid`` are the subordinate ids that the guest's root becomes, as seen
+    by the keeper. With ``own_userns`` the keeper makes a user namespace first and waits for its
+    maps, since only the host's root can do without.
+    """
+
+    own_userns: bool
+    base_uid: int
+    base_gid: int
+    stage: str
+    work: str
+    cache: str
+    tools: str
+    resolver: str
+    storage_daemon: tuple[str, ...]  # without exports
+    export_node: str
+    uts: Uts
+    preload: tuple[str, ...]  # modules that `Supervisor` is asked to call
+
+
+def main() -> None:
+    """Entry point; see the module."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    line = control.makefile("rb", buffering=0).readline()
+    configuration = codec.from_value(Configuration, json.loads(line))
+    for name in configuration.preload:
+        importlib.import_module(name)
+    raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        _isolate(configuration, control)
+    except OSError as error:
+        _give_up(control, f"namespaces: {error}")
+    init = os.fork()
+    if init == 0:
+        _be_init(configuration, control)
+    control.close()
+
+    def end(_number: int, _frame: object) -> None:
+        os.kill(init, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host's side decides
+    _pid, status = os.waitpid(init, 0)
+    sys.exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _isolate(configuration: Configuration, control: socket.socket) -> None:
+    if configuration.own_userns:
+        raw.unshare(raw.CLONE_NEWUSER)
+        control.sendall(b'{"event": "map"}\n')
+        control.recv(1)  # the host's side has written the maps
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+    raw.unshare(raw.CLONE_NEWNS | raw.CLONE_NEWPID)
+
+
+def _be_init(configuration: Configuration, control: socket.socket) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        _prepare_folders(configuration)
+        _build_stage(configuration)
+        _start_storage(configuration)
+        supervisor = _enter_subordinate(configuration, control)
+    except (OSError, subprocess.SubprocessError) as error:
+        _give_up(control, str(error))
+    control.close()
+    while True:
+        pid, status = os.wait()
+        if pid == supervisor:
+            os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _prepare_folders(configuration: Configuration) -> None:
+    """Make the folders that the guest's root owns."""
+    work, cache = Path(configuration.work), Path(configuration.cache)
+    folders = [work / name for name in ("upper", "overlay", "output", "events")]
+    folders.append(cache / "apt")
+    for name in ("lists", "apt/archives"):
+        folders += [cache / name, cache / name / "partial"]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chown(folder, configuration.base_uid, configuration.base_gid)
+
+
+def _build_stage(configuration: Configuration) -> None:
+    """Lay the tmpfs and everything that subordinate ids may reach over the stage."""
+    stage = Path(configuration.stage)
+    raw.mount("", "/", "", raw.MS_REC | raw.MS_PRIVATE)
+    raw.mount("proc", "/proc", "proc", raw.MS_NOSUID | raw.MS_NODEV | raw.MS_NOEXEC)
+    raw.mount("tmpfs", str(stage), "tmpfs", raw.MS_NOSUID, "mode=755")
+    if not configuration.own_userns:  # /dev/fuse may be closed to all but root
+        node = stage / "fuse"
+        os.mknod(node, 0o20666, _FUSE_DEVICE)
+        node.chmod(0o666)
+        raw.mount(str(node), "/dev/fuse", "", raw.MS_BIND)
+    folders = {
+        sandbox.WORK: configuration.work,
+        sandbox.CACHE: configuration.cache,
+        sandbox.TOOLS: configuration.tools,
+    }
+    for name, source in folders.items():
+        (stage / name).mkdir()
+        raw.mount(source, str(stage / name), "", raw.MS_BIND)
+    (stage / sandbox.RESOLVER).write_text(configuration.resolver)
+    for name in (sandbox.LOWER, sandbox.MERGED):
+        (stage / name).mkdir()
+        os.chown(stage / name, configuration.base_uid, configuration.base_gid)
+    export = stage / sandbox.EXPORT
+    export.parent.mkdir()
+    export.touch()
+
+
+def _start_storage(configuration: Configuration) -> None:
+    """Serve the guest's root file system as one file that the subordinate root owns."""
+    export = f"{configuration.stage}/{sandbox.EXPORT}"
+    options = f"type=fuse,id=root,node-name={configuration.export_node},mountpoint={export}"
+    done = subprocess.run(
+        [
+            *configuration.storage_daemon,
+            "--export",
+            f"{options},writable=on,allow-other=on",
+            "--daemonize",  # returns when the export is there
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="backslashreplace",
+        check=False,
+    )
+    if done.returncode != 0:
+        raise OSError(f"qemu-storage-daemon: {done.stdout.strip() or done.returncode}")
+    os.chown(export, configuration.base_uid, configuration.base_gid)
+
+
+def _enter_subordinate(configuration: Configuration, control: socket.socket) -> int:
+    """Fork the supervisor into a user namespace where the guest's ids are subordinate ones.
+
+    Returns:
+        Its pid; it is the first process of its own pid namespace.
+    """
+    wait_map, mapped = os.pipe()
+    unshared, tell_unshared = os.pipe()
+    outer = os.fork()
+    if outer == 0:
+        os.close(mapped)
+        raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
+        raw.unshare(raw.CLONE_NEWUSER | raw.CLONE_NEWNS | raw.CLONE_NEWPID)
+        os.close(tell_unshared)
+        os.read(wait_map, 1)
+        os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        inner = os.fork()
+        if inner == 0:
+            _supervise(configuration, control)
+        control.close()
+        _pid, status = os.waitpid(inner, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    os.close(tell_unshared)
+    os.close(wait_map)
+    os.read(unshared, 1)
+    for name, base in (("uid_map", configuration.base_uid), ("gid_map", configuration.base_gid)):
+        Path(f"/proc/{outer}/{name}").write_text(f"0 {base} {IDS}\n")
+    os.close(mapped)
+    return outer
+
+
+def _supervise(configuration: Configuration, control: socket.socket) -> NoReturn:
+    raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
+    raw.mount("", "/", "", raw.MS_REC | raw.MS_PRIVATE)
+    raw.mount("proc", "/proc", "proc", raw.MS_NOSUID | raw.MS_NODEV | raw.MS_NOEXEC)
+    Supervisor(control, configuration.stage, configuration.uts).serve()
+    os._exit(0)
+
+
+def _give_up(control: socket.socket, message: str) -> NoReturn:
+    report = {"event": "error", "kind": "host", "message": message}
+    control.sendall(json.dumps(report).encode() + b"\n")
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

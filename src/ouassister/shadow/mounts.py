@@ -1,0 +1,206 @@
+"""Mounts as data: frozen operations that can be printed before, and executed in order.
+
+Operations run after pivot_root(2): targets and the guest's symlinks resolve inside the guest's
+tree and nowhere else. What comes from outside is opened before, as an O_PATH descriptor, and
+reached through it; `Sources` holds these.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+from ouassister.shadow import raw
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+DEVICE_NODES: Final = ("null", "zero", "full", "random", "urandom", "tty")
+_INERT: Final = raw.MS_NOSUID | raw.MS_NODEV
+
+
+class Sources:
+    """Descriptors of what lies outside of the tree, opened before the way there is closed."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._descriptors = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in paths}
+
+    def __getitem__(self, path: str) -> str:
+        """A path that leads to ``path`` from inside the tree, while /proc is mounted there."""
+        return f"/proc/self/fd/{self._descriptors[path]}"
+
+    def close(self) -> None:
+        """Close all; mounts made from them stay."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+class Operation(Protocol):
+    """One step of building a mount tree."""
+
+    def describe(self) -> str:
+        """One line, as a shell would say it."""
+
+    def sources(self) -> tuple[str, ...]:
+        """Outside paths that it takes."""
+
+    def execute(self, sources: Sources) -> None:
+        """Do it; raises OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tmpfs:
+    """A fresh tmpfs."""
+
+    target: str
+    mode: int = 0o755
+    read_only: bool = False
+
+    def describe(self) -> str:
+        """See `Operation`."""
+        return f"mount -t tmpfs -o mode={self.mode:o} tmpfs {self.target}"
+
+    def sources(self) -> tuple[str, ...]:
+        """See `Operation`."""
+        return ()
+
+    def execute(self, sources: Sources) -> None:
+        """See `Operation`."""
+        del sources
+        raw.mount("tmpfs", self.target, "tmpfs", _INERT, f"mode={self.mode:o}")
+        if self.read_only:
+            raw.mount("", self.target, "", raw.MS_REMOUNT | raw.MS_RDONLY | _INERT)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder made on a tmpfs that was mounted before."""
+
+    target: str
+    mode: int = 0o755
+
+    def describe(self) -> str:
+        """See `Operation`."""
+        return f"mkdir -p -m {self.mode:o} {self.target}"
+
+    def sources(self) -> tuple[str, ...]:
+        """See `Operation`."""
+        return ()
+
+    def execute(self, sources: Sources) -> None:
+        """See `Operation`."""
+        del sources
+        Path(self.target).mkdir(parents=True, exist_ok=True)
+        Path(self.target).chmod(self.mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A bind mount; the target must exist."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+    def describe(self) -> str:
+        """See `Operation`."""
+        return f"mount --bind {self.source} {self.target}{' (read-only)' * self.read_only}"
+
+    def sources(self) -> tuple[str, ...]:
+        """See `Operation`."""
+        return (self.source,)
+
+    def execute(self, sources: Sources) -> None:
+        """See `Operation`."""
+        raw.mount(sources[self.source], self.target, "", raw.MS_BIND)
+        if self.read_only:
+            flags = raw.MS_BIND | raw.MS_REMOUNT | raw.MS_RDONLY | _INERT
+            raw.mount("", self.target, "", flags)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolver:
+    """The host's resolver configuration, wherever the guest's /etc/resolv.conf leads to.
+
+    A guest without that file gets an empty one to lay it over; the change set leaves it out.
+    """
+
+    source: str
+
+    def describe(self) -> str:
+        """See `Operation`."""
+        return f"mount --bind {self.source} /etc/resolv.conf"
+
+    def sources(self) -> tuple[str, ...]:
+        """See `Operation`."""
+        return (self.source,)
+
+    def execute(self, sources: Sources) -> None:
+        """See `Operation`."""
+        target = Path("/etc/resolv.conf").resolve()
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.touch()
+        Bind(self.source, str(target), read_only=True).execute(sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """A /dev with harmless nodes only, bound from the host; its own pts and shm."""
+
+    def describe(self) -> str:
+        """See `Operation`."""
+        return f"mount a /dev with {', '.join(DEVICE_NODES)}, pts and shm"
+
+    def sources(self) -> tuple[str, ...]:
+        """See `Operation`."""
+        return tuple(f"/dev/{name}" for name in DEVICE_NODES)
+
+    def execute(self, sources: Sources) -> None:
+        """See `Operation`."""
+        raw.mount("tmpfs", "/dev", "tmpfs", raw.MS_NOSUID, "mode=755")
+        device = Path("/dev")
+        for name in DEVICE_NODES:
+            (device / name).touch()
+            raw.mount(sources[f"/dev/{name}"], str(device / name), "", raw.MS_BIND)
+        for name, mode in (("pts", 0o755), ("shm", 0o1777)):
+            Folder(f"/dev/{name}", mode).execute(sources)
+        options = "newinstance,ptmxmode=0666,mode=620,gid=5"
+        raw.mount("devpts", "/dev/pts", "devpts", raw.MS_NOSUID | raw.MS_NOEXEC, options)
+        for name, link in (
+            ("ptmx", "pts/ptmx"),
+            ("fd", "/proc/self/fd"),
+            ("stdin", "fd/0"),
+            ("stdout", "fd/1"),
+            ("stderr", "fd/2"),
+        ):
+            (device / name).symlink_to(link)
+
+
+def enter_tree(root: str, operations: Iterable[Operation]) -> None:
+    """Make ``root`` the root of the calling process, with ``operations`` on it.
+
+    The caller is alone in new mount and pid namespaces, and ``root`` is a mount. /proc is
+    mounted first: it is what makes the sources reachable.
+
+    Raises:
+        OSError: The message names the operation that failed.
+    """
+    plan = tuple(operations)
+    sources = Sources({path for operation in plan for path in operation.sources()})
+    outside = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.chdir(root)
+    raw.pivot_root(".", ".")  # the old root now covers the new one, and goes below
+    raw.mount("proc", "/proc", "proc", _INERT | raw.MS_NOEXEC)
+    for operation in plan:
+        try:
+            operation.execute(sources)
+        except OSError as error:
+            raise OSError(error.errno, f"{operation.describe()}: {error.strerror}") from error
+    os.fchdir(outside)
+    raw.umount(".", raw.MNT_DETACH)
+    os.chdir("/")
+    os.close(outside)
+    sources.close()

@@ -1,0 +1,118 @@
+"""System calls that Python's standard library lacks; the only use of ctypes in the project.
+
+Numbers are those of x86-64 (Linux arch/x86/entry/syscalls/syscall_64.tbl); `require_x86_64` is
+called once by who starts a shadow. Every function raises `OSError` with the kernel's errno.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from typing import Final
+
+from ouassister.errors import HostNotReadyError
+
+# include/uapi/linux/sched.h
+CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWCGROUP: Final = 0x02000000
+CLONE_NEWUTS: Final = 0x04000000
+CLONE_NEWIPC: Final = 0x08000000
+CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWPID: Final = 0x20000000
+CLONE_NEWNET: Final = 0x40000000
+
+# include/uapi/linux/mount.h
+MS_RDONLY: Final = 0x1
+MS_NOSUID: Final = 0x2
+MS_NODEV: Final = 0x4
+MS_NOEXEC: Final = 0x8
+MS_REMOUNT: Final = 0x20
+MS_BIND: Final = 0x1000
+MS_REC: Final = 0x4000
+MS_PRIVATE: Final = 0x40000
+MNT_DETACH: Final = 0x2
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_DUMPABLE: Final = 4
+
+_NR_PIVOT_ROOT: Final = 155
+_NR_SECCOMP: Final = 317
+_SECCOMP_SET_MODE_FILTER: Final = 1
+_SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def require_x86_64() -> None:
+    """Refuse a host whose system call numbers these are not.
+
+    Raises:
+        HostNotReadyError: The host is not x86-64.
+    """
+    if platform.machine() != "x86_64":
+        raise HostNotReadyError(f"the host is {platform.machine()}; shadows run on x86_64 only")
+
+
+def _check(result: int, what: str = "") -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what or None)
+    return result
+
+
+def unshare(flags: int) -> None:
+    """Leave shared namespaces, as unshare(2) does."""
+    _check(_libc.unshare(flags), "unshare")
+
+
+def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    """Mount, as mount(2) does; ``OSError.filename`` is the target."""
+    arguments = [item.encode() or None for item in (source, target, fstype)]
+    _check(_libc.mount(*arguments, ctypes.c_ulong(flags), data.encode() or None), target)
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """Detach a mount, as umount2(2) does."""
+    _check(_libc.umount2(target.encode(), flags), target)
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """Exchange the root mount, as pivot_root(2) does."""
+    _check(_libc.syscall(_NR_PIVOT_ROOT, new_root.encode(), put_old.encode()), new_root)
+
+
+def sethostname(name: bytes) -> None:
+    """Set the host name of the calling process's UTS namespace."""
+    _check(_libc.sethostname(name, ctypes.c_size_t(len(name))), "sethostname")
+
+
+def setdomainname(name: bytes) -> None:
+    """Set the NIS domain name of the calling process's UTS namespace."""
+    _check(_libc.setdomainname(name, ctypes.c_size_t(len(name))), "setdomainname")
+
+
+def prctl(option: int, value: int) -> None:
+    """Set one attribute of the calling process, as prctl(2) does."""
+    _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), "prctl")
+
+
+def seccomp_listener(program: bytes) -> int:
+    """Install a filter in the calling thread and return its notification descriptor.
+
+    Args:
+        program: ``struct sock_filter`` records, 8 bytes each.
+    """
+    instructions = ctypes.create_string_buffer(program, len(program))
+    sock_fprog = struct.pack("<H6xQ", len(program) // 8, ctypes.addressof(instructions))
+    return _check(
+        _libc.syscall(
+            _NR_SECCOMP,
+            _SECCOMP_SET_MODE_FILTER,
+            _SECCOMP_FILTER_FLAG_NEW_LISTENER,
+            sock_fprog,
+        ),
+        "seccomp",
+    )

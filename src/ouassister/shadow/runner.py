@@ -1,0 +1,154 @@
+"""Starts one program inside the tree: namespaces, mounts, system call filter, exec."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from ouassister.shadow import raw, sandbox
+from ouassister.shadow.mounts import enter_tree
+from ouassister.shadow.syscalls.filter import build_filter
+
+if TYPE_CHECKING:
+    from ouassister.model import Uts
+
+_SET_UP_FAILED: Final = 125
+_NOT_EXECUTABLE: Final = 126
+_NOT_FOUND: Final = 127
+_SIOCGIFFLAGS: Final = 0x8913  # include/uapi/linux/sockios.h
+_SIOCSIFFLAGS: Final = 0x8914
+_IFF_UP: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What to run, and what it may see.
+
+    ``output`` is a file for standard output and error; None passes the caller's on.
+    """
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+    network: bool
+    package_cache: bool
+    output: str | None
+
+
+def run(program: Program, stage: str, uts: Uts, channel: socket.socket) -> NoReturn:
+    """Run ``program`` and exit with its status; called in a child of the supervisor.
+
+    What goes wrong before the program starts is told on ``channel``.
+    """
+    raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
+    flags = raw.CLONE_NEWPID | raw.CLONE_NEWNS | raw.CLONE_NEWUTS | raw.CLONE_NEWIPC
+    flags |= raw.CLONE_NEWCGROUP | (0 if program.network else raw.CLONE_NEWNET)
+    try:
+        output = _open_output(program.output)
+        raw.unshare(flags)
+    except OSError as error:
+        _fail(channel, error)
+    first = os.fork()
+    if first == 0:
+        _become_init(program, stage, uts, channel, output)
+    channel.send(f"pid {first}".encode())
+    channel.close()
+    _pid, status = os.waitpid(first, 0)
+    os._exit(_exit_code(status))
+
+
+def _become_init(
+    program: Program, stage: str, uts: Uts, channel: socket.socket, output: int | None
+) -> NoReturn:
+    """Build the tree, start the program, reap until it ends; the rest dies with this process."""
+    raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        raw.sethostname(uts.nodename.encode("utf-8", "surrogateescape"))
+        raw.setdomainname(uts.domainname.encode("utf-8", "surrogateescape"))
+        operations = sandbox.tree(
+            stage, network=program.network, package_cache=program.package_cache
+        )
+        enter_tree(f"{stage}/{sandbox.MERGED}", operations)
+        if not program.network:
+            _loopback_up()
+        _skip_guest_pids()
+        child = os.fork()
+    except OSError as error:
+        _fail(channel, error)
+    if child == 0:
+        _execute(program, channel, output)
+    channel.close()
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            os._exit(_exit_code(status))
+
+
+def _execute(program: Program, channel: socket.socket, output: int | None) -> NoReturn:
+    os.setsid()  # no controlling terminal: nothing can be typed into the caller's
+    if output is not None:
+        null = os.open("/dev/null", os.O_RDONLY)
+        for source, target in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(source, target)
+    for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    os.umask(0o022)
+    try:
+        listener = raw.seccomp_listener(build_filter())
+        socket.send_fds(channel, [b"listener"], [listener])
+        os.close(listener)
+    except OSError as error:
+        _fail(channel, error)
+    channel.close()
+    try:
+        os.execvpe(program.argv[0], program.argv, program.environment)
+    except FileNotFoundError:
+        status, reason = _NOT_FOUND, "not found in the guest"
+    except OSError as error:
+        status, reason = _NOT_EXECUTABLE, error.strerror or "cannot be executed"
+    os.write(2, f"{program.argv[0]}: {reason}\n".encode())
+    os._exit(status)
+
+
+def _open_output(name: str | None) -> int | None:
+    if name is None:
+        return None
+    return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+
+def _fail(channel: socket.socket, error: OSError) -> NoReturn:
+    with contextlib.suppress(OSError):
+        channel.send(str(error).encode("utf-8", "replace")[:4000])
+    os._exit(_SET_UP_FAILED)
+
+
+def _exit_code(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _loopback_up() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        request = struct.pack("16sH14x", b"lo", 0)
+        flags = struct.unpack("16sH14x", fcntl.ioctl(probe, _SIOCGIFFLAGS, request))[1]
+        fcntl.ioctl(probe, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | _IFF_UP))
+
+
+def _skip_guest_pids() -> None:
+    """Let pids start where no guest has any, so that the updater's and the guest's never collide.
+
+    Best effort: pid_max belongs to the pid namespace since Linux 6.14 and to the host before,
+    where a low one leaves the updater with low pids.
+    """
+    system = Path("/proc/sys/kernel")
+    with contextlib.suppress(OSError):
+        (system / "pid_max").write_text(f"{1 << 22}\n")
+    maximum = int((system / "pid_max").read_text())
+    if maximum > sandbox.FIRST_PID:
+        (system / "ns_last_pid").write_text(f"{sandbox.FIRST_PID - 1}\n")

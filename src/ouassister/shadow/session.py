@@ -1,0 +1,244 @@
+"""The host's side of a shadow: start it, run programs in it, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ouassister import codec
+from ouassister.errors import (
+    DeadlineError,
+    HostNotReadyError,
+    InternalError,
+    OUassisterError,
+    UnsupportedGuestError,
+    UpdaterError,
+    WorkDiskFullError,
+)
+from ouassister.model import Uts
+from ouassister.shadow import ids, raw, sandbox
+from ouassister.shadow.keeper import Configuration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+TOOLS: Final = Path(__file__).parent / "recorder"
+RECORDED: Final = ("systemctl", "deb-systemd-invoke", "invoke-rc.d", "service", "telinit")
+_FOLLOW_S: Final = 0.25
+_BASE_ENVIRONMENT: Final = {
+    "PATH": sandbox.SEARCH_PATH,
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C.UTF-8",
+    "TERM": "dumb",
+}
+_ERRORS: Final[dict[str, type[OUassisterError]]] = {
+    "host": HostNotReadyError,
+    "file-system": UnsupportedGuestError,
+    "work-disk-full": WorkDiskFullError,
+    "updater-failed": UpdaterError,
+    "unsupported-guest": UnsupportedGuestError,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowSpec:
+    """What a shadow is made of.
+
+    ``work`` and ``cache`` are folders of ours, below a private one.
+    ``storage_daemon`` serves ``export_node``, a private copy of the guest's root file system.
+    """
+
+    work: Path
+    cache: Path
+    storage_daemon: tuple[str, ...]
+    export_node: str
+    uts: Uts
+    avoid: tuple[Path, ...]  # host files that must stay reachable
+    preload: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> Path:
+        """The part of the work folder that subordinate ids own: union layer, output, events."""
+        return self.work / "shadow"
+
+
+class Shadow:
+    """A started shadow; made by `open_shadow`."""
+
+    def __init__(self, control: socket.socket, spec: ShadowSpec, tools: Path) -> None:
+        self._control = control
+        self._lines = control.makefile("rb")
+        self._tools = tools
+        self.spec = spec
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        network: bool = False,
+        package_cache: bool = True,
+        output: str | None = None,
+        timeout_s: float = 3600,
+        environment: Mapping[str, str] | None = None,
+        on_output: Callable[[list[str]], None] | None = None,
+    ) -> int:
+        """Run a program of the guest in the guest's view.
+
+        Args:
+            argv: The command; it is looked up in the guest.
+            network: The host's network is reachable; otherwise there is loopback alone.
+            package_cache: Package lists and archives are the kept ones.
+            output: A file name under `output_path` for what it prints; None passes ours on.
+            timeout_s: Seconds until it is killed, with everything that it started.
+            environment: Added to a minimal one.
+            on_output: Called with new lines of the output file while it runs.
+
+        Returns:
+            Its exit status, 128 and more for a signal.
+
+        Raises:
+            DeadlineError: The time ran out.
+            HostNotReadyError: The host would not let the tree be built.
+        """
+        self._tell(
+            op="run",
+            argv=list(argv),
+            environment={**_BASE_ENVIRONMENT, **(environment or {})},
+            network=network,
+            package_cache=package_cache,
+            output=output,
+            timeout_s=timeout_s,
+        )
+        if output is not None and on_output is not None:
+            self._follow(self.output_path(output), on_output)
+        answer = self._hear()["result"]
+        if answer["timed_out"]:
+            raise DeadlineError(f"{argv[0]} did not end within {timeout_s:.0f} s and was killed")
+        return int(answer["status"])
+
+    def provide(self, name: str, content: bytes) -> None:
+        """Put a file where programs in the shadow read it: ``/run/ouassister/bin/NAME``."""
+        (self._tools / name).write_bytes(content)
+
+    def output_path(self, name: str) -> Path:
+        """Where `run` leaves an output on the host."""
+        return self.spec.shared / "output" / name
+
+    def events_path(self) -> Path:
+        """Where the recorders write; the file exists once something was recorded."""
+        return self.spec.shared / "events" / "events"
+
+    def call(self, module: str, function: str, argument: object) -> Any:  # noqa: ANN401 - JSON
+        """Call ``module.function(argument)`` where files have the guest's owners.
+
+        The module stands in the spec's ``preload``. Paths inside are those of
+        `ouassister.shadow.sandbox`.
+        """
+        return self._ask(op="call", module=module, function=function, argument=argument)
+
+    def await_ready(self, identity: ids.Ids, keeper: int) -> None:
+        """Wait until the tree is mounted."""
+        while self._hear()["event"] != "ready":
+            ids.map_for_user(keeper, identity)
+            self._control.sendall(b"m")
+
+    def _ask(self, **request: object) -> Any:  # noqa: ANN401 - JSON
+        self._tell(**request)
+        return self._hear()["result"]
+
+    def _tell(self, **request: object) -> None:
+        self._control.sendall(json.dumps(request).encode() + b"\n")
+
+    def _follow(self, path: Path, on_output: Callable[[list[str]], None]) -> None:
+        """Pass new lines on until the answer comes."""
+        position, pending = 0, b""
+        waiting = True
+        while waiting:
+            waiting = not select.select([self._control], [], [], _FOLLOW_S)[0]
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                file.seek(position)
+                *lines, pending = (pending + file.read()).split(b"\n")
+                position = file.tell()
+                on_output([line.decode("utf-8", "backslashreplace") for line in lines])
+
+    def _hear(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        if not line:
+            raise InternalError("the shadow ended without a word")
+        message: dict[str, Any] = json.loads(line)
+        if message["event"] == "error":
+            raise _ERRORS.get(message["kind"], InternalError)(message["message"])
+        return message
+
+
+@contextlib.contextmanager
+def open_shadow(spec: ShadowSpec) -> Iterator[Shadow]:
+    """Start a shadow; at the end, however it comes, none of its processes or mounts is left.
+
+    Raises:
+        HostNotReadyError: The host lacks a tool, or refuses a namespace or mount.
+        UnsupportedGuestError: The guest's root file system cannot be mounted.
+    """
+    raw.require_x86_64()
+    identity = ids.choose()
+    for folder in (spec.shared, spec.cache):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o711)  # subordinate ids pass; the folder above is private
+    ours, theirs = socket.socketpair()
+    with ours, tempfile.TemporaryDirectory(prefix="recorders-", dir=spec.work) as tools:
+        _install_recorders(Path(tools))
+        base = 1 if identity.own_userns else identity.base_uid
+        configuration = Configuration(
+            own_userns=identity.own_userns,
+            base_uid=base,
+            base_gid=1 if identity.own_userns else identity.base_gid,
+            stage=_choose_stage((spec.work, spec.cache, *spec.avoid)),
+            work=str(spec.shared),
+            cache=str(spec.cache),
+            tools=tools,
+            resolver=Path("/etc/resolv.conf").read_text(errors="replace"),
+            storage_daemon=spec.storage_daemon,
+            export_node=spec.export_node,
+            uts=spec.uts,
+            preload=spec.preload,
+        )
+        command = [sys.executable, "-I", "-m", "ouassister.shadow.keeper", str(theirs.fileno())]
+        with subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd="/") as keeper:
+            theirs.close()
+            try:
+                ours.sendall(json.dumps(codec.to_value(configuration)).encode() + b"\n")
+                shadow = Shadow(ours, spec, Path(tools))
+                shadow.await_ready(identity, keeper.pid)
+                yield shadow
+            finally:
+                keeper.terminate()  # it kills the init and waits for it: then all is gone
+                keeper.wait()
+
+
+def _install_recorders(folder: Path) -> None:
+    folder.chmod(0o755)
+    script = folder / "recorder"
+    script.write_bytes((TOOLS / "recorder.sh").read_bytes())
+    script.chmod(0o755)
+    for name in RECORDED:
+        (folder / name).symlink_to("recorder")
+
+
+def _choose_stage(needed: Sequence[Path]) -> str:
+    """A folder whose contents the shadow can do without."""
+    places = [*needed, Path(sys.prefix), Path(sys.executable), Path(__file__)]
+    resolved = [place.resolve() for place in places]
+    for stage in sandbox.STAGES:
+        path = Path(stage)
+        if path.is_dir() and not any(place.is_relative_to(path) for place in resolved):
+            return stage
+    raise HostNotReadyError(f"all of {', '.join(sandbox.STAGES)} are in use as folders of the run")

@@ -1,0 +1,1 @@
+"""Which system calls the shadow answers itself, and how."""

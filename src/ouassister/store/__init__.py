@@ -1,0 +1,1 @@
+"""State and history of each VM, in SQLite beside the change sets."""
