@@ -12,9 +12,12 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
-#define WINDOW (1u << 20)
+/* Each page of it is a fault on first use, which costs more than another read under emulation. */
+#define WINDOW (256u << 10)
+#define JUMP (64u << 10)
 
-/* The last piece of the layer that was read: small files that follow each other share one read. */
+/* The last piece of the layer that was read: small files that follow each other share one read.
+ * The table is in the layer's order; should it not be, a jump reads little more than the file. */
 static uint8_t window[WINDOW];
 static uint64_t window_start, window_size;
 
@@ -22,9 +25,12 @@ static uint64_t window_start, window_size;
 static const uint8_t *layer_bytes(const struct medium *medium, uint64_t offset, uint64_t *size)
 {
     if (offset < window_start || offset >= window_start + window_size) {
-        uint64_t left = medium->header.layer_size - offset;
+        uint64_t left = medium->header.layer_size - offset, end = window_start + window_size;
+        uint64_t wanted = WINDOW;
 
-        window_size = left < WINDOW ? left : WINDOW;
+        if (offset < end || offset - end > JUMP)
+            wanted = *size < JUMP ? JUMP : *size < WINDOW ? *size : WINDOW;
+        window_size = left < wanted ? left : wanted;
         window_start = offset;
         if (medium_read(medium, window, window_size, medium->header.layer_offset + offset) < 0) {
             window_size = 0;

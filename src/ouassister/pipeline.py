@@ -1,10 +1,10 @@
 """The spine: each step takes a frozen record and returns the next.
 
-    open_sleeping  →  Sleeping          reads only
-    open_guest     →  Guest             a shadow over a private copy of the disk
-    apt            →  Plan, output      the guest's own tools, on the host
-    extract        →  Changeset         frozen, hashed
-    reflect        →  ResumeReport      the only step that a guest can feel
+open_sleeping  →  Sleeping          reads only
+open_guest     →  Guest             a shadow over a private copy of the disk
+apt            →  Plan, output      the guest's own tools, on the host
+extract        →  Changeset         frozen, hashed
+reflect        →  ResumeReport      the only step that a guest can feel
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ouassister.errors import (
     WorkDiskFullError,
 )
 from ouassister.interrupts import watched
-from ouassister.model import Changeset, Identity, Kind, Plan, Request, UpdateReport
+from ouassister.model import Changeset, Identity, Kind, LeftOut, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
 from ouassister.reflect.reflection import reflect
 from ouassister.shadow import sandbox
 from ouassister.shadow.events import read_actions
-from ouassister.shadow.session import RECORDED, ShadowSpec, open_shadow
+from ouassister.shadow.session import RECORDED, Shadow, ShadowSpec, open_shadow
 from ouassister.sleeping import (
     UNFLUSHED_NOTE,
     Sleeping,
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
     from ouassister.model import ResumeReport
     from ouassister.provider.vmtoml import VmConfig
-    from ouassister.shadow.session import Shadow
     from ouassister.timeline import Timeline
 
 _AGREEMENT: Final = "ouassister.disk.agreement"
@@ -151,7 +150,7 @@ def update_sleeping(
                 _refuse_dirty(guest)
                 report = _update(guest, stored or wish, store, timeline, options)
         except OSError as error:
-            if error.errno == 28:  # noqa: PLR2004 - ENOSPC
+            if error.errno == 28:
                 raise WorkDiskFullError(f"the work folder: {error}") from error
             raise
         offline_s = timeline.elapsed_s - report.download_s
@@ -234,8 +233,11 @@ def _plan(
             request,
             tool.plan(request),
             tuple(
-                update.LeftOut(where, "this repository could not be read; its packages are as of"
-                               " the last time it could")
+                LeftOut(
+                    where,
+                    "this repository could not be read; its packages are as of"
+                    " the last time it could",
+                )
                 for where in refreshed.unreachable
             ),
         )
@@ -267,7 +269,7 @@ def _identity(guest: Guest) -> Identity:
         ["cat", "/etc/machine-id"], output="machine-id", package_cache=False, timeout_s=30
     )
     text = guest.shadow.output_path("machine-id").read_text(errors="replace").strip()
-    known = status == 0 and len(text) == 32 and text.isalnum()  # noqa: PLR2004 - machine-id(5)
+    known = status == 0 and len(text) == 32 and text.isalnum()
     return Identity(guest.sleeping.view.boot_id, text if known else "")
 
 
@@ -396,5 +398,3 @@ def _report(
         offline_s=0.0,
         download_s=round(download_s, 4),
     )
-
-

@@ -15,19 +15,20 @@ from ouassister.errors import (
     RunningVMError,
     UnsupportedGuestError,
 )
+from ouassister.memory import open_save
+from ouassister.model import Fence, GuestView
 from ouassister.packages import apt
 from ouassister.provider import qemu
 from ouassister.provider.backing import backing_chain
+from ouassister.provider.vmtoml import VmConfig
 from ouassister.state.fence import fence
-from ouassister.memory import open_save
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ouassister.model import Fence, GuestView, Mount
-    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.model import Mount
 
 # Issue of its own: until then a stale disk must at least be called stale.
 UNFLUSHED_NOTE = (
@@ -85,10 +86,16 @@ def refuse_unsafe(sleeping: Sleeping) -> None:
     """Raise when memory shows that the package database must not be touched.
 
     Raises:
+        UnsupportedGuestError: The kernel does not tell enough to know.
         LockedError: An updater was running, or holds a lock.
         DirtyDatabaseError: The database has writes that exist in memory only.
     """
     view = sleeping.view
+    for unknown in view.degraded:
+        if unknown.startswith(("package database:", "uncommitted changes on")):
+            raise UnsupportedGuestError(
+                f"whether the package database is clean cannot be told: {unknown}"
+            )
     for task in view.tasks:
         if task.exe in apt.UPDATERS:
             raise LockedError(

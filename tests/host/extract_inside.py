@@ -4,6 +4,9 @@ Usage: ``python extract_inside.py JSON``. It needs the standard library alone: t
 the tests may be out of reach for the namespace's root.
 """
 
+# Guest paths are bytes, which pathlib does not take.
+# ruff: noqa: PTH101, PTH102, PTH104, PTH106, PTH108, PTH114, PTH115, PTH120, PTH123, PTH208, PTH211
+
 from __future__ import annotations
 
 import hashlib
@@ -17,10 +20,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+NOBODY = 2**32 - 1
+# linux/posix_acl_xattr.h: version, then tag, permissions and id of each entry.
 ACL = struct.pack("<I", 2) + b"".join(
     struct.pack("<HHI", *entry)
-    for entry in [(1, 6, 2**32 - 1), (2, 4, 1000), (4, 4, 2**32 - 1), (16, 4, 2**32 - 1)]
-    + [(32, 4, 2**32 - 1)]
+    for entry in [
+        (1, 6, NOBODY),
+        (2, 4, 1000),
+        (4, 4, NOBODY),
+        (16, 4, NOBODY),
+        (32, 4, NOBODY),
+    ]
 )
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # cap_net_raw=ep
 NAMES = [b"a", b"b", b"c d", b"new\nline", b"\xff\xfe", b"\xc3\xa9", b"x" * 255, b"back\\slash"]
@@ -30,16 +40,17 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     os.chdir(request["work"])
     os.umask(0o022)
-    {"build": build, "update": update}[request["do"]](request)
+    sys.exit({"build": build, "update": update, "extract": extract}[request["do"]](request))
 
 
-def build(request: dict[str, Any]) -> None:
+def build(request: dict[str, Any]) -> int:
     """Make the lower tree; and say what this kernel sees of it."""
     root = os.fsencode(request["root"])
     build_tree(root, random.Random(request["seed"]), 60)  # noqa: S311 - reproducible
     for line in request["script"]:
         exec(line, {"os": os, "ACL": ACL, "CAPABILITY": CAPABILITY})  # noqa: S102
     Path("built.json").write_text(json.dumps(snapshot(root)))
+    return 0
 
 
 def build_tree(root: bytes, rng: random.Random, count: int) -> None:
@@ -80,7 +91,7 @@ def stamp(path: bytes, rng: random.Random) -> None:
     os.utime(path, ns=(when, when), follow_symlinks=False)
 
 
-def update(request: dict[str, Any]) -> None:
+def update(request: dict[str, Any]) -> int:
     """Mount the union, change it, say what is seen in it, extract."""
     lower = "lower"
     if request["image"]:
@@ -107,20 +118,24 @@ def update(request: dict[str, Any]) -> None:
     subprocess.run(["umount", "merged"], check=True)
     for line in request["upper_script"]:
         exec(line, {"os": os})  # noqa: S102
-    extraction = {
+    status = extract(request, lower)
+    if request["image"]:
+        subprocess.run(["umount", lower], check=True)
+    return status
+
+
+def extract(request: dict[str, Any], lower: str = "lower") -> int:
+    sys.path.insert(0, request["source"])
+    from ouassister.changeset.extract import main as extract_main
+
+    argument = {
         "upper": "upper",
         "lower": lower,
         "layer": f"{request['output']}/layer.tar",
         "record": f"{request['output']}/record.json",
-        "image": request["image"],
+        "image": request["image"] if request["read_image"] else None,
     }
-    sys.path.insert(0, request["source"])
-    from ouassister.changeset.extract import main as extract_main
-
-    status = extract_main([json.dumps(extraction)])
-    if request["image"]:
-        subprocess.run(["umount", lower], check=True)
-    sys.exit(status)
+    return extract_main([json.dumps(argument)])
 
 
 def operate(root: bytes, rng: random.Random, count: int) -> None:

@@ -5,8 +5,8 @@ The lower tree is mounted by fuse2fs in a user namespace, and that view is not e
 * fuse2fs before e2fsprogs 1.47.1 reports times in whole seconds (misc/fuse2fs.c,
   ``stat_inode``: ``st_mtime = tv.tv_sec``). Preconditions compare nanoseconds.
 * Linux hides POSIX ACLs of a FUSE mount that belongs to a user namespace (fs/fuse/acl.c,
-  ``fuse_no_acl``), and ``trusted.*`` from anybody but the host's root. A copy-up by overlayfs
-  then loses them without an error.
+  ``fuse_no_acl``). A copy-up by overlayfs then loses them without an error (fs/overlayfs/
+  copy_up.c, ``ovl_copy_acl``). ``trusted.*`` is hidden as well, but there the copy-up fails.
 
 Layout: Linux, Documentation/filesystems/ext4 (super block, group descriptors, index nodes,
 extended attributes) and fs/ext4/{ext4,xattr,acl}.h as of 6.1.
@@ -36,9 +36,8 @@ _OFFSET_LIMIT = 1 << 62
 _XATTR_MAGIC = 0xEA020000
 _XATTR_ENTRY = struct.Struct("<BBHIII")
 _XATTR_BLOCK_HEADER = 32
-# fs/ext4/xattr.h, EXT4_XATTR_INDEX_*: those that a user namespace cannot see.
+# fs/ext4/xattr.h, EXT4_XATTR_INDEX_POSIX_ACL_*; these have no name.
 _XATTR_ACLS = {2: "system.posix_acl_access", 3: "system.posix_acl_default"}
-_XATTR_TRUSTED = 4
 
 _ACL_DISK_VERSION = 1  # fs/ext4/acl.h, EXT4_ACL_VERSION
 _ACL_VERSION = 2  # linux/posix_acl_xattr.h, POSIX_ACL_XATTR_VERSION
@@ -126,8 +125,8 @@ class Inodes:
             )
         return Expected(status.st_ino, mode, status.st_size, mtime_ns, ctime_ns)
 
-    def hidden_xattrs(self, inode: int) -> dict[str, bytes]:
-        """POSIX ACLs, as getxattr gives them, and ``trusted.*`` attributes of an inode.
+    def acls(self, inode: int) -> dict[str, bytes]:
+        """POSIX ACLs of an inode, by attribute, as getxattr gives them.
 
         Raises:
             CorruptGuestError: An attribute lies outside of its place.
@@ -137,14 +136,14 @@ class Inodes:
         found: dict[str, bytes] = {}
         end = _GOOD_OLD_SIZE + self._extra(raw)
         if end + 4 <= len(raw) and struct.unpack_from("<I", raw, end) == (_XATTR_MAGIC,):
-            found |= _hidden(raw[end + 4 :], 0)
+            found |= _acls(raw[end + 4 :], 0)
         (low,) = struct.unpack_from("<I", raw, 0x68)
         (high,) = struct.unpack_from("<H", raw, 0x76)
         if block := low | high << 32:
             data = self._pread(block * self._block_size, self._block_size)
             if struct.unpack_from("<I", data, 0) != (_XATTR_MAGIC,):
                 raise CorruptGuestError(f"no attributes in the attribute block of inode {inode}")
-            found |= _hidden(data, _XATTR_BLOCK_HEADER)
+            found |= _acls(data, _XATTR_BLOCK_HEADER)
         return found
 
     def _inode(self, number: int) -> bytes:
@@ -192,29 +191,26 @@ def chmod_acl(acl: bytes, mode: int) -> bytes:
     )
 
 
-def _hidden(data: bytes, first: int) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    for index, name, value in _attributes(data, first):
-        if index in _XATTR_ACLS and not name:
-            found[_XATTR_ACLS[index]] = _acl_from_disk(value)
-        elif index == _XATTR_TRUSTED:
-            found[f"trusted.{name.decode('utf-8', 'surrogateescape')}"] = value
-    return found
+def _acls(data: bytes, first: int) -> dict[str, bytes]:
+    return {
+        _XATTR_ACLS[index]: _acl_from_disk(value)
+        for index, value in _attributes(data, first)
+        if index in _XATTR_ACLS
+    }
 
 
-def _attributes(data: bytes, first: int) -> Iterator[tuple[int, bytes, bytes]]:
-    """Index, name and value of each attribute; offsets of values count from ``data``."""
+def _attributes(data: bytes, first: int) -> Iterator[tuple[int, bytes]]:
+    """Index and value of each attribute; offsets of values count from ``data``."""
     at = first
     while at + 4 <= len(data) and data[at : at + 4] != bytes(4):
         if at + _XATTR_ENTRY.size > len(data):
             raise CorruptGuestError("an extended attribute of the guest's ext4 has no end")
         length, index, offset, inode, size, _ = _XATTR_ENTRY.unpack_from(data, at)
-        name = data[at + _XATTR_ENTRY.size : at + _XATTR_ENTRY.size + length]
         if inode:
             raise UnsupportedGuestError("the guest's ext4 has the feature ea_inode")
-        if offset + size > len(data) or len(name) != length:
+        if offset + size > len(data):
             raise CorruptGuestError("an extended attribute of the guest's ext4 has no end")
-        yield index, name, data[offset : offset + size]
+        yield index, data[offset : offset + size]
         at += (_XATTR_ENTRY.size + length + 3) & ~3
 
 

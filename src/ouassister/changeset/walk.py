@@ -206,7 +206,7 @@ class Walk:
             if changed:
                 self._note(entry.path, f"loses {', '.join(lower.unreadable)}")
             return entry
-        hidden = self.inodes.hidden_xattrs(expected.inode)
+        hidden = self.inodes.acls(expected.inode)
         if _ACCESS_ACL in hidden:
             hidden[_ACCESS_ACL] = chmod_acl(hidden[_ACCESS_ACL], entry.mode)
         xattrs = {name: hidden[name] for name in lower.unreadable if name in hidden}

@@ -12,6 +12,7 @@ from ouassister.timeline import Timeline, stderr_story
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.store.database import Store
@@ -80,7 +81,7 @@ def timeline(arguments: argparse.Namespace, store: Store, config: VmConfig) -> T
     )
 
 
-def table(rows: list[tuple[str, ...]], indent: str = "") -> str:
+def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
     """Align columns for a person."""
     if not rows:
         return ""
@@ -96,7 +97,7 @@ def size(number: int) -> str:
     """Bytes for a person: 2.1 MB."""
     value = float(number)
     for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":  # noqa: PLR2004
+        if value < 1000 or unit == "GB":
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{number} B"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ouassister.cli.common import Result
-
 if TYPE_CHECKING:
     import argparse
+
+    from ouassister.cli.common import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

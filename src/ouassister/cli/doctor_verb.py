@@ -20,7 +20,5 @@ def run(_arguments: argparse.Namespace) -> Result:
     checks = doctor.check_host()
     rows = [("", "WHAT", "FOR", "FOUND, OR HOW TO GET IT")]
     rows += [("ok" if c.ok else "MISSING", c.name, c.purpose, c.detail) for c in checks]
-    value = [
-        {"ok": c.ok, "name": c.name, "purpose": c.purpose, "detail": c.detail} for c in checks
-    ]
+    value = [{"ok": c.ok, "name": c.name, "purpose": c.purpose, "detail": c.detail} for c in checks]
     return (0 if all(check.ok for check in checks) else 2), value, table(rows)

@@ -49,12 +49,12 @@ def _lines(name: str, view: GuestView) -> list[str]:
     ]
     threads = sum(task.kernel_thread for task in view.tasks)
     lines += [table(rows, "  "), f"  and {threads} kernel threads", "", "mounts"]
-    rows = [("SOURCE", "TARGET", "TYPE", "")]
-    rows += [
+    mounts = [("SOURCE", "TARGET", "TYPE", "")]
+    mounts += [
         (to_text(m.source), to_text(m.target), m.fstype, "read-only" if m.read_only else "")
         for m in view.mounts
     ]
-    lines.append(table(rows, "  "))
+    lines.append(table(mounts, "  "))
     dirty = sum(file.dirty for file in view.database)
     lines += ["", f"package database: {len(view.database)} cached paths, {dirty} unflushed"]
     if view.locks:

@@ -22,7 +22,12 @@ def run(_arguments: argparse.Namespace) -> Result:
     """See the module."""
     with Store() as store:
         values = [
-            {"vm": name, "source": source, "state": state_of(source), "changeset": _pending(store, name)}
+            {
+                "vm": name,
+                "source": source,
+                "state": state_of(source),
+                "changeset": _pending(store, name),
+            }
             for name, source in store.vms()
         ]
     rows = [("VM", "STATE", "CHANGE SET", "SOURCE")]

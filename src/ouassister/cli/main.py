@@ -68,7 +68,7 @@ def _parser(argv: Sequence[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name in VERBS:
         module = importlib.import_module(f"ouassister.cli.{name}_verb")
-        summary = module.__doc__.splitlines()[0]
+        summary = (module.__doc__ or "").partition("\n")[0]
         verb = verbs.add_parser(name, help=summary, description=summary)
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
         module.add_arguments(verb)

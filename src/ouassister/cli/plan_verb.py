@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> common.Result:
     return status, codec.to_value(plan), "\n".join(lines)
 
 
-def package_lines(
-    changes: tuple[PackageChange, ...], left_out: tuple[LeftOut, ...]
-) -> list[str]:
+def package_lines(changes: tuple[PackageChange, ...], left_out: tuple[LeftOut, ...]) -> list[str]:
     """What changes and what does not, for a person."""
-    lines = [common.table([(c.name, c.old or "-", "->", c.new or "removed") for c in changes], "  ")]
+    lines = [
+        common.table([(c.name, c.old or "-", "->", c.new or "removed") for c in changes], "  ")
+    ]
     lines += [f"  left out: {item.package}: {item.reason}" for item in left_out]
     return [line for line in lines if line] or ["  nothing to change"]

@@ -41,7 +41,9 @@ def lines(report: ResumeReport) -> list[str]:
         f"  verified: {', '.join(report.verified) or 'nothing'}",
     ]
     rows = [(phase.name, f"{phase.seconds:.3f} s") for phase in report.phases]
-    rows += [(f"  in the guest: {phase.name}", f"{phase.seconds:.3f} s") for phase in report.guest_phases]
+    rows += [
+        (f"  in the guest: {phase.name}", f"{phase.seconds:.3f} s") for phase in report.guest_phases
+    ]
     told.append(common.table(rows, "  "))
     told += [f"  action failed: {action}" for action in report.failed_actions]
     told += [f"note: {note}" for note in report.notes]

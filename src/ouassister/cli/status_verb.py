@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 from ouassister import codec
+from ouassister.changeset import archive
 from ouassister.cli import common
 from ouassister.cli.list_verb import state_of
 from ouassister.errors import OUassisterError
-from ouassister.changeset import archive
 from ouassister.state.fence import check_fence
 from ouassister.store.database import ChangesetState, Store
 

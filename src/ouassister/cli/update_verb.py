@@ -47,7 +47,10 @@ def status_of(report: UpdateReport) -> int:
 
 
 def _lines(report: UpdateReport, vm: str) -> list[str]:
-    lines = [f"{report.vm}: {len(report.changes)} packages", *package_lines(report.changes, report.left_out)]
+    lines = [
+        f"{report.vm}: {len(report.changes)} packages",
+        *package_lines(report.changes, report.left_out),
+    ]
     if report.changeset_id:
         lines += [
             f"change set {report.changeset_id}",
@@ -57,7 +60,7 @@ def _lines(report: UpdateReport, vm: str) -> list[str]:
         lines += [f"  then: {' '.join(action.argv)}" for action in report.actions]
         if report.filtered:
             shown = ", ".join(to_text(path) for path in report.filtered[:6])
-            more = f" and {len(report.filtered) - 6} more" if len(report.filtered) > 6 else ""  # noqa: PLR2004
+            more = f" and {len(report.filtered) - 6} more" if len(report.filtered) > 6 else ""
             lines.append(f"  not taken along on purpose: {shown}{more}")
     lines += [f"note: {note}" for note in report.notes]
     lines.append(f"offline {report.offline_s:.2f} s, download {report.download_s:.2f} s")

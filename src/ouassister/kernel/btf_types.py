@@ -167,9 +167,12 @@ class BtfTypes:
                 bits, place = place >> 24, place & 0xFF_FFFF
             if place > record.size_or_type * 8:
                 raise CorruptGuestError(f"a member of BTF {record.name} lies outside of it")
-            members.append(
-                TypeMember(self._member(type_id, bits), self.btf.name(name) or None, place)
-            )
+            label = self.btf.name(name) or None
+            if label is None:
+                # drgn looks for names through anonymous members without a bound, so these are
+                # decoded now: a structure that contains itself ends at our depth limit.
+                self.type(type_id)
+            members.append(TypeMember(self._member(type_id, bits), label, place))
         return make(record.name or None, record.size_or_type, members)
 
     def _member(self, type_id: int, bits: int) -> Callable[[], Type | Object]:

@@ -1,22 +1,16 @@
 """Cached directory entries below a path, and what their inodes say.
 
-Source: Linux v6.1 ``include/linux/dcache.h``, ``include/linux/fs.h``, ``fs/dcache.c``. What
-moved: children are in a hash list since da549bdd15c2 ("dentry: switch the lists of children to
-hlist", v6.8); the times are plain integers since 3aa63a569c64 ("fs: switch timespec64 fields in
-inode to discrete integers", v6.11) and were renamed by 12cd44023651 ("fs: rename inode i_atime
-and i_mtime fields", v6.7).
+Source: Linux v6.1 ``include/linux/dcache.h``, ``fs/dcache.c``. Children are in a hash
+list since da549bdd15c2 ("dentry: switch the lists of children to hlist", v6.8).
 """
 
 from __future__ import annotations
 
-import functools
 import stat
 from typing import TYPE_CHECKING, Final
 
-from drgn import TypeKind
-
 from ouassister.errors import CorruptGuestError, UnsupportedGuestError
-from ouassister.kernel import walk
+from ouassister.kernel import inodes, walk
 from ouassister.kernel.paths import dentry_name, unhashed
 from ouassister.kernel.program import guest_reads
 from ouassister.model import CachedFile
@@ -25,7 +19,7 @@ from ouassister.text import to_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from drgn import Object, Type
+    from drgn import Object
 
     from ouassister.kernel.ext4 import Ext4
     from ouassister.kernel.mounts import Namespace
@@ -33,12 +27,6 @@ if TYPE_CHECKING:
 
 _MAX_DEPTH: Final = 64
 _MAX_ENTRIES: Final = 1 << 18
-_SECOND: Final = 1_000_000_000
-# Page cache marks lie above the array's own flags (XA_FLAGS_ACCOUNT is the highest, bit 5).
-# Where exactly depends on __GFP_BITS_SHIFT, which differs between kernels and configurations;
-# any mark at all means dirty, under write-back, or on the way there (include/linux/xarray.h).
-_XA_MARKS_SHIFT: Final = 6
-_DIRTY_NAMES: Final = ("I_DIRTY_SYNC", "I_DIRTY_DATASYNC", "I_DIRTY_PAGES")
 
 
 def lookup(kernel: Kernel, namespace: Namespace, path: bytes) -> Object | None:
@@ -111,8 +99,7 @@ def below(kernel: Kernel, dentry: Object, path: bytes) -> Iterator[tuple[bytes, 
 def describe(path: bytes, dentry: Object, ext4: Ext4) -> CachedFile:
     """Describe one cached entry.
 
-    It is dirty when pages of it wait for write-back, or when its last change is not committed to
-    the journal; on a file system other than ext4, when the inode waits for write-back.
+    Whether it is dirty, `ouassister.kernel.inodes` decides.
     """
     with guest_reads(f"reading the inode of {to_text(path)}"):
         inode = dentry.d_inode.read_()
@@ -123,8 +110,8 @@ def describe(path: bytes, dentry: Object, ext4: Ext4) -> CachedFile:
             inode=inode.i_ino.value_(),
             mode=inode.i_mode.value_(),
             size=inode.i_size.value_(),
-            mtime_ns=_mtime(inode),
-            dirty=_dirty(inode, ext4),
+            mtime_ns=inodes.time_ns(inode, "mtime"),
+            dirty=inodes.is_dirty(inode, ext4),
         )
 
 
@@ -136,41 +123,3 @@ def _cross(namespace: Namespace, mount: Object, dentry: Object) -> tuple[Object,
             return mount, dentry
         mount, dentry = upper, upper.mnt.mnt_root.read_()
     raise CorruptGuestError("mounts lie on top of each other without end")
-
-
-def _mtime(inode: Object) -> int:
-    try:
-        seconds, nanoseconds = inode.i_mtime_sec, inode.i_mtime_nsec
-    except AttributeError:
-        try:
-            time = inode.member_("__i_mtime")
-        except LookupError:
-            time = inode.i_mtime
-        seconds, nanoseconds = time.tv_sec, time.tv_nsec
-    value: int = seconds.value_() * _SECOND + nanoseconds.value_()
-    return value
-
-
-def _dirty(inode: Object, ext4: Ext4) -> bool:
-    if inode.i_mapping.i_pages.xa_flags.value_() >> _XA_MARKS_SHIFT:
-        return True
-    committed = ext4.committed(inode)
-    if committed is not None:
-        return not committed
-    state = inode.i_state
-    if state.type_.kind == TypeKind.STRUCT:
-        state = state.member_("__state")
-    return bool(state.value_() & _dirty_bits(state.type_))
-
-
-@functools.lru_cache(maxsize=8)
-def _dirty_bits(kind: Type) -> int:
-    """Return the three dirty bits of ``i_state``, whose type tells which they are.
-
-    An enumeration names them ("fs: provide accessors for ->i_state", v6.19, and before). A
-    32-bit number has them at bits 4 to 6 ("fs: reorder i_state bits", v6.12), a long at 0 to 2.
-    """
-    if kind.kind == TypeKind.ENUM:
-        values = {one.name: one.value for one in kind.enumerators or ()}
-        return sum(values[name] for name in _DIRTY_NAMES)
-    return 0x70 if kind.size == 4 else 0x07

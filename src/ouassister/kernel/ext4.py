@@ -6,18 +6,22 @@ system's own answer is a pair of transaction numbers: the last one that touched 
 the last one that was committed.
 
 Source: Linux v6.1 ``fs/ext4/ext4_jbd2.h`` (``ext4_update_inode_fsync_trans``),
-``fs/ext4/fsync.c`` (``ext4_fsync_journal``), ``include/linux/jbd2.h`` (``tid_gt``).
+``fs/ext4/fsync.c`` (``ext4_fsync_journal``), ``fs/ext4/inode.c`` (``__ext4_iget``),
+``include/linux/jbd2.h`` (``tid_gt``, ``t_start_time``).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from drgn import Object, offsetof
 
 from ouassister.errors import UnsupportedGuestError
+from ouassister.kernel import inodes
 from ouassister.kernel.modules import module_types, struct
 from ouassister.kernel.program import guest_reads
+from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from drgn import Type
@@ -26,15 +30,33 @@ if TYPE_CHECKING:
     from ouassister.kernel.program import Kernel
 
 _TID_BITS: Final = 32  # tid_t wraps
+_SLACK_NS: Final = 1_000_000_000  # change times come from a coarser clock
+
+
+@dataclass(frozen=True, slots=True)
+class _Journal:
+    last_commit: int  # transaction number
+    open_since_ns: int  # wall-clock time when the oldest uncommitted transaction began; 0: unknown
 
 
 class Ext4:
-    """What one kernel's ext4 knows of its journals; `why` says so when it cannot be read."""
+    """What one kernel's ext4 knows of its journals.
 
-    def __init__(self, kernel: Kernel) -> None:
+    Args:
+        kernel: The kernel.
+        realtime_offset_ns: What to add to its monotonic time for wall-clock time; None when the
+            clock cannot be read, and every inode in an open transaction counts as changed.
+
+    Attributes:
+        unread: File systems whose journal was asked for and not read, and why.
+    """
+
+    def __init__(self, kernel: Kernel, realtime_offset_ns: int | None) -> None:
         self._kernel = kernel
-        self._committed: dict[int, int | None] = {}
-        self.why = ""
+        self._realtime_offset_ns = realtime_offset_ns
+        self._journals: dict[int, _Journal | None] = {}
+        self.unread: dict[str, str] = {}
+        self._why = ""
         try:
             types = _types(kernel)
             self._sb_info: Type = struct(types, "ext4_sb_info")
@@ -42,7 +64,7 @@ class Ext4:
             with guest_reads("reading the layout of ext4"):
                 self._vfs_inode: int = offsetof(self._inode_info, "vfs_inode")
         except UnsupportedGuestError as error:
-            self.why = error.message
+            self._why = error.message
 
     def committed(self, inode: Object) -> bool | None:
         """Tell whether the last change of a ``struct inode *`` is in the journal on disk.
@@ -50,22 +72,36 @@ class Ext4:
         None when the file system has no journal, is not ext4, or cannot be read.
         """
         sb = inode.i_sb.read_()
-        if self.why or sb.s_type.name.string_() != b"ext4":
-            return None
-        last = self._last_commit(sb)
-        if last is None:
+        key = sb.value_()
+        if key not in self._journals:
+            self._journals[key] = self._journal(sb)
+        journal = self._journals[key]
+        if journal is None:
             return None
         info = Object(self._kernel.prog, self._inode_info, address=inode.value_() - self._vfs_inode)
-        age = (info.i_sync_tid.value_() - last) % (1 << _TID_BITS)
-        return not 0 < age < 1 << (_TID_BITS - 1)
+        age = (info.i_sync_tid.value_() - journal.last_commit) % (1 << _TID_BITS)
+        if not 0 < age < 1 << (_TID_BITS - 1):
+            return True
+        # An inode that was only loaded carries the number of the transaction that was open then
+        # (ext4_iget); one that was changed in it has a change time from then on, too.
+        return inodes.time_ns(inode, "ctime") < journal.open_since_ns - _SLACK_NS
 
-    def _last_commit(self, sb: Object) -> int | None:
-        key = sb.value_()
-        if key not in self._committed:
-            info = Object(self._kernel.prog, self._sb_info, address=sb.s_fs_info.value_())
-            journal = info.s_journal.read_()
-            self._committed[key] = journal.j_commit_sequence.value_() if journal else None
-        return self._committed[key]
+    def _journal(self, sb: Object) -> _Journal | None:
+        fstype = to_text(sb.prog_.read_c_string(sb.s_type.name.value_(), max_size=64))
+        if fstype != "ext4" or self._why:
+            self.unread[fstype] = self._why or "its journal is not read"
+            return None
+        info = Object(self._kernel.prog, self._sb_info, address=sb.s_fs_info.value_())
+        journal = info.s_journal.read_()
+        if not journal:
+            self.unread[fstype] = "it has no journal"
+            return None
+        starts = [
+            transaction.t_start_time.value_() + self._realtime_offset_ns
+            for transaction in (journal.j_running_transaction, journal.j_committing_transaction)
+            if transaction and self._realtime_offset_ns is not None
+        ]
+        return _Journal(journal.j_commit_sequence.value_(), min(starts, default=0))
 
 
 def _types(kernel: Kernel) -> BtfTypes:

@@ -34,7 +34,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _MAX_NOTES: Final = 16  # VMCOREINFO look-alikes to try
-_NO_CLOCK: Final = Clocks(0, 0)
+_NO_CLOCK: Final = Clocks(0, 0, None)
 
 
 class Guest:
@@ -88,8 +88,12 @@ def _prove(save: SaveFile, image: Image) -> tuple[Image, list[str]]:
     try:
         ranges = e820.ram_ranges(image.virtual, image.symbols)
     except UnsupportedGuestError as error:
-        # Without the map only a memory that has no hole in any machine is taken as it is.
-        save.proven(save.memory)
+        # Without the map, only memory that is one piece in every usual machine is taken.
+        if image.memory.hole != save.memory.hole:
+            raise UnsupportedStateError(
+                "length of pc.ram", 0, save.ram_bytes, "the guest does not tell its memory map"
+            ) from error
+        save.proven(image.memory)
         return image, [f"memory map: {error.message}"]
     hole = e820.hole_start(ranges, save.ram_bytes)
     if hole is None:
@@ -126,7 +130,8 @@ def introspect(save: SaveFile, database_roots: tuple[bytes, ...]) -> GuestView:
     if init is None:
         raise CorruptGuestError("the guest has no process 1")
     namespace = mounts.read_namespace(kernel, init)
-    journal = Ext4(kernel)
+    clocks = guest.ask("clock", lambda: read_clocks(kernel), _NO_CLOCK)
+    journal = Ext4(kernel, clocks.realtime_offset_ns)
     database: list[CachedFile] = []
     locks: list[FileLock] = []
 
@@ -139,7 +144,9 @@ def introspect(save: SaveFile, database_roots: tuple[bytes, ...]) -> GuestView:
 
     for root in database_roots:
         guest.ask("package database", functools.partial(look_below, root), None)
-    clocks = guest.ask("clock", lambda: read_clocks(kernel), _NO_CLOCK)
+    guest.degraded += [
+        f"uncommitted changes: {name}: {why}" for name, why in journal.unread.items()
+    ]
     return GuestView(
         uts=read_uts(kernel),
         boot_id=guest.ask("boot id", lambda: system.boot_id(kernel), ""),

@@ -40,13 +40,14 @@ class Kallsyms:
     Args:
         virtual: The kernel's address space.
         note: Its VMCOREINFO.
+        names: Symbols that will be asked for; one pass finds them all.
 
     Raises:
         UnsupportedGuestError: The note does not tell where the table is.
         CorruptGuestError: The table contradicts itself.
     """
 
-    def __init__(self, virtual: VirtualMemory, note: Vmcoreinfo) -> None:
+    def __init__(self, virtual: VirtualMemory, note: Vmcoreinfo, names: Iterable[str] = ()) -> None:
         where = {key: note.symbol(key) for key in _KEYS}
         missing = [key for key, value in where.items() if value is None]
         stext = note.symbol("_stext")
@@ -68,29 +69,27 @@ class Kallsyms:
         self._offsets.frombytes(virtual.read(VirtAddr(at["kallsyms_offsets"]), size))
         base = virtual.read(VirtAddr(at["kallsyms_relative_base"]), 8)
         self._base = int.from_bytes(base, "little")
-        self._known: dict[str, int | None] = {}
+        self._indexes = self._scan({"_stext", *names})
         # Are negative offsets relative and others absolute (CONFIG_KALLSYMS_ABSOLUTE_PERCPU, x86
         # before v6.15), or are all relative? _stext, whose address the note has, tells.
-        self._absolute_percpu = False
-        self._known.update(self._scan({"_stext"}))
-        if self._known["_stext"] != stext:
-            self._absolute_percpu = True
-            self._known.update(self._scan({"_stext"}))
-        if self._known["_stext"] != stext:
+        for self._absolute_percpu in (False, True):
+            if self.address("_stext") == stext:
+                break
+        else:
             raise CorruptGuestError("kallsyms does not find _stext where VMCOREINFO says it is")
 
     def learn(self, names: Iterable[str]) -> None:
         """Look several names up in one pass over the table."""
-        wanted = {name for name in names if name not in self._known}
+        wanted = {name for name in names if name not in self._indexes}
         if wanted:
-            self._known.update(self._scan(wanted))
+            self._indexes.update(self._scan(wanted))
 
     def address(self, name: str) -> VirtAddr | None:
         """Return the address of a symbol, or None when there is no such symbol."""
-        if name not in self._known:
+        if name not in self._indexes:
             self.learn((name,))
-        value = self._known[name]
-        return None if value is None else VirtAddr(value)
+        index = self._indexes[name]
+        return None if index is None else VirtAddr(self._address(index))
 
     def _address(self, index: int) -> int:
         offset = self._offsets[index]
@@ -99,6 +98,7 @@ class Kallsyms:
         return offset if offset >= 0 else (self._base - 1 - offset) & _MASK
 
     def _scan(self, wanted: set[str]) -> dict[str, int | None]:
+        """Return each name's place in the table; the first one when a name occurs again."""
         found: dict[str, int | None] = dict.fromkeys(wanted)
         names = {name.encode() for name in wanted}
         # The first token starts with the symbol's type letter.
@@ -125,7 +125,7 @@ class Kallsyms:
                 if data[position] in firsts and data[end - 1] in lasts:
                     name = b"".join(map(token_of, data[position:end]))[1:]
                     if name in names and found[name.decode()] is None:
-                        found[name.decode()] = self._address(index)
+                        found[name.decode()] = index
                 position = end
         except IndexError as error:
             raise CorruptGuestError("kallsyms_names is longer than its place") from error

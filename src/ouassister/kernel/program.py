@@ -116,8 +116,7 @@ class Image:
         self.virtual = _address_space(memory, note, self.levels)
         with guest_reads("reading the kernel's symbols"):
             self._check_release()
-            self.symbols = Kallsyms(self.virtual, note)
-            self.symbols.learn((*GLOBALS, *_OTHERS))
+            self.symbols = Kallsyms(self.virtual, note, (*GLOBALS, *_OTHERS))
 
     def _check_release(self) -> None:
         # uts_namespace.name.release: new_utsname is six fields of 65 bytes (v6.1,

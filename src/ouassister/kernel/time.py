@@ -26,10 +26,17 @@ _YEAR_2500: Final = 16_725_225_600
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """``CLOCK_REALTIME`` in seconds, ``CLOCK_BOOTTIME`` in nanoseconds, at the last tick."""
+    """The clocks at the last tick.
+
+    Attributes:
+        realtime_s: ``CLOCK_REALTIME``, whole seconds.
+        boottime_ns: ``CLOCK_BOOTTIME``.
+        realtime_offset_ns: ``CLOCK_REALTIME`` less ``CLOCK_MONOTONIC``; None when not known.
+    """
 
     realtime_s: int
     boottime_ns: int
+    realtime_offset_ns: int | None
 
 
 def read_clocks(kernel: Kernel) -> Clocks:
@@ -40,15 +47,16 @@ def read_clocks(kernel: Kernel) -> Clocks:
         mono = timekeeper.tkr_mono
         shift = mono.shift.value_()
         to_mono = timekeeper.wall_to_monotonic
+        offset = to_mono.tv_sec.value_() * _SECOND + to_mono.tv_nsec.value_()
         boottime = (
-            (seconds + to_mono.tv_sec.value_()) * _SECOND
+            seconds * _SECOND
             + (mono.xtime_nsec.value_() >> min(shift, 63))
-            + to_mono.tv_nsec.value_()
+            + offset
             + timekeeper.offs_boot.value_()
         )
     if not 0 <= seconds < _YEAR_2500 or not 0 <= boottime < _YEAR_2500 * _SECOND:
         raise CorruptGuestError(f"the guest's clock shows {seconds} s, {boottime} ns after boot")
-    return Clocks(seconds, boottime)
+    return Clocks(seconds, boottime, -offset)
 
 
 def _core(kernel: Kernel) -> Object:

@@ -98,6 +98,15 @@ def devices(options: list[tuple[str, Options]]) -> list[Options]:
     return [values for name, values in options if name == "device"]
 
 
+def is_scsi_bus(command: Sequence[str], bus: str) -> bool:
+    """Tell whether a bus belongs to a virtio-scsi controller of the command (``ID.0``)."""
+    owner = bus.rpartition(".")[0]
+    return any(
+        values.get("id") == owner and values.get("driver", "").startswith("virtio-scsi")
+        for values in devices(words(command))
+    )
+
+
 def _blockdevs(options: list[tuple[str, Options]]) -> list[Options]:
     return [values for name, values in options if name == "blockdev"]
 

@@ -26,7 +26,7 @@ from ouassister.errors import (
     UsageError,
 )
 from ouassister.provider import sockets
-from ouassister.provider.cmdline import quote
+from ouassister.provider.cmdline import is_scsi_bus, quote
 from ouassister.provider.qga import Qga
 from ouassister.provider.qmp import Qmp
 from ouassister.state.running import writer_of
@@ -114,6 +114,9 @@ def restore(config: VmConfig, *, links_up: bool, extra_args: Sequence[str] = ())
     try:
         vm = start(config, "-S", "-incoming", "defer", *extra_args)
         try:
+            # After a migration QEMU announces the guest by frames of its own, and asks virtio-net
+            # to do so too, before anybody can close the link (announce_timer, net/announce.c).
+            vm.qmp.execute("migrate-set-parameters", announce_rounds=0)
             vm.qmp.send_fd("save", save)
             vm.qmp.execute("migrate-incoming", uri="fd:save", timeout_s=120)
             _wait_status(vm.qmp, "paused", timeout_s=120)
@@ -208,10 +211,13 @@ class RunningVM:
                 self.qmp.execute("set_link", name=end, up=up)
 
     def attach_medium(self, path: Path, serial: str) -> None:
-        """Plug a raw image in as a read-only virtio disk; a paused guest sees it at `cont`.
+        """Plug a raw image in as a read-only disk; a paused guest sees it at `cont`.
+
+        It is a SCSI disk where the configuration names the bus of a virtio-scsi controller, else
+        a virtio disk of its own.
 
         Raises:
-            UsageError: A virtio disk's serial has at most 20 bytes.
+            UsageError: The serial is empty or has more than a virtio disk's 20 bytes.
         """
         if not serial or len(serial.encode()) > 20:  # VIRTIO_BLK_ID_BYTES, virtio 1.2, 5.2.6
             raise UsageError(f"the serial {serial!r} is empty or longer than 20 bytes")
@@ -222,8 +228,9 @@ class RunningVM:
             "file": {"driver": "file", "filename": str(path.absolute())},
         }
         self.qmp.execute_with("blockdev-add", node)
+        scsi = self.config.medium_bus and is_scsi_bus(self.config.command, self.config.medium_bus)
         device: dict[str, object] = {
-            "driver": "virtio-blk-pci",
+            "driver": "scsi-hd" if scsi else "virtio-blk-pci",
             "id": _MEDIUM,
             "drive": _MEDIUM,
             "serial": serial,

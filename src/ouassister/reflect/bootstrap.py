@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # noexec, so the applier is put beside its journal. A disk is found by the serial that its driver
 # shows in sysfs: udev's links come later.
 APPLY: Final = r"""
+stamp() { read -r up _ </proc/uptime; echo "$up $1" >&2; }
+stamp shell
 serial=$1 blocks=$2; shift 2
 tries=0
 while :; do
@@ -32,11 +34,13 @@ while :; do
     [ $tries -lt 1500 ] || { echo "the change set's disk did not appear" >&2; exit 69; }
     sleep 0.02
 done
+stamp disk
 umask 077
 [ -d /var/lib/ouassister ] || mkdir -p /var/lib/ouassister || exit 73
 applier=/var/lib/ouassister/applier
 dd if="$device" of="$applier" bs=4096 skip=1 count="$blocks" 2>/dev/null || exit 74
 chmod 700 "$applier" || exit 74
+stamp applier
 exec "$applier" apply "$device" "$@"
 """
 

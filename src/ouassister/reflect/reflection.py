@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ouassister.changeset.medium import write_medium
+from ouassister.changeset.medium import MediumInfo, write_medium
 from ouassister.errors import (
     ApplyError,
     DeadlineError,
@@ -28,7 +28,6 @@ from ouassister.store.database import ChangesetState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ouassister.changeset.medium import MediumInfo
     from ouassister.model import Changeset
     from ouassister.provider.qemu import RunningVM
     from ouassister.provider.vmtoml import VmConfig

@@ -18,7 +18,9 @@ _RELOADS: Final = frozenset(("daemon-reload", "daemon-reexec"))
 _MERGED: Final = frozenset(("start", "stop", "restart", "try-restart", "reload"))
 
 
-def read_actions(path: Path, programs: frozenset[str]) -> tuple[tuple[Action, ...], tuple[str, ...]]:
+def read_actions(
+    path: Path, programs: frozenset[str]
+) -> tuple[tuple[Action, ...], tuple[str, ...]]:
     """Read the recorders' file.
 
     Args:
@@ -44,7 +46,7 @@ def read_actions(path: Path, programs: frozenset[str]) -> tuple[tuple[Action, ..
         words = tuple(line.split("\t"))
         verb = next((word for word in words[1:] if not word.startswith("-")), "")
         if words[0] not in programs or not all(_WORD.fullmatch(word) for word in words):
-            notes.append(f"a recorded call with odd words is not done: {ascii(line[:80])}")
+            notes.append(f"a recorded call with odd words is not done: {line[:80]!a}")
         elif verb in _QUERIES:
             notes.append(f"a script asked '{' '.join(words)}' and was told: unknown")
         elif words[0] == "systemctl" and verb in _RELOADS:

@@ -64,23 +64,23 @@ def _check(result: int, what: str = "") -> int:
 
 
 def unshare(flags: int) -> None:
-    """Leave shared namespaces, as unshare(2) does."""
+    """Leave the namespaces that ``flags`` name."""
     _check(_libc.unshare(flags), "unshare")
 
 
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
-    """Mount, as mount(2) does; ``OSError.filename`` is the target."""
+    """Mount a file system; ``OSError.filename`` is the target."""
     arguments = [item.encode() or None for item in (source, target, fstype)]
     _check(_libc.mount(*arguments, ctypes.c_ulong(flags), data.encode() or None), target)
 
 
 def umount(target: str, flags: int = 0) -> None:
-    """Detach a mount, as umount2(2) does."""
+    """Detach a mount."""
     _check(_libc.umount2(target.encode(), flags), target)
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
-    """Exchange the root mount, as pivot_root(2) does."""
+    """Make a mount the root of the mount namespace."""
     _check(_libc.syscall(_NR_PIVOT_ROOT, new_root.encode(), put_old.encode()), new_root)
 
 
@@ -95,7 +95,7 @@ def setdomainname(name: bytes) -> None:
 
 
 def prctl(option: int, value: int) -> None:
-    """Set one attribute of the calling process, as prctl(2) does."""
+    """Set one attribute of the calling process."""
     _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), "prctl")
 
 

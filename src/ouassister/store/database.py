@@ -12,15 +12,17 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ouassister import codec
 from ouassister.errors import LockedError, StaleError, TamperedError, UsageError, WorkDiskFullError
 from ouassister.model import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _SCHEMA_VERSION: Final = 1
 _SCHEMA: Final = """
@@ -180,7 +182,9 @@ class Store:
         """Keep a plan."""
         record = json.dumps(codec.to_value(plan))
         now = int(time.time())
-        self._write("INSERT OR REPLACE INTO plan VALUES (?, ?, ?, ?)", plan.plan_id, plan.vm, now, record)
+        self._write(
+            "INSERT OR REPLACE INTO plan VALUES (?, ?, ?, ?)", plan.plan_id, plan.vm, now, record
+        )
 
     def plan(self, vm: str, plan_id: str) -> Plan:
         """Read a plan back.
@@ -224,7 +228,9 @@ class Store:
             " ORDER BY made_at_s DESC, rowid DESC",
             vm,
         )
-        return tuple(StoredChangeset(i, name, at, ChangesetState(state)) for i, name, at, state in rows)
+        return tuple(
+            StoredChangeset(i, name, at, ChangesetState(state)) for i, name, at, state in rows
+        )
 
     def pending(self, vm: str) -> StoredChangeset | None:
         """The change set that a resume would apply, or take up again."""
@@ -246,7 +252,8 @@ class Store:
     def history(self, vm: str, most: int = 20) -> tuple[Event, ...]:
         """The newest events, oldest first."""
         rows = self._all(
-            "SELECT at_s, verb, step, detail FROM event WHERE vm = ? ORDER BY event_id DESC LIMIT ?",
+            "SELECT at_s, verb, step, detail FROM event WHERE vm = ?"
+            " ORDER BY event_id DESC LIMIT ?",
             vm,
             most,
         )
@@ -261,7 +268,7 @@ class Store:
             self._database.executescript(script)
         elif version != _SCHEMA_VERSION:
             raise UsageError(
-                f"{self.folder}/state.db has schema {version}, this version knows {_SCHEMA_VERSION}",
+                f"{self.folder}/state.db has schema {version}, not {_SCHEMA_VERSION}",
                 hint="use the version of ouassister that wrote it, or another OUASSISTER_HOME",
             )
 
@@ -280,11 +287,11 @@ class Store:
         with self._transaction():
             self._database.execute(statement, values)
 
-    def _one(self, statement: str, *values: object) -> tuple[str, ...] | None:
-        row: tuple[str, ...] | None = self._database.execute(statement, values).fetchone()
+    def _one(self, statement: str, *values: object) -> tuple[Any, ...] | None:
+        row: tuple[Any, ...] | None = self._database.execute(statement, values).fetchone()
         return row
 
-    def _all(self, statement: str, *values: object) -> list[tuple[object, ...]]:
+    def _all(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         return self._database.execute(statement, values).fetchall()
 
     def _failure(self, error: Exception) -> WorkDiskFullError | UsageError:

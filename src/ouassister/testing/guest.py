@@ -25,7 +25,7 @@ from ouassister.testing.apt_sources import host_settings, host_sources
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_BUILDER = 1  # part of the cache key: raise it when the same recipe gives another image
+_BUILDER = 2  # part of the cache key: raise it when the same recipe gives another image
 _MIB = 1 << 20
 _ROOT_OFFSET = _MIB
 # "Root Partition (amd64/x86_64)", Discoverable Partitions Specification.
@@ -47,7 +47,7 @@ _PACKAGES = (
     "apt",
     "ca-certificates",
 )
-_INTERFACES = "auto lo\niface lo inet loopback\n\nauto ens3\niface ens3 inet dhcp\n"
+_INTERFACES = "auto lo\niface lo inet loopback\n\nauto eth0\niface eth0 inet dhcp\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def build_image(
         folder / "disk.qcow2",
         folder / "vmlinuz",
         folder / "initrd",
-        "root=/dev/vda1 rw console=ttyS0 quiet",
+        "root=LABEL=root rw console=ttyS0 net.ifnames=0 quiet",
         recipe.hostname,
     )
 

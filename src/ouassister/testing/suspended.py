@@ -43,7 +43,10 @@ _BOOT_S = 300.0
 _DISK, _SAVE, _CONSOLE = "disk.qcow2", "save.img", "console.log"
 # The boot has reached user space; seen on the console without "quiet".
 _ALIVE = b"Run /init as init process"
-_SETTLED = "until s=$(systemctl is-system-running); do [ $s != degraded ] || break; sleep 0.2; done"
+_SETTLED = (
+    "until systemctl is-system-running; do"
+    "  if systemctl --failed --plain --no-legend | grep .; then exit 1; fi; sleep 0.2; done"
+)
 
 
 def make_suspended(
@@ -52,9 +55,13 @@ def make_suspended(
     *,
     memory_mib: int = 512,
     machine: str = "pc",
+    storage: str = "virtio-blk",
     progress: Callable[[str], None] = lambda _line: None,
 ) -> Path:
     """Boot an overlay of the image until it serves, suspend it; return its ``vm.toml``.
+
+    ``storage`` is the bus of its disk, and of the medium that is plugged in later: "virtio-blk",
+    or "virtio-scsi", where plugging in costs the guest neither PCI nor ACPI work.
 
     A folder where this was done before, with the same image and hardware, is left as it is.
 
@@ -64,7 +71,8 @@ def make_suspended(
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     accelerator = probe_accelerator(image)
-    text = _toml(image.hostname, _command(image, accelerator, machine, memory_mib), machine)
+    command, medium = _command(image, accelerator, machine, memory_mib, storage)
+    text = _toml(image.hostname, command, medium)
     done = folder / "vm.toml"
     with locked(folder.with_name(f"{folder.name}.lock")):
         if done.exists() and done.read_text() == text and (folder / _SAVE).exists():
@@ -162,10 +170,13 @@ def wait_ready(vm: RunningVM, *, timeout_s: float) -> None:
 
     Raises:
         DeadlineError: One of them did not happen in time.
+        StateError: A unit failed at boot.
     """
     end = time.monotonic() + timeout_s
     vm.qga().sync(timeout_s=timeout_s)
-    guest_run(vm, _SETTLED, timeout_s=end - time.monotonic())
+    settled = guest_run(vm, _SETTLED, timeout_s=end - time.monotonic(), check=False)
+    if settled.exit_status != 0:
+        raise StateError(f"a unit of the guest failed at boot: {settled.stdout[-300:]!r}")
     http_get(vm, timeout_s=max(end - time.monotonic(), 1))
     # A sleeper of some hours has long written its boot back; so has this one.
     guest_run(vm, "sync", timeout_s=60)
@@ -245,19 +256,35 @@ def _boots_under_kvm(image: GuestImage) -> bool:
     return _ALIVE in seen
 
 
-def _command(image: GuestImage, accelerator: str, machine: str, memory_mib: int) -> list[str]:
-    """The guest's hardware. Paths of its own folder are relative, so that a clone's are too."""
-    # A guest's devices sit where the state was saved: fixed addresses, a versioned machine.
-    bus, root_port = ("pcie.0", ["-device", "pcie-root-port,id=medium,bus=pcie.0,addr=8,chassis=1"])
-    if machine != "q35":
-        bus, root_port = "pci.0", []
+def _command(
+    image: GuestImage, accelerator: str, machine: str, memory_mib: int, storage: str
+) -> tuple[list[str], str]:
+    """The guest's hardware, and the bus of its medium.
+
+    Devices sit at fixed addresses of a versioned machine, since a save loads only into the same.
+    Paths of the guest's own folder are relative, so that a clone's are too.
+    """
+    bus = "pcie.0" if machine == "q35" else "pci.0"
     accel = "kvm" if accelerator == "kvm" else "tcg,tb-size=256"
     command = [_QEMU, "-machine", _versioned(machine), "-accel", accel, "-cpu", "max"]
     command += ["-m", str(memory_mib), "-smp", "1", "-nodefaults", "-display", "none"]
     command += ["-serial", f"file:{_CONSOLE}", "-kernel", str(image.kernel)]
     command += ["-initrd", str(image.initrd), "-append", image.cmdline]
     disk = f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={_DISK}"
-    command += ["-blockdev", disk, "-device", f"virtio-blk-pci,drive=disk0,id=vd0,bus={bus},addr=4"]
+    command += ["-blockdev", disk, "-device"]
+    medium = ""
+    if storage == "virtio-scsi":
+        command += [f"virtio-scsi-pci,id=scsi0,bus={bus},addr=4", "-device"]
+        command.append("scsi-hd,drive=disk0,id=sd0,bus=scsi0.0")
+        medium = "scsi0.0"
+    elif storage == "virtio-blk":
+        command.append(f"virtio-blk-pci,drive=disk0,id=vd0,bus={bus},addr=4")
+        if machine == "q35":
+            # Nothing can be plugged into pcie.0 itself.
+            command += ["-device", "pcie-root-port,id=medium,bus=pcie.0,addr=8,chassis=1"]
+            medium = "medium"
+    else:
+        raise UsageError(f"storage {storage!r} is neither virtio-blk nor virtio-scsi")
     # Router advertisements would be frames of QEMU itself on a link that is closed.
     net = "user,id=net0,ipv6=off,hostfwd=tcp:127.0.0.1:0-:80"
     command += ["-netdev", net, "-device", f"virtio-net-pci,netdev=net0,id=nic0,bus={bus},addr=3"]
@@ -265,7 +292,7 @@ def _command(image: GuestImage, accelerator: str, machine: str, memory_mib: int)
     command += ["-device", f"virtio-serial-pci,id=serial0,bus={bus},addr=6"]
     command += ["-chardev", "socket,id=qga,path=qga.sock,server=on,wait=off"]
     command += ["-device", "virtserialport,bus=serial0.0,chardev=qga,name=org.qemu.guest_agent.0"]
-    return command + root_port
+    return command, medium
 
 
 def _versioned(machine: str) -> str:
@@ -277,7 +304,7 @@ def _versioned(machine: str) -> str:
     return match[1] if match else machine
 
 
-def _toml(name: str, command: list[str], machine: str) -> str:
+def _toml(name: str, command: list[str], medium: str) -> str:
     config = vmtoml.VmConfig(
         Path("/"),
         Path("/"),
@@ -288,6 +315,6 @@ def _toml(name: str, command: list[str], machine: str) -> str:
         Path("/qga.sock"),
         (vmtoml.Disk("disk0", Path("/", _DISK), "qcow2"),),
         (vmtoml.Net("nic0", "net0"),),
-        "medium" if machine == "q35" else "",
+        medium,
     )
     return vmtoml.dump(config)

@@ -1,0 +1,71 @@
+"""What a cached inode says: its times, and whether its latest state is on disk.
+
+Source: Linux v6.1 ``include/linux/fs.h`` (``struct inode``, ``I_DIRTY_*``),
+``include/linux/xarray.h`` (``XA_FLAGS_*``), ``fs/fs-writeback.c``. Times are plain integers since
+3aa63a569c64 ("fs: switch timespec64 fields in inode to discrete integers", v6.11), and were
+renamed by 13bc24457850 ("fs: rename i_ctime field to __i_ctime", v6.6) and 12cd44023651 ("fs:
+rename inode i_atime and i_mtime fields", v6.7).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Final
+
+from drgn import TypeKind
+
+if TYPE_CHECKING:
+    from drgn import Object, Type
+
+    from ouassister.kernel.ext4 import Ext4
+
+_SECOND: Final = 1_000_000_000
+# Page cache marks lie above the array's own flags (XA_FLAGS_ACCOUNT is the highest, bit 5).
+# Where exactly depends on __GFP_BITS_SHIFT, which differs between kernels and configurations;
+# any mark at all means dirty, under write-back, or on the way there.
+_XA_MARKS_SHIFT: Final = 6
+_DIRTY_NAMES: Final = ("I_DIRTY_SYNC", "I_DIRTY_DATASYNC", "I_DIRTY_PAGES")
+
+
+def time_ns(inode: Object, which: str) -> int:
+    """Return ``mtime`` or ``ctime`` of a ``struct inode *``."""
+    try:
+        seconds, nanoseconds = (inode.member_(f"i_{which}_{part}") for part in ("sec", "nsec"))
+    except LookupError:
+        try:
+            time = inode.member_(f"__i_{which}")
+        except LookupError:
+            time = inode.member_(f"i_{which}")
+        seconds, nanoseconds = time.tv_sec, time.tv_nsec
+    value: int = seconds.value_() * _SECOND + nanoseconds.value_()
+    return value
+
+
+def is_dirty(inode: Object, ext4: Ext4) -> bool:
+    """Tell whether some of an inode's state is in memory alone.
+
+    So it is while pages wait for write-back, or while its last change is not committed to the
+    journal; on anything but ext4, while the inode itself waits for write-back.
+    """
+    if inode.i_mapping.i_pages.xa_flags.value_() >> _XA_MARKS_SHIFT:
+        return True
+    committed = ext4.committed(inode)
+    if committed is not None:
+        return not committed
+    state = inode.i_state
+    if state.type_.kind == TypeKind.STRUCT:
+        state = state.member_("__state")
+    return bool(state.value_() & _dirty_bits(state.type_))
+
+
+@functools.lru_cache(maxsize=8)
+def _dirty_bits(kind: Type) -> int:
+    """Return the three dirty bits of ``i_state``, whose type tells which they are.
+
+    An enumeration names them ("fs: provide accessors for ->i_state", v6.19, and before). A
+    32-bit number has them at bits 4 to 6 ("fs: reorder i_state bits", v6.12), a long at 0 to 2.
+    """
+    if kind.kind == TypeKind.ENUM:
+        values = {one.name: one.value for one in kind.enumerators or ()}
+        return sum(values[name] for name in _DIRTY_NAMES)
+    return 0x70 if kind.size == 4 else 0x07
