@@ -74,18 +74,18 @@ int set_mtime(const struct place *place, int64_t mtime_ns)
     return utimensat(place->dir, place->name, times, AT_SYMLINK_NOFOLLOW);
 }
 
-/* Owner and mode; a chown clears setuid and setgid, of root's too (fs/open.c, chown_common). */
+/* Mode last: chown clears setuid and setgid, of root's files too (fs/open.c, chown_common). */
 static int set_owner_and_mode(const struct item *item, const struct place *place,
-                              const struct status *now, bool always_mode)
+                              const struct status *now)
 {
     const struct entry_record *record = item->record;
-    bool chown = now->uid != record->uid || now->gid != record->gid;
-    bool chmod = (now->mode & 07777u) != record->mode || (chown && record->mode & 06000) ||
-                 always_mode;
 
-    if (chown && set_owner(place, record->uid, record->gid) < 0)
+    if ((now->uid != record->uid || now->gid != record->gid) &&
+        set_owner(place, record->uid, record->gid) < 0)
         return fail_errno(item->path, "setting the owner");
-    if (chmod && record->kind != KIND_SYMLINK && set_mode(place, record->mode) < 0)
+    /* Made without those bits, so that a mode which wants them differs here. */
+    if ((now->mode & 07777u) != record->mode && record->kind != KIND_SYMLINK &&
+        set_mode(place, record->mode) < 0)
         return fail_errno(item->path, "setting the mode");
     return 0;
 }
@@ -112,13 +112,13 @@ int set_attributes(const struct change *change, const struct item *item, const s
 
     if (step(STAGE_ATTRIBUTES))
         return fail_errno(item->path, "setting attributes");
-    /* An inherited ACL would turn the mode's group bits into its mask. */
+    /* With an inherited ACL, chmod would set its mask and not the group's bits. */
     if (has_acl && remove_xattr(place, ACL_ACCESS) < 0)
         return fail_errno(item->path, "removing an inherited ACL");
     if (has_acl && item->record->kind == KIND_DIRECTORY && remove_xattr(place, ACL_DEFAULT) < 0)
         return fail_errno(item->path, "removing an inherited ACL");
     /* security.capability last of all: chown drops it as well. */
-    if (set_owner_and_mode(item, place, now, has_acl) < 0 || set_xattrs(change, item, place) < 0)
+    if (set_owner_and_mode(item, place, now) < 0 || set_xattrs(change, item, place) < 0)
         return -1;
     if (set_mtime(place, item->record->mtime_ns) < 0)
         return fail_errno(item->path, "setting the time");
@@ -132,7 +132,7 @@ int meta_apply(const struct change *change, const struct item *item)
 
     if (step(COMMIT_DIRECTORY) || look(item->meta_fd, "", &now) < 0)
         return fail_errno(item->path, "changing the directory");
-    if (set_owner_and_mode(item, &place, &now, false) < 0)
+    if (set_owner_and_mode(item, &place, &now) < 0)
         return -1;
     return set_xattrs(change, item, &place);
 }

@@ -1,4 +1,5 @@
 #include "medium.h"
+#include "disk.h"
 
 #include "report.h"
 #include "sha256.h"
@@ -112,7 +113,7 @@ static int read_table(struct medium *medium)
 
 int medium_open(struct medium *medium, const char *device, const uint8_t header_sha256[32])
 {
-    medium->device = open(device, O_RDONLY | O_CLOEXEC);
+    medium->device = disk_open(device);
     if (medium->device < 0)
         return fail_errno(device, "opening the medium");
     if (medium_read(medium, &medium->header, sizeof medium->header, 0) < 0 ||

@@ -26,6 +26,7 @@
     X(CLEANUP_REMOVE, "cleanup-remove")           \
     X(DIRECTORY_TIME, "directory-time")           \
     X(JOURNAL_REMOVE, "journal-remove")           \
+    X(END, "end")                                 \
     X(UNDO_MARK, "undo-mark")                     \
     X(UNDO_RENAME, "undo-rename")                 \
     X(UNDO_DIRECTORY, "undo-directory")           \

@@ -23,6 +23,14 @@ def to_text(raw: bytes) -> str:
     return "".join(parts)
 
 
+def plain(text: str) -> str:
+    """Escape what a terminal would act on; for text that is shown and never read back.
+
+    Unlike `to_text` it leaves backslashes alone: paths inside a message are escaped already.
+    """
+    return "".join(char if char.isprintable() else f"\\u{{{ord(char):x}}}" for char in text)
+
+
 def from_text(text: str) -> bytes:
     r"""Undo `to_text`.
 

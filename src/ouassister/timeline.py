@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ouassister.model import Phase
+from ouassister.text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,8 +59,8 @@ class Timeline:
         self.say(f"{name}: {seconds:.2f} s")
 
     def say(self, line: str) -> None:
-        """Tell one line, with the time since the run began."""
-        self._tell(f"[{time.monotonic() - self._start:7.2f} s] {line}")
+        """Tell one line, escaped for a terminal, with the time since the run began."""
+        self._tell(f"[{time.monotonic() - self._start:7.2f} s] {plain(line)}")
 
     def seconds(self, *names: str) -> float:
         """The sum of the phases with these names."""

@@ -101,9 +101,6 @@ class Rig:
             file.truncate(64 << 20)
         subprocess.run([need("mke2fs"), "-q", "-t", "ext4", str(image)], check=True)
         mounted.mkdir()
-        mount = ["mount", "-o", "loop", str(image), str(mounted)]
-        if subprocess.run(mount, check=False).returncode != 0:
-            pytest.skip("no loop device to mount ext4 from")
         request = {
             "do": "build",
             "work": str(self.work),
@@ -111,10 +108,15 @@ class Rig:
             "seed": seed,
             "script": script,
         }
-        try:
-            subprocess.run([sys.executable, "-I", str(INSIDE), json.dumps(request)], check=True)
-        finally:
-            subprocess.run(["umount", str(mounted)], check=True)
+        # In a mount namespace of its own: one that somebody else makes meanwhile would inherit
+        # the mount, keep it after umount(8), and leave the journal to be replayed.
+        commands = 'mount -o loop "$1" "$2" || exit 77; "$3" -I "$4" "$5" && umount "$2"'
+        arguments = [str(image), str(mounted), sys.executable, str(INSIDE), json.dumps(request)]
+        shell = ["unshare", "-m", "--propagation", "private", "sh", "-c", commands, "sh"]
+        done = subprocess.run(shell + arguments, check=False)
+        if done.returncode == 77:
+            pytest.skip("no loop device to mount ext4 from")
+        assert done.returncode == 0
         own(image, self.space.base)
         # /dev/fuse may be closed to all but root.
         device = self.work / "fuse"

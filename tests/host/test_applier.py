@@ -212,42 +212,32 @@ def test_reader_that_went_and_signals_do_not_stop_it(
     assert snapshot(world.root, world.timed) == after
 
 
-def test_two_file_systems_are_applied(appliers: Appliers, world: World, tmp_path: Path) -> None:
+def test_two_file_systems_are_applied_or_undone(
+    appliers: Appliers, world: World, tmp_path: Path
+) -> None:
     """/boot, say, is another file system: renames stay within each."""
-    with mounted(tmp_path, "-t", "tmpfs", "guest") as mount:
-        (mount / "root/boot").mkdir(parents=True)
-        pid = mount.parts[2]
-        enter = ["nsenter", "--target", pid, "--mount"]
-        inside = tmp_path / "mount/root"
-        subprocess.run([*enter, "mount", "-t", "tmpfs", "boot", inside / "boot"], check=True)
-        world = World.make(mount / "root")
+    (world.root / "boot").mkdir()
+    with mounted(tmp_path, "-o", "bind", str(world.root)) as mount:
+        command = ["nsenter", "--target", mount.parts[2], "--mount", "mount", "-t", "tmpfs"]
+        subprocess.run([*command, "boot", tmp_path / "mount/boot"], check=True)
+        world.root = mount
+        everything(world)
         world.put(b"/boot/config", b"old")
-        world.put(b"/usr/bin/tool", b"old")
         world.add(b"/boot/config", Kind.FILE, b"new")
         world.add(b"/boot/new", Kind.DIRECTORY, mode=0o755)
         world.add(b"/boot/new/file", Kind.FILE, b"new")
-        world.add(b"/usr/bin/tool", Kind.FILE, b"new")
-        before, after = inodes(world.root), world.after()
-        bench = Bench.make(appliers, world, tmp_path)
-        bench.root = inside
-        command = [*enter, *bench.command(appliers.faults)]
-        path = {"PATH": os.environ["PATH"]}
-        failed = Bench.result(bench.raw(command, {**path, "OUA_FAIL_AT": "verify:5"}))
-        assert failed.outcome is Outcome.UNDONE
-        assert inodes(world.root) == before
-        world = dataclasses.replace(world, entries=[], layer=bytearray(512))
-        world.add(b"/boot/config", Kind.FILE, b"new")
-        world.add(b"/usr/bin/tool", Kind.FILE, b"new")
-        after = world.after()
-        bench = Bench.make(appliers, world, tmp_path, number=2)
-        bench.root = inside
-        for step in ("stage-create:2", "commit-rename:2", "marker-rename", "journal-remove"):
-            killed = bench.raw(
-                [*enter, *bench.command(appliers.faults)], {**path, "OUA_KILL_AT": step}
-            )
-            assert killed.returncode == -signal.SIGKILL
-        assert Bench.result(bench.raw([*enter, *bench.command()], path)).files == 2
-        assert snapshot(world.root) == after
+        before, after = inodes(mount), world.after()
+        failing = Bench.make(appliers, world, tmp_path)
+        with failing.stopped_at("verify"):
+            world.put(b"/usr/bin/tool", b"written meanwhile")
+        assert failing.run().code == "conflict"
+        assert inodes(mount).keys() == before.keys()
+        again = World(mount)
+        again.add(b"/boot/config", Kind.FILE, b"new")
+        again.add(b"/usr/bin/tool", Kind.FILE, b"new")
+        after = again.after()
+        assert Bench.make(appliers, again, tmp_path, number=2).run().outcome is Outcome.APPLIED
+        assert snapshot(mount) == after
 
 
 def test_readers_always_find_a_replaced_file(

@@ -63,7 +63,8 @@ def test_one_flipped_bit_anywhere_is_refused(
     image = bench.medium.read_bytes()
     table, layer = number(image, TABLE_OFFSET), number(image, LAYER_OFFSET)
     areas = [
-        range(BLOCK),
+        *(range(place, place + 1) for place in range(HEADER_FIELDS)),
+        range(HEADER_FIELDS, BLOCK),
         range(BLOCK, BLOCK + number(image, APPLIER_SIZE)),
         range(table, table + number(image, TABLE_SIZE)),
         *(

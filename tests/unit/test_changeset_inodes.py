@@ -140,11 +140,17 @@ def test_block_number_beyond_any_file_is_refused(tmp_path: Path) -> None:
     image = Image()
     image.inode(0x68, "<I", 2**32 - 1)
     image.inode(0x76, "<H", 2**16 - 1)
-    image.super(0x18, "<I", 6)
-    struct.pack_into("<I", image.data, 2 * 1024 + 8, 0)
+    start = TABLE * 1024 + 11 * 256
+    inode = image.data[start : start + 256]
+    image.super(0x18, "<I", 6)  # blocks of 64 KiB: an offset of 2**64 bytes
     image.data += bytes(256 << 10)
-    with image.opened(tmp_path) as inodes, pytest.raises(CorruptGuestError):
-        inodes.acls(12)
+    struct.pack_into("<I", image.data, (2 << 16) + 8, TABLE)
+    start = (TABLE << 16) + 11 * 256
+    image.data[start : start + 256] = inode
+    with image.opened(tmp_path) as inodes:
+        assert inodes.expected(status()).inode == 12
+        with pytest.raises(CorruptGuestError, match="ends before byte"):
+            inodes.acls(12)
 
 
 def test_extra_size_larger_than_the_inode_is_refused(tmp_path: Path) -> None:

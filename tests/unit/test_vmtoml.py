@@ -159,3 +159,10 @@ def test_doubled_commas_are_one_comma() -> None:
 def test_a_loop_of_file_references_ends() -> None:
     loop = [("blockdev", {"node-name": "a", "file": "a"})]
     assert cmdline.disk_files(loop, "a") == set()
+
+
+def test_scsi_bus_is_told_from_a_pci_bus() -> None:
+    command = ["qemu", "-device", "virtio-scsi-pci,id=scsi0", "-device", "pcie-root-port,id=p.0"]
+    assert cmdline.is_scsi_bus(command, "scsi0.0")
+    assert not cmdline.is_scsi_bus(command, "p.0")
+    assert not cmdline.is_scsi_bus(command, "pci.0")

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.conftest import need
 
-from ouassister.provider import sockets, vmtoml
-from ouassister.testing import build_image, make_suspended
+from tests.vm import packages
+from tests.vm.repository import Repository, build
+from tests.vm.world import World
+
+from ouassister.provider import qemu, sockets, vmtoml
+from ouassister.testing import build_image, guest_run, make_suspended
 from ouassister.testing import clone as make_clone
 
 if TYPE_CHECKING:
@@ -47,6 +51,54 @@ def clones(suspended: Path, tmp_path: Path) -> Iterator[Callable[[], Path]]:
 def clone(clones: Callable[[], Path]) -> Path:
     """The ``vm.toml`` of one fresh twin."""
     return clones()
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+    """The tests' own package repository, on loopback."""
+    for tool in ("dpkg-deb", "apt-ftparchive"):
+        need(tool)
+    folder = tmp_path_factory.mktemp("repository")
+    for package in packages.AFTER:
+        build(package, folder)
+    with Repository(folder) as served:
+        served.publish()
+        yield served
+
+
+@pytest.fixture(scope="session")
+def prepared(
+    suspended: Path, repository: Repository, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A suspended guest that uses the tests' repository and has its old packages. Read only."""
+    folder = tmp_path_factory.mktemp("prepared")
+    toml = make_clone(suspended, folder / "vm")
+    with qemu.restore(vmtoml.load(toml), links_up=False) as vm:
+        try:
+            vm.qga()
+            vm.cont()
+            source = f"deb [trusted=yes] http://127.0.0.1:{repository.port}/ ./\n"
+            guest_run(vm, "rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*")
+            vm.qga().write_file("/etc/apt/sources.list", source.encode())
+            for package in packages.BEFORE:
+                deb = build(package, folder)
+                vm.qga().write_file(f"/tmp/{deb.name}", deb.read_bytes())
+                guest_run(vm, f"dpkg -i /tmp/{deb.name}")
+            guest_run(vm, "echo setting=admin >/etc/oua-hello.conf; sync")
+            (folder / "vm" / "save.img").unlink()  # a link to the other guest's
+            vm.suspend()
+        except BaseException:
+            vm.kill()
+            raise
+    return toml
+
+
+@pytest.fixture
+def world(prepared: Path, tmp_path: Path) -> Iterator[World]:
+    """A fresh twin of the prepared guest, with its own home."""
+    toml = make_clone(prepared, tmp_path / "sleeper")
+    yield World(toml, tmp_path / "home")
+    _kill(vmtoml.load(toml))
 
 
 def _kill(config: vmtoml.VmConfig) -> None:

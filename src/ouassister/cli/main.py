@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import InternalError, OUassisterError, WorkDiskFullError
 from ouassister.interrupts import interruptible
-from ouassister.text import to_text
+from ouassister.text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value is not None:
             print(json.dumps({"schema": SCHEMA, "verb": arguments.verb, "result": value}, indent=2))
     elif text:
-        print(text)
+        print("\n".join(plain(line) for line in text.split("\n")))
     return int(status)
 
 
@@ -96,10 +96,9 @@ def _print_error(error: OUassisterError, *, as_json: bool) -> int:
         }
         print(json.dumps({"schema": SCHEMA, "error": value}, indent=2))
         return error.exit_status
-    message = to_text(error.message.encode("utf-8", "surrogateescape"))
-    print(f"error: {message} [{error.code}]", file=sys.stderr)
+    print(f"error: {plain(error.message)} [{error.code}]", file=sys.stderr)
     if error.context:
-        print(f"  while: {error.context}", file=sys.stderr)
+        print(f"  while: {plain(error.context)}", file=sys.stderr)
     print(f"  guest: {error.impact}", file=sys.stderr)
-    print(f"  hint:  {error.hint}", file=sys.stderr)
+    print(f"  hint:  {plain(error.hint)}", file=sys.stderr)
     return error.exit_status

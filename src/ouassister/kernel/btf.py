@@ -4,8 +4,8 @@ The index keeps one offset and one name per type; nothing else is decoded until 
 for. Everything in the table is checked against its bounds, since it comes from a guest.
 
 Source: Linux ``Documentation/bpf/btf.rst`` and ``include/uapi/linux/btf.h`` (v6.12);
-FLOAT since b1828f0b0482 (v5.13), DECL_TAG since b5ea834dde6b (v5.16), TYPE_TAG since
-8c42d2fa4eea (v5.17), ENUM64 since 6089fb325cf7 (v6.0).
+FLOAT since b1828f0b0482 (v5.13), DECL_TAG since b5ea834dde6b (v5.16; named so by 223f903e9c83,
+v5.16), TYPE_TAG since 8c42d2fa4eea (v5.17), ENUM64 since 6089fb325cf7 (v6.0).
 """
 
 from __future__ import annotations

@@ -62,10 +62,10 @@ def is_dirty(inode: Object, ext4: Ext4) -> bool:
 def _dirty_bits(kind: Type) -> int:
     """Return the three dirty bits of ``i_state``, whose type tells which they are.
 
-    An enumeration names them ("fs: provide accessors for ->i_state", v6.19, and before). A
-    32-bit number has them at bits 4 to 6 ("fs: reorder i_state bits", v6.12), a long at 0 to 2.
+    An enumeration names them ("fs: make the i_state flags an enum", v6.18). A 32-bit number has
+    them at bits 3 to 5 ("fs: reorder i_state bits", v6.12), a long at 0 to 2.
     """
     if kind.kind == TypeKind.ENUM:
         values = {one.name: one.value for one in kind.enumerators or ()}
         return sum(values[name] for name in _DIRTY_NAMES)
-    return 0x70 if kind.size == 4 else 0x07
+    return 0x38 if kind.size == 4 else 0x07

@@ -54,7 +54,7 @@ def read_namespace(kernel: Kernel, init: Object) -> Namespace:
         mounts = []
         over = {}
         for mount in _mounts(kernel, init.nsproxy.mnt_ns):
-            if not mount.mnt.mnt_sb:  # a cursor of a reader of /proc/mounts (v5.8 to v6.8)
+            if not mount.mnt.mnt_sb:  # a cursor of a reader of /proc/mounts (v5.8 to v6.7)
                 continue
             parent = mount.mnt_parent.value_()
             if parent != mount.address_:
@@ -110,8 +110,8 @@ def _block(device: Object) -> BlockRange | None:
     """Return the place of a ``struct block_device *`` on its disk.
 
     The range moved into the device with "block: move the start_sect field to struct
-    block_device" (v5.11) and "block: move the nr_sects field..." (v5.11, ``bd_nr_sectors`` since
-    v5.16); ``struct hd_struct`` had it before.
+    block_device" (v5.11) and "block: cache inode size in bdev" (v5.16, ``bd_nr_sectors``);
+    before v5.11 ``struct hd_struct`` had it.
     """
     if not device:
         return None

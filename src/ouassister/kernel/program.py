@@ -234,7 +234,7 @@ class Kernel:
         """Type of ``tk_core``, which BTF does not name: a seqcount, then the timekeeper.
 
         Source: Linux v6.1 kernel/time/timekeeping.c; the struct is named ``tk_data`` since
-        "timekeeping: Add struct tk_data" (v6.13).
+        "timekeeping: Define a struct type for tk_core to make it reusable" (v6.13).
         """
         with contextlib.suppress(LookupError):
             return self.prog.type("struct tk_data")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 # Above this QEMU may move memory beyond AMD's HyperTransport range to 1 TiB
-# (hw/i386/pc.c, pc_set_amd_above_4g_mem_start, v7.2).
+# (hw/i386/pc.c, pc_memory_init, AMD_ABOVE_1TB_START, v7.2).
 _MAX_RAM_BYTES: Final = 0xF0_0000_0000
 _NO_HOLE_BELOW: Final = 0x8000_0000
 

@@ -140,7 +140,10 @@ class Apt:
         self._pins += changes
         text = self._read_guest("/etc/apt/preferences")
         for change in self._pins:
-            package = f"{change.name}:{change.architecture}"
+            # "NAME:all" matches nothing (apt 2.6); such a package is of the native architecture.
+            package = change.name
+            if change.architecture != "all":
+                package += f":{change.architecture}"
             text += f"\nPackage: {package}\nPin: version {change.new}\nPin-Priority: -1\n"
         self._shadow.provide(_PINS, text.encode("utf-8", "surrogateescape"))
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 _NAME: Final = r"[a-z0-9][a-z0-9+.-]{0,254}"
 _VERSION: Final = r"[A-Za-z0-9.+:~-]{1,255}"
 _ARCH: Final = r"[a-z0-9-]{1,64}"
-PACKAGE: Final = re.compile(rf"{_NAME}(?::{_ARCH})?(?:={_VERSION})?")
+# A minus at the end asks apt-get to remove the package (apt-get(8), "install").
+PACKAGE: Final = re.compile(rf"{_NAME}(?::{_ARCH})?(?:={_VERSION})?(?<!-)")
 
 _INSTALL: Final = re.compile(
     rf"Inst (?P<name>{_NAME})(?::{_ARCH})? (?:\[(?P<old>{_VERSION})\] )?"
@@ -31,11 +32,15 @@ _REMOVE: Final = re.compile(
     rf"(?:Remv|Purg) (?P<name>{_NAME})(?::(?P<arch>{_ARCH}))? \[(?P<old>{_VERSION})\]"
 )
 _URI: Final = re.compile(
-    r"'(?P<url>[^']+)' (?P<file>[^/ ]+) (?P<size>\d+) (?P<digest>[A-Za-z0-9]+:[0-9a-f]+)"
+    r"'(?P<url>[^']+)' (?P<file>[A-Za-z0-9][^/ ]*) (?P<size>[0-9]{1,18})"
+    r" (?P<digest>SHA(?:256|512):[0-9a-f]+)"
 )
 _KEPT_BACK: Final = "The following packages have been kept back:"
 _NOT_FOUND: Final = re.compile(
-    rf"E: (?:Unable to locate package|Package '?)({_NAME})(?:' has no installation candidate)?"
+    rf"^E: (?:Unable to locate package (?P<unknown>{_NAME}(?::{_ARCH})?)"
+    rf"|Package '(?P<gone>{_NAME}(?::{_ARCH})?)' has no installation candidate"
+    rf"|Version '{_VERSION}' for '(?P<version>{_NAME}(?::{_ARCH})?)' was not found)$",
+    re.MULTILINE,
 )
 
 
@@ -62,12 +67,18 @@ def parse_changes(output: str) -> tuple[PackageChange, ...]:
 
 
 def parse_archives(output: str) -> tuple[Archive, ...]:
-    """Read ``apt-get --print-uris``; file names have no folder in them."""
+    """Read ``apt-get --print-uris``; file names have no folder in them.
+
+    Raises:
+        UpdaterError: Such a line cannot be read, or has no digest of the SHA-2 family.
+    """
     archives = []
     for line in output.splitlines():
+        if not line.startswith("'"):
+            continue
         match = _URI.fullmatch(line.strip())
         if match is None:
-            continue
+            raise UpdaterError(f"apt-get named an archive that cannot be read: {line[:200]!r}")
         name = urllib.parse.unquote(match["file"]).split("_")[0]
         archives.append(
             Archive(name, match["url"], match["file"], int(match["size"]), match["digest"])
@@ -83,7 +94,9 @@ def parse_kept_back(output: str) -> tuple[LeftOut, ...]:
         if line == _KEPT_BACK:
             inside = True
         elif inside and line.startswith("  "):
-            left_out += [LeftOut(name, "kept back by the guest's apt") for name in line.split()]
+            # With APT::Get::Show-Versions there is "(OLD => NEW)" behind each name.
+            names = [word for word in line.split() if PACKAGE.fullmatch(word)]
+            left_out += [LeftOut(name, "kept back by the guest's apt") for name in names]
         else:
             inside = False
     return tuple(left_out)
@@ -91,7 +104,7 @@ def parse_kept_back(output: str) -> tuple[LeftOut, ...]:
 
 def missing_packages(output: str) -> tuple[str, ...]:
     """Names that apt-get does not find, or finds no candidate for."""
-    return tuple(match[1] for match in _NOT_FOUND.finditer(output))
+    return tuple(match[match.lastgroup or 0] for match in _NOT_FOUND.finditer(output))
 
 
 def unreachable_indexes(output: str) -> tuple[str, ...]:

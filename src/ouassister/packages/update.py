@@ -81,6 +81,9 @@ def download(apt: Apt, plan: Plan) -> Prepared:
             raise RepositoryError(f"could not fetch {named}, and nothing else was asked for")
         before = {change.name for change in plan.changes}
         simulated = apt.plan(request)
+        for change in lost:
+            if change in simulated[0]:  # else this loop would not end
+                raise UpdaterError(f"apt-get plans {change.name} again, which cannot be fetched")
         plan = make_plan(plan.vm, plan.fence, request, simulated, left_out)
         gone = before - {change.name for change in plan.changes}
         gone -= {item.package for item in left_out}

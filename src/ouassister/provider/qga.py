@@ -27,6 +27,7 @@ _DELIMITER = b"\xff"
 # base64, twice, with room for the envelope.
 _REPLY_LIMIT = 46 << 20
 _POLL_S = 0.005
+_WRITE_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,27 @@ class Qga:
         except (TypeError, KeyError) as error:
             raise AgentError("the guest agent's guest-info is malformed") from error
         return allowed.issuperset(commands)
+
+    def write_file(self, path: str, content: bytes, *, timeout_s: float = 30.0) -> None:
+        """Write a file in the guest, with the agent's own mode and owner.
+
+        Raises:
+            AgentError: The agent may not, or wrote less.
+        """
+        handle = self.execute("guest-file-open", timeout_s=timeout_s, path=path, mode="w")
+        if not isinstance(handle, int):
+            raise AgentError("the guest agent's guest-file-open returned no handle")
+        try:
+            for start in range(0, len(content), _WRITE_CHUNK):
+                chunk = content[start : start + _WRITE_CHUNK]
+                buffer = base64.b64encode(chunk).decode()
+                reply = self.execute(
+                    "guest-file-write", timeout_s=timeout_s, handle=handle, buf_b64=buffer
+                )
+                if not isinstance(reply, dict) or reply.get("count") != len(chunk):
+                    raise AgentError(f"the guest agent did not write all of {path}")
+        finally:
+            self.execute("guest-file-close", timeout_s=timeout_s, handle=handle)
 
     def start(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 10.0) -> int:
         """Start a program in the guest; return its pid there."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.medium import MediumInfo, write_medium
 from ouassister.errors import (
+    AgentError,
     ApplyError,
     DeadlineError,
     GateClosedError,
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
 
     from ouassister.model import Changeset
     from ouassister.provider.qemu import RunningVM
+    from ouassister.provider.qga import ExecResult, Qga
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.reflect.applier_protocol import ApplierResult
     from ouassister.timeline import Timeline
 
 APPLIER: Final = Path(__file__).parent / "bin" / "applier-x86_64"
 APPLY_S: Final = 900.0
+_AGENT_S: Final = 60.0
 _ACTIONS_S: Final = 600.0
 _GATE_HINT: Final = (
     "the VM runs with its links down; look at its console, then 'ouassister resume' tries again"
@@ -131,9 +134,8 @@ def _bring_back(config: VmConfig, *, again: bool) -> RunningVM:
 
 
 def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
-    command = bootstrap.apply_command(medium.serial, medium.info, time.time_ns())
     try:
-        done = vm.qga().run(command, timeout_s=APPLY_S)
+        done = _run_applier(vm.qga(), medium)
     except DeadlineError as error:
         raise GateClosedError(f"the guest: {error.message}", hint=_GATE_HINT) from error
     try:
@@ -145,6 +147,23 @@ def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
     if failure is not None:
         raise failure
     return result
+
+
+def _run_applier(agent: Qga, medium: Medium) -> ExecResult:
+    """Bring the applier into the guest the short way if the agent lets us, and run it."""
+    program = APPLIER.read_bytes()
+    try:
+        agent.write_file(bootstrap.DELIVERED, program, timeout_s=_AGENT_S)
+        installed = agent.run(bootstrap.INSTALL, timeout_s=_AGENT_S)
+        delivered = installed.exit_status == 0
+    except AgentError:
+        delivered = False
+    arguments = bootstrap.applier_arguments(medium.serial, medium.info, time.time_ns())
+    if delivered:
+        command = [bootstrap.APPLIER, *arguments]
+    else:
+        command = bootstrap.from_medium_command(medium.serial, medium.info, arguments)
+    return agent.run(command, timeout_s=APPLY_S)
 
 
 def _act(vm: RunningVM, changeset: Changeset) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 _MAX_BYTES: Final = 1 << 20
 _MAX_ACTIONS: Final = 4096
 _WORD: Final = re.compile(r"[A-Za-z0-9:_.@\\=/-]{1,255}")  # unit names: systemd.unit(5)
-_QUERIES: Final = frozenset(("is-active", "is-failed", "is-system-running", "show", "status"))
+_QUERIES: Final = frozenset(
+    ("is-active", "is-failed", "is-system-running", "show", "status", "list-units")
+)
 _RELOADS: Final = frozenset(("daemon-reload", "daemon-reexec"))
-_MERGED: Final = frozenset(("start", "stop", "restart", "try-restart", "reload"))
 
 
 def read_actions(

@@ -78,4 +78,4 @@ UUID: Final = b"configuration/uuid"  # 16 bytes
 # libvirt's own header in front of a stream (src/qemu/qemu_saveimage.h)
 LIBVIRT_MAGICS: Final = (b"LibvirtQemudSave", b"LibvirtQemudPart")
 
-MAIN_BLOCK: Final = b"pc.ram"  # hw/i386/pc.c, pc_memory_init: all of the guest's base memory
+MAIN_BLOCK: Final = b"pc.ram"  # hw/i386/pc.c, default_ram_id: all of the guest's base memory

@@ -1,0 +1,343 @@
+"""Extraction from plain directories: marks of the union are made by hand."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from ouassister.changeset import extract as extract_module
+from ouassister.changeset import walk
+from ouassister.changeset.extract import TRUSTED_PREFIX, Extraction, collect, extract, run
+from ouassister.changeset.filter import Filter, Rule
+from ouassister.changeset.node import _guest_value
+from ouassister.errors import (
+    InternalError,
+    UnsupportedGuestError,
+    UsageError,
+    WorkDiskFullError,
+)
+from ouassister.model import Kind
+
+
+class Trees:
+    """An upper and a lower directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.upper = folder / "upper"
+        self.lower = folder / "lower"
+        self.upper.mkdir()
+        self.lower.mkdir()
+
+    def extract(self, **more: object) -> Extraction:
+        return extract(self.upper, self.lower, self.folder / "layer.tar", **more)  # type: ignore[arg-type]
+
+    def write(self, path: str, content: str = "x") -> Path:
+        """Write a file in one of the trees, with its directories."""
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+        return file
+
+    def copy_up(self, path: str) -> Path:
+        """Copy a lower file as overlayfs does."""
+        lower, upper = self.lower / path, self.upper / path
+        upper.parent.mkdir(parents=True, exist_ok=True)
+        upper.write_bytes(lower.read_bytes())
+        status = lower.stat()
+        os.utime(upper, ns=(status.st_atime_ns, status.st_mtime_ns))
+        return upper
+
+
+@pytest.fixture
+def trees(tmp_path: Path) -> Trees:
+    return Trees(tmp_path)
+
+
+@pytest.fixture
+def marks(trees: Trees) -> Trees:
+    """Trees on a file system that has extended attributes."""
+    try:
+        os.setxattr(trees.upper, "user.probe", b"")
+        os.removexattr(trees.upper, "user.probe")
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        pytest.skip("no extended attributes here")
+    return trees
+
+
+def kinds(result: Extraction) -> list[tuple[bytes, Kind]]:
+    return [(entry.path, entry.kind) for entry in result.entries]
+
+
+def test_extract_of_nothing_is_empty(trees: Trees) -> None:
+    result = trees.extract()
+    assert not [*result.entries, *result.filtered, *result.notes]
+    assert (trees.folder / "layer.tar").stat().st_size == result.layer_size == 1024
+
+
+def test_extract_orders_by_components_not_by_bytes(trees: Trees) -> None:
+    for name in ("a/z", "a-b", "a.c/x", "a!"):
+        trees.write(f"upper/{name}")
+    paths = [entry.path for entry in trees.extract().entries]
+    assert paths == [b"/a", b"/a/z", b"/a!", b"/a-b", b"/a.c", b"/a.c/x"]
+
+
+def test_extract_expects_the_lower_object(trees: Trees) -> None:
+    status = trees.write("lower/f", "before").stat()
+    trees.write("upper/f", "after")
+    (entry,) = trees.extract().entries
+    assert entry.expected is not None
+    assert (entry.expected.inode, entry.expected.mode) == (status.st_ino, status.st_mode)
+    assert (entry.expected.size, entry.expected.ctime_ns) == (6, status.st_ctime_ns)
+
+
+@pytest.mark.parametrize("change", ["mtime", "mode", "content", "size"])
+def test_extract_keeps_a_copy_with_one_change(trees: Trees, change: str) -> None:
+    trees.write("lower/f", "content")
+    copy = trees.copy_up("f")
+    assert trees.extract().entries == ()
+    status = copy.stat()
+    match change:
+        case "mtime":
+            os.utime(copy, ns=(0, status.st_mtime_ns + 1))
+        case "mode":
+            copy.chmod(0o4711)
+        case "content":
+            copy.write_text("Content")
+            os.utime(copy, ns=(0, status.st_mtime_ns))
+        case "size":
+            copy.write_text("contents")
+            os.utime(copy, ns=(0, status.st_mtime_ns))
+    assert kinds(trees.extract()) == [(b"/f", Kind.FILE)]
+
+
+def test_extract_drops_a_directory_that_only_was_written_to(trees: Trees) -> None:
+    trees.write("lower/d/old")
+    trees.write("upper/d/new")
+    assert kinds(trees.extract()) == [(b"/d/new", Kind.FILE)]
+    (trees.upper / "d").chmod(0o700)
+    assert kinds(trees.extract()) == [(b"/d", Kind.DIRECTORY), (b"/d/new", Kind.FILE)]
+
+
+def test_extract_new_link_to_an_unchanged_file_carries_both(trees: Trees) -> None:
+    trees.write("lower/z", "same")
+    copy = trees.copy_up("z")
+    os.link(copy, trees.upper / "a")
+    result = trees.extract()
+    assert kinds(result) == [(b"/a", Kind.FILE), (b"/z", Kind.HARDLINK)]
+    assert result.entries[1].target == b"/a"
+
+
+def test_extract_unchanged_links_of_one_file_are_dropped(trees: Trees) -> None:
+    os.link(trees.write("lower/a"), trees.lower / "b")
+    os.link(trees.copy_up("a"), trees.upper / "b")
+    assert trees.extract().entries == ()
+
+
+def test_extract_two_equal_files_made_one_are_carried(trees: Trees) -> None:
+    for name in ("a", "b"):
+        os.utime(trees.write(f"lower/{name}"), ns=(5, 5))
+    os.link(trees.copy_up("a"), trees.upper / "b")
+    assert kinds(trees.extract()) == [(b"/a", Kind.FILE), (b"/b", Kind.HARDLINK)]
+
+
+def test_extract_first_name_filtered_makes_the_second_the_file(trees: Trees) -> None:
+    os.link(trees.write("upper/run/a", "data"), trees.upper / "z")
+    result = trees.extract()
+    assert kinds(result) == [(b"/z", Kind.FILE)]
+    assert result.filtered == (b"/run", b"/run/a")
+
+
+def test_extract_directory_replaced_lists_what_was_below(trees: Trees) -> None:
+    trees.write("lower/d/sub/f")
+    (trees.upper / "d").symlink_to("elsewhere")
+    (entry,) = trees.extract().entries
+    assert (entry.kind, entry.target) == (Kind.SYMLINK, b"elsewhere")
+    assert [path for path, _ in entry.below] == [b"/d/sub", b"/d/sub/f"]
+
+
+def test_extract_file_replaced_by_directory_expects_nothing_below(trees: Trees) -> None:
+    trees.write("lower/d")
+    trees.write("upper/d/f")
+    directory, file = trees.extract().entries
+    assert directory.expected is not None
+    assert file.expected is None
+
+
+def test_extract_opaque_directory_hides_all_levels(marks: Trees) -> None:
+    for name in ("d/gone", "d/sub/gone", "d/sub/kept"):
+        marks.write(f"lower/{name}")
+    marks.write("upper/d/sub/kept", "new")
+    os.setxattr(marks.upper / "d", "user.overlay.opaque", b"y")
+    assert kinds(marks.extract()) == [
+        (b"/d/gone", Kind.DELETE),
+        (b"/d/sub/gone", Kind.DELETE),
+        (b"/d/sub/kept", Kind.FILE),
+    ]
+
+
+def test_extract_whiteout_deletes_what_is_there_and_else_nothing(marks: Trees) -> None:
+    marks.write("lower/gone")
+    for name in ("gone", "never"):
+        os.setxattr(marks.write(f"upper/{name}", ""), "user.overlay.whiteout", b"y")
+    assert kinds(marks.extract()) == [(b"/gone", Kind.DELETE)]
+
+
+def test_extract_whiteout_mark_on_a_file_with_content_is_no_whiteout(marks: Trees) -> None:
+    marks.write("lower/f")
+    os.setxattr(marks.write("upper/f", "new"), "user.overlay.whiteout", b"y")
+    assert kinds(marks.extract()) == [(b"/f", Kind.FILE)]
+
+
+def test_extract_overlay_attributes_stay_and_others_travel(marks: Trees) -> None:
+    file = marks.write("upper/f")
+    os.setxattr(file, "user.overlay.origin", b"")
+    os.setxattr(file, "user.overlay.overlay.opaque", b"the guest's own")
+    os.setxattr(file, "user.other", b"1")
+    (entry,) = marks.extract().entries
+    assert entry.xattrs == (("user.other", b"1"), ("user.overlay.opaque", b"the guest's own"))
+
+
+def test_extract_for_a_mount_without_userxattr_leaves_user_attributes_alone(marks: Trees) -> None:
+    os.setxattr(marks.write("upper/f"), "user.overlay.redirect", b"the guest's own")
+    (entry,) = marks.extract(prefix=TRUSTED_PREFIX).entries
+    assert entry.xattrs == (("user.overlay.redirect", b"the guest's own"),)
+
+
+@pytest.mark.parametrize(
+    ("mark", "value"), [("redirect", b"/x"), ("metacopy", b""), ("opaque", b"z"), ("new", b"")]
+)
+def test_extract_mark_not_seen_before_is_refused(marks: Trees, mark: str, value: bytes) -> None:
+    marks.write("upper/d/f")
+    os.setxattr(marks.upper / "d", f"user.overlay.{mark}", value)
+    with pytest.raises(UnsupportedGuestError, match=f"overlayfs marked /d with {mark}"):
+        marks.extract()
+    assert not (marks.folder / "layer.tar").exists()
+
+
+def test_extract_attribute_name_that_is_not_utf8_is_refused(marks: Trees) -> None:
+    os.setxattr(marks.write("upper/f"), b"user.\xff", b"")
+    with pytest.raises(UnsupportedGuestError, match="has a name that is not UTF-8"):
+        marks.extract()
+
+
+def test_extract_socket_stays_behind(trees: Trees, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trees.upper / "opt").mkdir()
+    monkeypatch.chdir(trees.upper / "opt")  # the address has 108 bytes at most
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("s")
+    trees.write("upper/opt/f")
+    result = trees.extract()
+    assert kinds(result) == [(b"/opt", Kind.DIRECTORY), (b"/opt/f", Kind.FILE)]
+    assert result.filtered == (b"/opt/s",)
+
+
+def test_extract_new_directory_of_filtered_paths_alone_stays_behind(trees: Trees) -> None:
+    trees.write("upper/opt/a/lock")
+    trees.write("upper/opt/b/lock")
+    trees.write("upper/opt/b/data")
+    (trees.upper / "opt/empty").mkdir()
+    result = trees.extract(filters=Filter((Rule(b"/opt/*/lock", "a lock"),)))
+    assert kinds(result) == [
+        (b"/opt", Kind.DIRECTORY),
+        (b"/opt/b", Kind.DIRECTORY),
+        (b"/opt/b/data", Kind.FILE),
+        (b"/opt/empty", Kind.DIRECTORY),
+    ]
+    assert result.filtered == (b"/opt/a", b"/opt/a/lock", b"/opt/b/lock")
+
+
+def test_extract_unchanged_path_below_a_filter_is_not_listed(trees: Trees) -> None:
+    trees.write("lower/run/f")
+    trees.copy_up("run/f")
+    assert trees.extract().filtered == ()
+
+
+def test_extract_more_paths_than_the_limit_is_refused(
+    trees: Trees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "ENTRY_LIMIT", 3)
+    for number in range(4):
+        trees.write(f"upper/{number}")
+    with pytest.raises(UnsupportedGuestError, match="more than 3 paths"):
+        trees.extract()
+
+
+def test_extract_of_an_unknown_owner_is_refused(
+    trees: Trees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the namespace has no 65534 of its own: then that number is nobody known."""
+    monkeypatch.setattr("ouassister.changeset.node._overflow", lambda _: (os.getuid(), False))
+    with pytest.raises(InternalError, match="outside of the user namespace"):
+        trees.extract()
+
+
+def test_capability_of_the_namespaces_root_becomes_the_guests() -> None:
+    body = bytes(range(16))
+    v2 = (0x02000001).to_bytes(4, "little") + body
+    v3 = (0x03000001).to_bytes(4, "little") + body
+    assert _guest_value("security.capability", v3 + bytes(4)) == v2
+    assert _guest_value("security.capability", v2) == v2
+    inner = v3 + (100000).to_bytes(4, "little")  # of a container in the guest
+    assert _guest_value("security.capability", inner) == inner
+    assert _guest_value("user.x", v3 + bytes(4)) == v3 + bytes(4)
+
+
+def request(trees: Trees, **more: object) -> dict[str, object]:
+    return {
+        "upper": str(trees.upper),
+        "lower": str(trees.lower),
+        "layer": str(trees.folder / "layer.tar"),
+        "record": str(trees.folder / "record.json"),
+    } | more
+
+
+def test_run_leaves_what_collect_reads(trees: Trees) -> None:
+    trees.write("upper/f\udcff\n", "abc")
+    trees.write("upper/opt/left")
+    rules = [["/opt/left", "why"]]
+    summary = run(request(trees, extra_rules=rules))
+    record = trees.folder / "record.json"
+    result = collect(summary, record)
+    assert kinds(result) == [(b"/f\xff\n", Kind.FILE)]
+    assert result.filtered == (b"/opt", b"/opt/left")
+    assert (summary["entries"], summary["filtered"], summary["content_bytes"]) == (1, 2, 3)
+    assert (trees.folder / "layer.tar").stat().st_mode & 0o777 == 0o644
+    assert record.stat().st_mode & 0o777 == 0o644
+    record.write_bytes(record.read_bytes() + b" ")
+    with pytest.raises(InternalError, match="is not what the extraction"):
+        collect(summary, record)
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        ([], "a request has the keys"),
+        ({"other": 1}, "a request has the keys"),
+        ({}, "the request lacks upper"),
+        ({"upper": 1, "lower": "", "layer": "", "record": ""}, "does not fit"),
+        ({"upper": "", "lower": "", "layer": "", "record": "", "extra_rules": [1]}, "does not fit"),
+    ],
+)
+def test_run_with_another_request_is_refused(argument: object, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        run(argument)
+
+
+def test_run_without_room_for_the_record_leaves_none(
+    trees: Trees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "rename", lambda *_: None)
+    monkeypatch.setattr(extract_module, "sync_directory", full)
+    with pytest.raises(WorkDiskFullError, match="no room for"):
+        run(request(trees))
+    assert not [path for path in trees.folder.iterdir() if "record" in path.name]

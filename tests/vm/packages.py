@@ -1,0 +1,85 @@
+"""The packages of the tests' repository, and what the guest has of them before it sleeps."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.vm.repository import Package
+
+_UNIT: Final = """[Unit]
+Description=Tells how often it was started
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'echo started >>/var/lib/oua-service.log'
+[Install]
+WantedBy=multi-user.target
+"""
+
+BEFORE: Final = (
+    Package(
+        "oua-hello",
+        "1.0",
+        files={
+            "/usr/bin/oua-hello": "#!/bin/sh\necho one\n",
+            "/usr/share/oua-hello/gone": "removed by 2.0\n",
+            "/usr/share/oua-hello/becomes-link/file": "inside a directory\n",
+            "/etc/oua-hello.conf": "setting=one\n",
+        },
+        conffiles=("/etc/oua-hello.conf",),
+        scripts={
+            # As dpkg-maintscript-helper's dir_to_symlink does it.
+            "prerm": 'if [ "$1" = upgrade ]; then rm -r /usr/share/oua-hello/becomes-link; fi'
+        },
+    ),
+)
+
+AFTER: Final = (
+    Package(
+        "oua-hello",
+        "2.0",
+        depends="oua-library",
+        files={
+            "/usr/bin/oua-hello": "#!/bin/sh\necho two\n",
+            "/usr/share/oua-hello/new": "added by 2.0\n",
+            "/etc/oua-hello.conf": "setting=two\n",
+        },
+        links={"/usr/share/oua-hello/becomes-link": "new"},
+        conffiles=("/etc/oua-hello.conf",),
+    ),
+    Package("oua-library", "1.0", files={"/usr/share/oua-library/data": "library\n"}),
+    Package("oua-extra", "1.0", files={"/usr/bin/oua-extra": "#!/bin/sh\necho extra\n"}),
+    Package("oua-gone", "1.0", files={"/usr/bin/oua-gone": "#!/bin/sh\necho gone\n"}),
+    Package(
+        "oua-service",
+        "1.0",
+        files={"/lib/systemd/system/oua-service.service": _UNIT},
+        scripts={
+            "postinst": (
+                "uname -r >/usr/share/oua-service.release\n"
+                "if [ -d /run/systemd/system ]; then\n"
+                "    systemctl --system daemon-reload >/dev/null || true\n"
+                "    deb-systemd-invoke start oua-service.service >/dev/null || true\n"
+                "fi"
+            )
+        },
+    ),
+    Package(
+        "oua-broken",
+        "1.0",
+        files={"/usr/share/oua-broken/file": "never configured\n"},
+        scripts={"postinst": "echo broken on purpose >&2\nexit 3"},
+    ),
+    Package(
+        "oua-slow",
+        "1.0",
+        files={"/usr/share/oua-slow/file": "slow\n"},
+        scripts={"postinst": "sleep 600"},
+    ),
+    Package(
+        "oua-big",
+        "1.0",
+        files={"/usr/share/oua-big/file": "big\n"},
+        scripts={"postinst": "dd if=/dev/zero of=/usr/share/oua-big/zeroes bs=1M count=400"},
+    ),
+)

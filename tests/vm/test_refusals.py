@@ -1,0 +1,166 @@
+"""Each guard fires, with the documented exit status, and the sleeping VM stays as it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.vm.world import NOTHING, World, leftovers
+
+from ouassister.provider import qemu
+from ouassister.testing import guest_run
+
+if TYPE_CHECKING:
+    from tests.vm.repository import Repository
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+
+
+def test_save_file_that_is_truncated_is_refused(world: World) -> None:
+    save = world.config.save
+    whole = save.resolve().read_bytes()
+    save.unlink()
+    for size in (len(whole) // 2, len(whole) - 1):
+        save.write_bytes(whole[:size])
+        for verb in ("inspect", "update"):
+            done = world.run(verb)
+            assert (done.status, done.code) == (20, "state-truncated"), done
+
+
+def test_vm_that_runs_is_refused_and_not_disturbed(world: World) -> None:
+    with qemu.restore(world.config, links_up=False) as vm:
+        for verb in ("inspect", "plan", "update", "run"):
+            words = ("--", "true") if verb == "run" else ()
+            done = world.run(verb, *words)
+            assert (done.status, done.code) == (20, "state-running"), done
+        assert vm.status() == "paused"
+
+
+def test_disk_that_changed_after_planning_makes_plan_and_change_set_stale(world: World) -> None:
+    plan = world.run("plan", "--install", "oua-extra").result["plan_id"]
+    assert world.run("update", "--install", "oua-extra").status == 0
+    disk = world.config.disks[0].path
+    times = disk.stat()
+    with disk.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(b"\0" * 4096)
+    os.utime(disk, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = world.run("update", "--plan", plan)
+    assert (done.status, done.code) == (21, "stale"), done
+    assert disk.name in done.value["error"]["message"]
+    resumed = world.run("resume")
+    assert (resumed.status, resumed.code) == (21, "stale"), resumed
+    assert not qemu.is_running(world.config)
+    assert world.run("status").result[0]["changesets"][0]["verdict"].startswith("stale")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "layer.tar"])
+def test_change_set_that_was_tampered_with_is_not_applied(world: World, name: str) -> None:
+    update = world.run("update", "--install", "oua-extra")
+    folder = next(world.home.glob("vms/*/changesets")) / update.result["changeset_id"]
+    target = folder / name
+    raw = bytearray(target.read_bytes())
+    # One bit: of a digit in the manifest, of a file's content in the layer.
+    at = raw.index(b'"size":') + 7 if name.endswith("json") else raw.index(b"echo extra")
+    raw[at] ^= 1
+    target.chmod(0o600)
+    target.write_bytes(raw)
+    resumed = world.run("resume")
+    assert (resumed.status, resumed.code) == (21, "tampered"), resumed
+    assert not qemu.is_running(world.config)
+
+
+def test_package_that_does_not_exist_is_named(world: World) -> None:
+    done = world.run("update", "--install", "no-such-package")
+    assert (done.status, done.code) == (30, "package-not-found"), done
+    assert "no-such-package" in done.value["error"]["message"]
+    odd = world.run("update", "--install", "--allow-downgrades")
+    assert odd.status == 2
+
+
+def test_archive_that_answers_404_is_left_out_and_the_rest_is_updated(
+    world: World, repository: Repository
+) -> None:
+    repository.missing.add("oua-gone_1.0_all.deb")
+    try:
+        done = world.run("update", "--install", "oua-gone", "--install", "oua-extra")
+        assert done.status == 11, done
+        assert [change["name"] for change in done.result["changes"]] == ["oua-extra"]
+        assert "oua-gone" in {item["package"] for item in done.result["left_out"]}
+        alone = world.run("update", "--install", "oua-gone")
+        assert (alone.status, alone.code) == (30, "repository"), alone
+    finally:
+        repository.missing.clear()
+
+
+def test_dependency_that_answers_404_takes_its_dependents_along(
+    world: World, repository: Repository
+) -> None:
+    repository.missing.add("oua-library_1.0_all.deb")
+    try:
+        done = world.run("update", "--install", "oua-hello", "--install", "oua-extra")
+        assert done.status == 11, done
+        assert [change["name"] for change in done.result["changes"]] == ["oua-extra"]
+        assert {"oua-hello", "oua-library"} <= {x["package"] for x in done.result["left_out"]}
+    finally:
+        repository.missing.clear()
+
+
+def test_package_whose_script_fails_leaves_no_change_set(world: World) -> None:
+    done = world.run("update", "--install", "oua-broken")
+    assert (done.status, done.code) == (31, "updater-failed"), done
+    assert "oua-broken" in done.value["error"]["message"]
+    assert world.run("status").result[0]["changesets"] == []
+    assert leftovers(world.home) == NOTHING
+
+
+def test_work_disk_that_is_full_is_named_and_left_clean(world: World, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    image = tmp_path / "small.ext4"
+    with image.open("wb") as file:
+        file.truncate(150 << 20)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(small)], check=True)
+    try:
+        cramped = World(world.toml, small / "home")
+        before = world.hashes()
+        done = cramped.run("update", "--install", "oua-big")
+        assert (done.status, done.code) == (31, "work-disk-full"), done
+        assert world.hashes() == before
+        left = leftovers(cramped.home)
+        assert left == NOTHING
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_package_database_that_is_dirty_in_memory_is_refused(world: World) -> None:
+    with qemu.restore(world.config, links_up=False) as vm:
+        vm.qga()
+        vm.cont()
+        guest_run(vm, "sync; echo >>/var/lib/dpkg/available")
+        world.config.save.unlink()
+        vm.suspend()
+    done = world.run("update", "--install", "oua-extra")
+    assert (done.status, done.code) == (20, "state-dirty-database"), done
+    assert "/var/lib/dpkg/available" in done.value["error"]["message"]
+
+
+def test_updater_that_held_its_lock_at_suspend_is_refused(world: World) -> None:
+    hold = (
+        "perl -e 'open F, \">>\", \"/var/lib/dpkg/lock-frontend\"; use Fcntl;"
+        ' fcntl(F, F_SETLK, pack("ssx4qqix4", F_WRLCK, 0, 0, 0, 0)) or die;'
+        " print \"held\\n\"; close STDOUT; sleep 600' & sleep 1"
+    )
+    with qemu.restore(world.config, links_up=False) as vm:
+        vm.qga()
+        vm.cont()
+        guest_run(vm, f"({hold}) >/dev/null 2>&1; sync", timeout_s=60)
+        world.config.save.unlink()
+        vm.suspend()
+    done = world.run("update", "--install", "oua-extra")
+    assert (done.status, done.code) == (22, "locked"), done
+    assert "lock-frontend" in done.value["error"]["message"]

@@ -1,0 +1,100 @@
+"""Running the command line as a user would, and looking at what it leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ouassister.provider import vmtoml
+from ouassister.sleeping import chain
+
+
+@dataclass(frozen=True)
+class Done:
+    """One finished command."""
+
+    status: int
+    value: Any  # parsed standard output
+    stderr: str
+
+    @property
+    def result(self) -> Any:
+        assert "result" in self.value, (self.value, self.stderr[-2000:])
+        return self.value["result"]
+
+    @property
+    def code(self) -> str:
+        """The error's stable code."""
+        assert "error" in self.value, (self.value, self.stderr[-2000:])
+        code: str = self.value["error"]["code"]
+        return code
+
+
+@dataclass(frozen=True)
+class World:
+    """A sleeping VM with a home of its own."""
+
+    toml: Path
+    home: Path
+
+    @property
+    def config(self) -> vmtoml.VmConfig:
+        return vmtoml.load(self.toml)
+
+    def command(self, verb: str, *words: str) -> list[str]:
+        return [sys.executable, "-m", "ouassister", verb, "--json", str(self.toml), *words]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "OUASSISTER_HOME": str(self.home)}
+
+    def run(self, verb: str, *words: str) -> Done:
+        done = subprocess.run(
+            self.command(verb, *words),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return Done(done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every file of the sleeping VM."""
+        found = {}
+        for path in (self.config.save.resolve(), *chain(self.config)):
+            with path.open("rb") as file:
+                found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+
+
+def leftovers(home: Path) -> dict[str, list[str]]:
+    """What a run may never leave: processes, mounts, loop devices, work folders."""
+    word = str(home)
+    processes = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if word in line and int(entry.name) != os.getpid() and "pytest" not in line:
+                processes.append(line)
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    loops = subprocess.run(["losetup", "-l", "-n"], capture_output=True, text=True, check=False)
+    return {
+        "processes": processes,
+        "mounts": [line for line in mounts if word in line or "fuse2fs" in line],
+        "loops": [line for line in loops.stdout.splitlines() if word in line],
+        "folders": [str(path) for path in home.glob("vms/*/runs/*")],
+    }
+
+
+NOTHING: dict[str, list[str]] = {"processes": [], "mounts": [], "loops": [], "folders": []}
