@@ -34,7 +34,7 @@ from ouassister.packages import apt, update
 from ouassister.reflect.reflection import reflect
 from ouassister.shadow import sandbox
 from ouassister.shadow.events import read_actions
-from ouassister.shadow.session import RECORDED, Shadow, ShadowSpec, open_shadow
+from ouassister.shadow.session import RECORDED, Shadow, ShadowSpec, launch, open_shadow
 from ouassister.sleeping import (
     UNFLUSHED_NOTE,
     Sleeping,
@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 
 _AGREEMENT: Final = "ouassister.disk.agreement"
 _EXTRACT: Final = "ouassister.changeset.extract"
-_ONLINE_PHASES: Final = ("refresh lists", "download")
+_REFRESH: Final = "refresh lists"
+_FETCH: Final = "plan and download"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ def open_guest(
 ) -> Iterator[Guest]:
     """Open the saved VM and start a shadow over it; at the end nothing of it is left."""
     with contextlib.ExitStack() as stack:
+        launched = stack.enter_context(launch((_AGREEMENT, _EXTRACT)))
         with timeline.phase("read memory"):
             sleeping = stack.enter_context(open_sleeping(config))
         root = root_device(sleeping)
@@ -97,10 +99,9 @@ def open_guest(
             export_node=EXPORT_NODE,
             uts=sleeping.view.uts,
             avoid=(config.folder, *chain(config)),
-            preload=(_AGREEMENT, _EXTRACT),
         )
         with timeline.phase("start shadow"):
-            shadow = stack.enter_context(open_shadow(spec))
+            shadow = stack.enter_context(open_shadow(launched, spec))
         yield Guest(sleeping, shadow, folder)
 
 
@@ -115,7 +116,8 @@ def plan(
     apt.check_request(request)
     with _named(config, store), open_guest(config, store, timeline, options) as guest:
         _refuse_dirty(guest)
-        made = _plan(guest, request, timeline, options)[1]
+        tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
+        made = _plan(guest, tool, request, timeline, fetch=False)
         store.add_plan(made)
         return made
 
@@ -147,8 +149,8 @@ def update_sleeping(
             check_fence(stored.fence)
         try:
             with open_guest(config, store, timeline, options) as guest:
-                _refuse_dirty(guest)
-                report = _update(guest, stored or wish, store, timeline, options)
+                identity = _refuse_dirty(guest)
+                report = _update(guest, identity, stored or wish, store, timeline, options)
         except OSError as error:
             if error.errno == 28:
                 raise WorkDiskFullError(f"the work folder: {error}") from error
@@ -158,18 +160,26 @@ def update_sleeping(
 
 
 def _update(
-    guest: Guest, wish: object, store: Store, timeline: Timeline, options: Options
+    guest: Guest,
+    identity: Identity,
+    wish: Plan | Request | str,
+    store: Store,
+    timeline: Timeline,
+    options: Options,
 ) -> UpdateReport:
     vm = guest.sleeping.config.name
     stored = wish if isinstance(wish, Plan) else None
     request = stored.request if stored is not None else wish
     assert isinstance(request, Request)  # noqa: S101 - the only other type of a wish
-    tool, made, notes = _plan_or_check(guest, request, stored, timeline, options)
-    store.add_plan(made)
+    tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
+    made = stored or _plan(guest, tool, request, timeline, fetch=True)
     if not made.changes:
-        return _report(made, None, timeline, notes)
-    with timeline.phase("download"):
-        prepared = update.download(tool, made)
+        store.add_plan(made)
+        return _report(made, None, timeline, (UNFLUSHED_NOTE,))
+    with timeline.phase(_FETCH):
+        if stored is not None:
+            update.check_same(stored, tool.plan(request, fetch=True).changes)
+        prepared = update.complete(tool, made)
     store.add_plan(prepared.plan)
     with timeline.phase("emulate"):
         tool.emulate(prepared.request)
@@ -191,7 +201,7 @@ def _update(
             vm=vm,
             created_at_s=int(time.time()),
             fence=guest.sleeping.fence,
-            identity=_identity(guest),
+            identity=identity,
             changes=prepared.plan.changes,
             left_out=prepared.plan.left_out,
             actions=actions,
@@ -200,7 +210,7 @@ def _update(
                 entry.path.startswith(b"/boot/vmlinuz-") and entry.kind is Kind.FILE
                 for entry in extraction.entries
             ),
-            notes=(*notes, *recorded_notes),
+            notes=(UNFLUSHED_NOTE, *recorded_notes),
         )
         layer = guest.shadow.output_path("layer.tar")
         archive.save(changeset, layer, store.changesets(vm))
@@ -208,81 +218,65 @@ def _update(
     return _report(prepared.plan, changeset, timeline, changeset.notes)
 
 
-def _plan_or_check(
-    guest: Guest, request: Request, stored: Plan | None, timeline: Timeline, options: Options
-) -> tuple[apt.Apt, Plan, tuple[str, ...]]:
-    """Plan afresh, or make sure that a stored plan still holds."""
-    if stored is None:
-        return _plan(guest, request, timeline, options)
-    tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
-    with timeline.phase("plan"):
-        update.check_same(stored, tool.plan(request)[0])
-    return tool, stored, (UNFLUSHED_NOTE,)
-
-
 def _plan(
-    guest: Guest, request: Request, timeline: Timeline, options: Options
-) -> tuple[apt.Apt, Plan, tuple[str, ...]]:
-    tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
-    with timeline.phase("refresh lists"):
+    guest: Guest, tool: apt.Apt, request: Request, timeline: Timeline, *, fetch: bool
+) -> Plan:
+    with timeline.phase(_REFRESH):
         refreshed = tool.refresh()
-    with timeline.phase("plan"):
-        made = update.make_plan(
-            guest.sleeping.config.name,
-            guest.sleeping.fence,
-            request,
-            tool.plan(request),
-            tuple(
-                LeftOut(
-                    where,
-                    "this repository could not be read; its packages are as of"
-                    " the last time it could",
-                )
-                for where in refreshed.unreachable
-            ),
-        )
-    return tool, made, (UNFLUSHED_NOTE,)
+    with timeline.phase(_FETCH if fetch else "plan"):
+        simulated = tool.plan(request, fetch=fetch)
+    reason = "this repository could not be read; its packages are as of the last time it could"
+    return update.make_plan(
+        guest.sleeping.config.name,
+        guest.sleeping.fence,
+        request,
+        simulated,
+        tuple(LeftOut(where, reason) for where in refreshed.unreachable),
+    )
 
 
-def _refuse_dirty(guest: Guest) -> None:
-    """Hold memory against itself, then against the disk."""
+def _refuse_dirty(guest: Guest) -> Identity:
+    """Hold memory against itself, then against the disk; returns whose disk it is."""
     refuse_unsafe(guest.sleeping)
-    found: list[str] = guest.shadow.call(
+    answer = guest.shadow.call(
         _AGREEMENT,
-        "disagreements",
+        "compare",
         {
             "root": sandbox.LOWER,
             "image": sandbox.EXPORT,
             "files": [codec.to_value(file) for file in guest.sleeping.view.database],
         },
     )
+    found: list[str] = answer["disagreements"]
     if found:
         raise DirtyDatabaseError(
             f"the package database on disk is older than in memory: {found[0]}"
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
         )
-
-
-def _identity(guest: Guest) -> Identity:
-    """The machine id is read in the shadow: what the guest's /etc says, symlinks and all."""
-    status = guest.shadow.run(
-        ["cat", "/etc/machine-id"], output="machine-id", package_cache=False, timeout_s=30
-    )
-    text = guest.shadow.output_path("machine-id").read_text(errors="replace").strip()
-    known = status == 0 and len(text) == 32 and text.isalnum()
-    return Identity(guest.sleeping.view.boot_id, text if known else "")
+    return Identity(guest.sleeping.view.boot_id, answer["machine_id"])
 
 
 def run_program(
-    config: VmConfig, argv: Sequence[str], store: Store, timeline: Timeline, options: Options
-) -> int:
+    config: VmConfig,
+    argv: Sequence[str],
+    store: Store,
+    timeline: Timeline,
+    options: Options,
+    *,
+    capture: bool = False,
+) -> tuple[int, bytes]:
     """Run any program in the sleeping guest's view; what it writes is thrown away.
 
     Returns:
-        The program's exit status.
+        The program's exit status, and what it printed when ``capture`` is set; otherwise it has
+        the caller's standard streams.
     """
+    output = "program" if capture else None
     with _named(config, store), open_guest(config, store, timeline, options) as guest:
-        return guest.shadow.run(argv, package_cache=False, timeout_s=options.timeout_s)
+        status = guest.shadow.run(
+            argv, package_cache=False, timeout_s=options.timeout_s, output=output
+        )
+        return status, guest.shadow.output_path("program").read_bytes() if capture else b""
 
 
 def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
@@ -337,7 +331,7 @@ def discard(config: VmConfig, store: Store) -> tuple[str, ...]:
         for row in rows:
             folder = store.changesets(config.name) / row.changeset_id
             if folder.exists():
-                shutil.rmtree(folder)
+                archive.discard(folder)
                 dropped.append(row.changeset_id)
             if row.state is ChangesetState.READY:
                 store.set_state(row.changeset_id, ChangesetState.DISCARDED)
@@ -378,7 +372,7 @@ def _keep_log(folder: Path, target: Path) -> None:
 def _report(
     made: Plan, changeset: Changeset | None, timeline: Timeline, notes: tuple[str, ...]
 ) -> UpdateReport:
-    download_s = timeline.seconds(*_ONLINE_PHASES)
+    download_s = timeline.seconds(_REFRESH, _FETCH)
     entries = changeset.entries if changeset is not None else ()
     deletions = sum(entry.kind is Kind.DELETE for entry in entries)
     return UpdateReport(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ouassister.changeset.inodes import Inodes, chmod_acl
+from ouassister.disk.ext4_inodes import Inodes, chmod_acl
 from ouassister.errors import CorruptGuestError, InternalError, UnsupportedGuestError
 from ouassister.model import Expected
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import need
-
 from tests.vm import packages
 from tests.vm.repository import Repository, build
 from tests.vm.world import World
@@ -82,8 +81,8 @@ def prepared(
             vm.qga().write_file("/etc/apt/sources.list", source.encode())
             for package in packages.BEFORE:
                 deb = build(package, folder)
-                vm.qga().write_file(f"/tmp/{deb.name}", deb.read_bytes())
-                guest_run(vm, f"dpkg -i /tmp/{deb.name}")
+                vm.qga().write_file(f"/root/{deb.name}", deb.read_bytes())
+                guest_run(vm, f"dpkg -i /root/{deb.name}")
             guest_run(vm, "echo setting=admin >/etc/oua-hello.conf; sync")
             (folder / "vm" / "save.img").unlink()  # a link to the other guest's
             vm.suspend()

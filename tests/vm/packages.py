@@ -57,6 +57,7 @@ AFTER: Final = (
         scripts={
             "postinst": (
                 "uname -r >/usr/share/oua-service.release\n"
+                "deb-systemd-helper enable oua-service.service >/dev/null\n"
                 "if [ -d /run/systemd/system ]; then\n"
                 "    systemctl --system daemon-reload >/dev/null || true\n"
                 "    deb-systemd-invoke start oua-service.service >/dev/null || true\n"

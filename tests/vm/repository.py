@@ -11,8 +11,10 @@ import subprocess
 import threading
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,11 @@ class Repository:
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    def __init__(self, repository: Repository, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, repository: Repository, *args: Any, directory: str  # noqa: ANN401
+    ) -> None:
         self._repository = repository
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, directory=directory)
 
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2]

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -104,9 +105,8 @@ def _with_capture(world: World) -> Path:
     """Record the frames of the VM's network."""
     config = world.config
     option = f"filter-dump,id=frames,netdev={config.nets[0].netdev},file=frames.pcap"
-    words = ", ".join(vmtoml.json.dumps(word) for word in ("-object", option))
-    text = world.toml.read_text().replace("\n]\nqmp", f",\n    {words}\n]\nqmp", 1)
-    world.toml.write_text(text.replace(",,", ","))
+    captured = replace(config, command=(*config.command, "-object", option))
+    world.toml.write_text(vmtoml.dump(captured))
     return config.folder / "frames.pcap"
 
 
@@ -125,7 +125,7 @@ def test_applier_killed_in_the_middle_keeps_the_gate_closed_and_is_finished_by_r
     assert world.run("update").status == 0
     execute = Qga.execute
 
-    def with_fault(self: Qga, command: str, **arguments: Any) -> Any:
+    def with_fault(self: Qga, command: str, **arguments: Any) -> Any:  # noqa: ANN401
         if command == "guest-exec":
             arguments["env"] = [f"OUA_KILL_AT={step}", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
         return execute(self, command, **arguments)

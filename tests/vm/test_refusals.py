@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +13,8 @@ from ouassister.provider import qemu
 from ouassister.testing import guest_run
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.vm.repository import Repository
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
@@ -151,9 +152,9 @@ def test_package_database_that_is_dirty_in_memory_is_refused(world: World) -> No
 
 def test_updater_that_held_its_lock_at_suspend_is_refused(world: World) -> None:
     hold = (
-        "perl -e 'open F, \">>\", \"/var/lib/dpkg/lock-frontend\"; use Fcntl;"
+        'perl -e \'open F, ">>", "/var/lib/dpkg/lock-frontend"; use Fcntl;'
         ' fcntl(F, F_SETLK, pack("ssx4qqix4", F_WRLCK, 0, 0, 0, 0)) or die;'
-        " print \"held\\n\"; close STDOUT; sleep 600' & sleep 1"
+        ' print "held\\n"; close STDOUT; sleep 600\' & sleep 1'
     )
     with qemu.restore(world.config, links_up=False) as vm:
         vm.qga()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -43,9 +44,9 @@ def test_upgrade_offline_is_true_in_the_resumed_guest(world: World) -> None:
         assert _out(vm, "cat /etc/oua-hello.conf") == "setting=admin"
         assert _out(vm, "cat /etc/oua-hello.conf.dpkg-dist") == "setting=two"
         assert _out(vm, "dpkg --audit") == ""
-        assert _out(vm, "dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\\n' 'oua-*'") == (
-            "oua-hello 2.0 ii \noua-library 1.0 ii"
-        )
+        assert _out(
+            vm, "dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\\n' 'oua-*'"
+        ) == ("oua-hello 2.0 ii \noua-library 1.0 ii")
         # Only the file that the administrator had changed differs from its package.
         assert _out(vm, "dpkg --verify oua-hello oua-library") == "??5?????? c /etc/oua-hello.conf"
         assert _out(vm, "find / -xdev -name '.ouassister-*' -print") == ""
@@ -83,12 +84,10 @@ def test_run_shows_the_sleeping_guest_and_keeps_nothing(world: World) -> None:
     assert status.status == 7
 
 
-def test_program_in_the_shadow_prints_what_the_live_guest_prints(
-    world: World, capfd: pytest.CaptureFixture[str]
-) -> None:
-    import subprocess
-
-    script = "uname -a; uname -n; dpkg -l; cat /etc/os-release /etc/machine-id; ls -ln /etc /usr/bin"
+def test_program_in_the_shadow_prints_what_the_live_guest_prints(world: World) -> None:
+    script = (
+        "uname -a; uname -n; dpkg -l; cat /etc/os-release /etc/machine-id; ls -n --time-style=+%s /usr/bin"
+    )
     command = [word for word in world.command("run", "--", "sh", "-c", script) if word != "--json"]
     shadow = subprocess.run(
         command, env=world.environment, capture_output=True, text=True, check=True

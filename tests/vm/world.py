@@ -24,7 +24,7 @@ class Done:
     stderr: str
 
     @property
-    def result(self) -> Any:
+    def result(self) -> Any:  # noqa: ANN401 - JSON
         assert "result" in self.value, (self.value, self.stderr[-2000:])
         return self.value["result"]
 
@@ -82,9 +82,10 @@ def leftovers(home: Path) -> dict[str, list[str]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                raw = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
+            line = raw.replace(b"\0", b" ").decode(errors="replace")
             if word in line and int(entry.name) != os.getpid() and "pytest" not in line:
                 processes.append(line)
     mounts = Path("/proc/self/mounts").read_text().splitlines()

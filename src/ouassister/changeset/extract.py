@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 
 from ouassister import codec, errors
 from ouassister.changeset.filter import RULES, Filter, Rule
-from ouassister.changeset.inodes import Inodes
 from ouassister.changeset.layer import READABLE, LayerWriter, sync_directory
 from ouassister.changeset.node import Tree
 from ouassister.changeset.walk import Found, Walk
+from ouassister.disk.ext4_inodes import Inodes
 from ouassister.errors import (
     InternalError,
     OUassisterError,

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ouassister.changeset.filter import Filter
-from ouassister.changeset.inodes import Inodes, chmod_acl
 from ouassister.changeset.node import Node, Owners, Tree, checked_path
+from ouassister.disk.ext4_inodes import Inodes, chmod_acl
 from ouassister.errors import InternalError, UnsupportedGuestError
 from ouassister.model import Entry, Expected, Kind
 from ouassister.text import to_text

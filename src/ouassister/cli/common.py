@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,6 @@ from ouassister.provider import vmtoml
 from ouassister.timeline import Timeline, stderr_story
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
     from ouassister.provider.vmtoml import VmConfig
@@ -23,6 +23,8 @@ Result = tuple[int, object, str]
 PARTIAL = 11
 REBOOT_NEEDED = 12
 NOTHING_TO_DO = 10
+
+_MOST_SECONDS = 1_000_000
 
 
 def add_vm(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +47,20 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the options of everything that opens a shadow."""
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=3600.0,
         metavar="S",
         help="seconds that one call of the guest's programs may take (default 3600)",
     )
     parser.add_argument("--keep", action="store_true", help="leave the work folder")
     parser.add_argument("--quiet", action="store_true", help="no story on standard error")
+
+
+def _seconds(word: str) -> float:
+    value = float(word)
+    if not 0 < value <= _MOST_SECONDS:  # NaN too fails this
+        raise argparse.ArgumentTypeError(f"{word} is not between 0 and {_MOST_SECONDS}")
+    return value
 
 
 def find_vm(store: Store, word: str) -> VmConfig:

@@ -30,5 +30,8 @@ def run(arguments: argparse.Namespace) -> common.Result:
         config = common.find_vm(store, arguments.vm)
         story = common.timeline(arguments, store, config)
         options = pipeline.Options(arguments.timeout, arguments.keep)
-        status = pipeline.run_program(config, command, store, story, options)
-    return status, {"exit_status": status}, ""
+        status, output = pipeline.run_program(
+            config, command, store, story, options, capture=arguments.json
+        )
+    text = output.decode("utf-8", "backslashreplace")
+    return status, {"exit_status": status, "output": text}, ""

@@ -50,7 +50,7 @@ def run_demo(folder: Path, package: str) -> tuple[dict[str, Any], str, int]:
     with story.phase("1. build the guest (kept between runs)"):
         image = build_image(folder / "guests", progress=story.say)
     with story.phase("2. boot it and suspend it to a save file"):
-        original = make_suspended(image, work / "original", progress=story.say)
+        original = make_suspended(image, work / "original", machine="q35", progress=story.say)
     ours = _with_capture(vmtoml.load(clone(original, work / "web1")), work / "web1" / "frames.pcap")
     twin = vmtoml.load(clone(original, work / "web1-twin"))
     files = (ours.save.resolve(), *chain(ours))

@@ -7,22 +7,28 @@ size, mode or time differs on the disk has changes that only memory knows.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Final
 
 from ouassister import codec
-from ouassister.changeset.inodes import Inodes
+from ouassister.disk.ext4_inodes import Inodes
 from ouassister.model import CachedFile
 from ouassister.text import to_text
 
 _MOST: Final = 20
 
 
-def disagreements(argument: dict[str, Any]) -> list[str]:
-    """Compare cached files with the tree below ``argument["root"]``.
+def compare(argument: dict[str, Any]) -> dict[str, Any]:
+    """Compare cached files with a tree.
+
+    Args:
+        argument: ``root``: where the tree is mounted; ``image``: its file system; ``files``:
+            what memory says.
 
     Returns:
-        One line for each path that differs, at most 20.
+        ``disagreements``: one line for each path that differs, at most 20; ``machine_id``: of the
+        tree, empty when it has none.
     """
     root = os.fsencode(argument["root"])
     found: list[str] = []
@@ -34,7 +40,18 @@ def disagreements(argument: dict[str, Any]) -> list[str]:
                 found.append(f"{to_text(file.path)}: {difference}")
                 if len(found) == _MOST:
                     break
-    return found
+    return {"disagreements": found, "machine_id": _machine_id(root)}
+
+
+def _machine_id(root: bytes) -> str:
+    """Read machine-id(5); anything but a regular file with 32 hex digits counts as none."""
+    try:
+        descriptor = os.open(root + b"/etc/machine-id", os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return ""
+    with os.fdopen(descriptor, "rb") as file:
+        text = file.read(64).strip().decode("ascii", "replace")
+    return text if re.fullmatch("[0-9a-f]{32}", text) else ""
 
 
 def _difference(file: CachedFile, path: bytes, inodes: Inodes) -> str:

@@ -8,6 +8,7 @@ and an interrupted download goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -20,12 +21,13 @@ from ouassister.errors import (
     UsageError,
     WorkDiskFullError,
 )
+from ouassister.model import Archive, LeftOut, PackageChange
 from ouassister.packages import apt_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ouassister.model import Archive, LeftOut, PackageChange, Request
+    from ouassister.model import Request
     from ouassister.shadow.session import Shadow
 
 DATABASE: Final = b"/var/lib/dpkg"
@@ -54,6 +56,10 @@ _OPTIONS: Final = (
     "Dpkg::Options::=--force-confold",
 )
 _PINS: Final = "preferences"
+_READ_AHEAD: Final = (
+    "cat /var/lib/dpkg/* /var/lib/dpkg/info/* /var/lib/dpkg/triggers/*"
+    " /usr/bin/dpkg* /usr/bin/tar /usr/bin/rm /usr/bin/sh /usr/bin/perl"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,15 @@ class Refresh:
     """Outcome of refreshing the package lists: what could not be fetched."""
 
     unreachable: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What apt would do, and what it has to fetch for that."""
+
+    changes: tuple[PackageChange, ...]
+    archives: tuple[Archive, ...]
+    kept_back: tuple[LeftOut, ...]
 
 
 class Apt:
@@ -85,7 +100,10 @@ class Apt:
         Raises:
             RepositoryError: No repository could be read.
         """
-        status, output = self._apt("update", network=True)
+        # What dpkg will read is read meanwhile: the network is slower than the disk.
+        script = f'({_READ_AHEAD}) >/dev/null 2>&1 & exec "$@"'
+        argv = ["sh", "-c", script, "apt-get", *self._apt_get(), "update"]
+        status, output = self._run(argv, network=True)
         if "No space left on device" in output:
             raise WorkDiskFullError(f"no room for package lists: {apt_output.error_lines(output)}")
         unreachable = apt_output.unreachable_indexes(output)
@@ -93,17 +111,25 @@ class Apt:
             raise RepositoryError(f"apt-get update: {apt_output.error_lines(output)}")
         return Refresh(unreachable)
 
-    def plan(
-        self, request: Request
-    ) -> tuple[tuple[PackageChange, ...], tuple[Archive, ...], tuple[LeftOut, ...]]:
-        """Simulate; nothing is changed or fetched.
+    def plan(self, request: Request, *, fetch: bool = False) -> Simulation:
+        """Simulate; nothing is changed.
+
+        Args:
+            request: What is wanted.
+            fetch: Fetch the archives meanwhile; apt works out the same solution for that.
 
         Raises:
             PackageNotFoundError: A package that was asked for has no candidate.
             UpdaterError: apt-get finds no solution.
+            WorkDiskFullError: There is no room for the archives.
         """
         words = _words(request)
-        status, output = self._apt("-s", *words)
+        calls = {"simulate": ["-s"], "uris": ["--print-uris"]}
+        if fetch:
+            calls["download"] = ["--download-only"]
+        commands = {name: [*self._apt_get(), *how, *words] for name, how in calls.items()}
+        results = self._run_together(commands, network=fetch)
+        status, output = results["simulate"]
         if status != 0:
             missing = apt_output.missing_packages(output)
             if missing:
@@ -113,26 +139,17 @@ class Apt:
             raise UpdaterError(f"apt-get finds no solution: {apt_output.error_lines(output)}")
         changes = apt_output.parse_changes(output)
         kept = apt_output.parse_kept_back(output)
-        if not changes:
-            return (), (), kept
-        status, output = self._apt("--print-uris", *words)
+        status, output = results["uris"]
         if status != 0:
             raise UpdaterError(f"apt-get --print-uris: {apt_output.error_lines(output)}")
-        return changes, apt_output.parse_archives(output), kept
+        if fetch and "No space left on device" in results["download"][1]:
+            detail = apt_output.error_lines(results["download"][1])
+            raise WorkDiskFullError(f"no room for archives: {detail}")
+        return Simulation(changes, apt_output.parse_archives(output), kept)
 
-    def download(self, request: Request, archives: tuple[Archive, ...]) -> tuple[Archive, ...]:
-        """Fetch the archives.
-
-        Returns:
-            Those that could not be fetched, or whose digest is not the index's.
-
-        Raises:
-            WorkDiskFullError: There is no room for them.
-        """
-        _status, output = self._apt("--download-only", *_words(request), network=True)
+    def lacking(self, archives: tuple[Archive, ...]) -> tuple[Archive, ...]:
+        """Those that are not there, or whose digest is not the one of the package lists."""
         folder = self._shadow.spec.cache / "apt" / "archives"
-        if "No space left on device" in output:
-            raise WorkDiskFullError(f"no room for archives: {apt_output.error_lines(output)}")
         return tuple(archive for archive in archives if not _is_whole(archive, folder))
 
     def pin_away(self, changes: tuple[PackageChange, ...]) -> None:
@@ -154,23 +171,46 @@ class Apt:
             UpdaterError: apt or dpkg failed, or left a package half-way.
             WorkDiskFullError: The union layer found no room.
         """
-        status, output = self._apt("--no-download", *_words(request))
+        script = '"$@" && dpkg --audit >/run/ouassister/log/audit'
+        argv = ["sh", "-c", script, "apt-get", *self._apt_get(), "--no-download", *_words(request)]
+        status, output = self._run(argv)
         if status != 0:
             if "No space left on device" in output:
                 raise WorkDiskFullError(f"the union layer: {apt_output.error_lines(output)}")
             raise UpdaterError(f"apt-get: {apt_output.error_lines(output)}")
-        audit_status, audit = self._run(["dpkg", "--audit"])
-        if audit_status != 0 or audit.strip():
+        audit = self._shadow.log_path("audit").read_text(errors="backslashreplace")
+        if audit.strip():
             raise UpdaterError(f"dpkg --audit after the run: {apt_output.error_lines(audit)}")
         return output
 
-    def _apt(self, *words: str, network: bool = False) -> tuple[int, str]:
+    def _apt_get(self) -> list[str]:
         argv = ["apt-get", "-q"]
         for option in _OPTIONS:
             argv += ["-o", option]
         if self._pins:
             argv += ["-o", f"Dir::Etc::Preferences=/run/ouassister/bin/{_PINS}"]
-        return self._run([*argv, *words], network=network)
+        return argv
+
+    def _run_together(
+        self, commands: dict[str, list[str]], *, network: bool
+    ) -> dict[str, tuple[int, str]]:
+        """Run commands side by side; status and output of each, by name."""
+        folder = "/run/ouassister/log"
+        parts = [
+            f"{{ {shlex.join(argv)} >{folder}/{name} 2>&1; echo $? >{folder}/{name}.status; }} &"
+            for name, argv in commands.items()
+        ]
+        status, output = self._run(["sh", "-c", " ".join([*parts, "wait"])], network=network)
+        if status != 0:
+            raise UpdaterError(f"the guest's shell failed: {apt_output.error_lines(output)}")
+        results = {}
+        for name in commands:
+            code = self._shadow.log_path(f"{name}.status").read_text().strip()
+            text = self._shadow.log_path(name).read_text(errors="backslashreplace")
+            if code == "127":
+                raise UnsupportedGuestError("the guest has no apt-get")
+            results[name] = (int(code) if code.isdecimal() else 1, text)
+        return results
 
     def _run(self, argv: list[str], *, network: bool = False) -> tuple[int, str]:
         self._calls += 1

@@ -11,7 +11,7 @@ from ouassister.model import LeftOut, PackageChange, Plan, Request
 
 if TYPE_CHECKING:
     from ouassister.model import Archive, Fence
-    from ouassister.packages.apt import Apt
+    from ouassister.packages.apt import Apt, Simulation
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +26,19 @@ def make_plan(
     vm: str,
     fence: Fence,
     request: Request,
-    simulated: tuple[tuple[PackageChange, ...], tuple[Archive, ...], tuple[LeftOut, ...]],
+    simulated: Simulation,
     left_out: tuple[LeftOut, ...] = (),
 ) -> Plan:
     """Freeze what apt simulated; the id hashes everything else."""
-    changes, archives, kept = simulated
     plan = Plan(
         plan_id="",
         vm=vm,
         fence=fence,
         request=request,
-        changes=changes,
-        archives=archives,
-        left_out=left_out + kept,
-        download_bytes=sum(archive.size for archive in archives),
+        changes=simulated.changes,
+        archives=simulated.archives,
+        left_out=left_out + simulated.kept_back,
+        download_bytes=sum(archive.size for archive in simulated.archives),
     )
     return replace(plan, plan_id=codec.digest(plan, without="plan_id"))
 
@@ -56,15 +55,17 @@ def check_same(plan: Plan, simulated: tuple[PackageChange, ...]) -> None:
         raise StaleError(f"plan {plan.plan_id[:12]} no longer holds: {name} differs")
 
 
-def download(apt: Apt, plan: Plan) -> Prepared:
-    """Fetch the plan's archives; what cannot be had is left out, with what depends on it.
+def complete(apt: Apt, plan: Plan) -> Prepared:
+    """Make sure that the plan's archives were fetched, after `Apt.plan` with ``fetch``.
+
+    What cannot be had is left out, with what depends on it.
 
     Raises:
         RepositoryError: Nothing of the plan can be had.
     """
     request, left_out = plan.request, plan.left_out
     while True:
-        missing = apt.download(request, plan.archives)
+        missing = apt.lacking(plan.archives)
         if not missing:
             return Prepared(replace_left_out(plan, left_out), request)
         named = ", ".join(archive.package for archive in missing)
@@ -80,9 +81,9 @@ def download(apt: Apt, plan: Plan) -> Prepared:
         if plan.request.install and not request.install:
             raise RepositoryError(f"could not fetch {named}, and nothing else was asked for")
         before = {change.name for change in plan.changes}
-        simulated = apt.plan(request)
+        simulated = apt.plan(request, fetch=True)
         for change in lost:
-            if change in simulated[0]:  # else this loop would not end
+            if change in simulated.changes:  # else this loop would not end
                 raise UpdaterError(f"apt-get plans {change.name} again, which cannot be fetched")
         plan = make_plan(plan.vm, plan.fence, request, simulated, left_out)
         gone = before - {change.name for change in plan.changes}

@@ -1,7 +1,7 @@
 """How the applier gets into the guest and is started; and how recorded actions are carried out.
 
 The short way needs one program of the guest: the agent writes the applier to a file and starts
-install(1), which makes it executable. Where the agent may not write files, the guest's shell takes
+chmod(1), which makes it executable. Where the agent may not write files, the guest's shell takes
 the applier from the medium, which costs it some more programs. Measured under TCG, each program
 started in the guest costs 0.2 s, most of it for translating its code.
 """
@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from ouassister.changeset.medium import MediumInfo
     from ouassister.model import Action
 
-# /run is mounted noexec, so the applier is put beside its journal.
-APPLIER: Final = "/var/lib/ouassister/applier"
-DELIVERED: Final = "/run/ouassister-applier"
-INSTALL: Final = ("install", "-D", "-m", "700", DELIVERED, APPLIER)
+# /run is mounted noexec. The applier removes its file as soon as it runs.
+DELIVERED: Final = "/var/lib/.ouassister-applier"
+MAKE_EXECUTABLE: Final = ("/bin/chmod", "700", DELIVERED)
 # $1 serial of the medium's disk, $2 blocks of the applier, the rest its arguments. A disk is found
 # by the serial that its driver shows in sysfs: udev's links come later.
 _FROM_MEDIUM: Final = r"""
@@ -39,8 +38,7 @@ while :; do
     sleep 0.02
 done
 umask 077
-applier=/var/lib/ouassister/applier
-mkdir -p "${applier%/*}" || exit 73
+applier=/var/lib/.ouassister-applier
 dd if="$device" of="$applier" bs=4096 skip=1 count="$blocks" 2>/dev/null || exit 74
 chmod 700 "$applier" || exit 74
 exec "$applier" "$@"
@@ -57,6 +55,8 @@ def applier_arguments(serial: str, medium: MediumInfo, now_ns: int) -> list[str]
         medium.header_sha256,
         "--set-time",
         f"{seconds}.{nanoseconds:09d}",
+        "--remove",
+        DELIVERED,
     ]
 
 
@@ -77,13 +77,13 @@ def actions_command(actions: Sequence[Action]) -> list[str]:
 
 def failed_actions(actions: Sequence[Action], output: bytes) -> tuple[str, ...]:
     """Which actions did not end with status 0; one without a status counts as failed."""
-    statuses: dict[int, str] = {}
+    statuses: dict[str, str] = {}
     for line in output.decode("ascii", "replace").splitlines():
         index, _, status = line.partition(" ")
         if index.isdecimal() and status.isdecimal():
-            statuses[int(index)] = status
+            statuses[index] = status
     return tuple(
-        f"{' '.join(action.argv)}: status {statuses.get(index, 'unknown')}"
+        f"{' '.join(action.argv)}: status {statuses.get(str(index), 'unknown')}"
         for index, action in enumerate(actions)
-        if statuses.get(index) != "0"
+        if statuses.get(str(index)) != "0"
     )

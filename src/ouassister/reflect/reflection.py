@@ -154,13 +154,13 @@ def _run_applier(agent: Qga, medium: Medium) -> ExecResult:
     program = APPLIER.read_bytes()
     try:
         agent.write_file(bootstrap.DELIVERED, program, timeout_s=_AGENT_S)
-        installed = agent.run(bootstrap.INSTALL, timeout_s=_AGENT_S)
+        installed = agent.run(bootstrap.MAKE_EXECUTABLE, timeout_s=_AGENT_S)
         delivered = installed.exit_status == 0
     except AgentError:
         delivered = False
     arguments = bootstrap.applier_arguments(medium.serial, medium.info, time.time_ns())
     if delivered:
-        command = [bootstrap.APPLIER, *arguments]
+        command = [bootstrap.DELIVERED, *arguments]
     else:
         command = bootstrap.from_medium_command(medium.serial, medium.info, arguments)
     return agent.run(command, timeout_s=APPLY_S)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import TYPE_CHECKING, Final
+import stat
+from typing import TYPE_CHECKING, BinaryIO, Final
 
+from ouassister.errors import UpdaterError
 from ouassister.model import Action
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ def read_actions(
         but will not be done, each with its reason.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             raw = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         return (), ()
@@ -43,7 +46,7 @@ def read_actions(
         raw = raw[:_MAX_BYTES].rpartition(b"\n")[0]
     actions: list[Action] = []
     reload = False
-    for line in raw.decode("ascii", "backslashreplace").splitlines():
+    for line in raw.decode("ascii", "surrogateescape").splitlines():
         words = tuple(line.split("\t"))
         verb = next((word for word in words[1:] if not word.startswith("-")), "")
         if words[0] not in programs or not all(_WORD.fullmatch(word) for word in words):
@@ -60,6 +63,27 @@ def read_actions(
         merged = merged[:_MAX_ACTIONS]
     head = (Action(("systemctl", "daemon-reload")),) if reload else ()
     return head + tuple(merged), tuple(dict.fromkeys(notes))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file of a folder that the guest's programs can write to.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        UpdaterError: It is something else: a link would lead to the host's files, a pipe would
+            never end.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # ELOOP: a link; ENXIO: a socket
+        raise UpdaterError(f"a program in the shadow replaced {path.name}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UpdaterError(f"a program in the shadow replaced {path.name}")
+    return os.fdopen(descriptor, "rb")
 
 
 def _merge(actions: list[Action]) -> list[Action]:

@@ -1,7 +1,9 @@
 """The first process of a shadow: private mounts, the disk export, the way into the user namespace.
 
-Started as ``python -I -m ouassister.shadow.keeper FD``; FD is a socket on which the first line is
-the configuration (`Configuration`). From then on it belongs to the supervisor.
+Started as ``python -I -m ouassister.shadow.keeper FD MODULE...``; FD is a socket on which the
+first line is the configuration (`Configuration`), and which belongs to the supervisor from then
+on. The modules are those that the supervisor is asked to call: imported here, since their files
+may be unreadable to subordinate ids.
 
     host side ── keeper ── init ─┬─ qemu-storage-daemon     caller's rights, own mounts and pids
                                  └─ supervisor ─┬─ fuse2fs  subordinate ids from here on
@@ -53,17 +55,18 @@ class Configuration:
     storage_daemon: tuple[str, ...]  # without exports
     export_node: str
     uts: Uts
-    preload: tuple[str, ...]  # modules that `Supervisor` is asked to call
 
 
 def main() -> None:
     """Entry point; see the module."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    line = control.makefile("rb", buffering=0).readline()
-    configuration = codec.from_value(Configuration, json.loads(line))
-    for name in configuration.preload:
-        importlib.import_module(name)
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGTERM)
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    line = control.makefile("rb", buffering=0).readline()
+    if not line:
+        return  # the host's side changed its mind
+    configuration = codec.from_value(Configuration, json.loads(line))
     try:
         _isolate(configuration, control)
     except OSError as error:
@@ -110,15 +113,20 @@ def _be_init(configuration: Configuration, control: socket.socket) -> NoReturn:
 
 
 def _prepare_folders(configuration: Configuration) -> None:
-    """Make the folders that the guest's root owns."""
+    """Make the folders that the guest's root owns.
+
+    What an earlier run left in the cache was in its hands: a link there leads anywhere.
+    """
     work, cache = Path(configuration.work), Path(configuration.cache)
     folders = [work / name for name in ("upper", "overlay", "output", "events")]
     folders.append(cache / "apt")
     for name in ("lists", "apt/archives"):
         folders += [cache / name, cache / name / "partial"]
-    for folder in folders:
+    for folder in folders:  # parents before what is in them
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            folder.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        os.chown(folder, configuration.base_uid, configuration.base_gid)
+        os.chown(folder, configuration.base_uid, configuration.base_gid, follow_symlinks=False)
 
 
 def _build_stage(configuration: Configuration) -> None:

@@ -63,7 +63,6 @@ class ShadowSpec:
     export_node: str
     uts: Uts
     avoid: tuple[Path, ...]  # host files that must stay reachable
-    preload: tuple[str, ...] = ()
 
     @property
     def shared(self) -> Path:
@@ -133,6 +132,10 @@ class Shadow:
         """Where `run` leaves an output on the host."""
         return self.spec.shared / "output" / name
 
+    def log_path(self, name: str) -> Path:
+        """Where a program in the shadow leaves ``/run/ouassister/log/NAME`` on the host."""
+        return self.spec.shared / "events" / name
+
     def events_path(self) -> Path:
         """Where the recorders write; the file exists once something was recorded."""
         return self.spec.shared / "events" / "events"
@@ -140,7 +143,7 @@ class Shadow:
     def call(self, module: str, function: str, argument: object) -> Any:  # noqa: ANN401 - JSON
         """Call ``module.function(argument)`` where files have the guest's owners.
 
-        The module stands in the spec's ``preload``. Paths inside are those of
+        The module was named to `launch`. Paths inside are those of
         `ouassister.shadow.sandbox`.
         """
         return self._ask(op="call", module=module, function=function, argument=argument)
@@ -180,26 +183,54 @@ class Shadow:
         return message
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A keeper that runs and waits for its configuration."""
+
+    control: socket.socket
+    keeper: subprocess.Popen[bytes]
+
+
 @contextlib.contextmanager
-def open_shadow(spec: ShadowSpec) -> Iterator[Shadow]:
-    """Start a shadow; at the end, however it comes, none of its processes or mounts is left.
+def launch(preload: Sequence[str]) -> Iterator[Launch]:
+    """Start the keeper; at the end, however it comes, no process or mount of the shadow is left.
+
+    This needs nothing of the guest, so it can be done while the guest's memory is read.
+
+    Args:
+        preload: Modules that `Shadow.call` is for.
+    """
+    raw.require_x86_64()
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-I", "-m", "ouassister.shadow.keeper", str(theirs.fileno())]
+    with ours:
+        with theirs:
+            keeper = subprocess.Popen([*command, *preload], pass_fds=[theirs.fileno()], cwd="/")
+        with keeper:
+            try:
+                yield Launch(ours, keeper)
+            finally:
+                keeper.terminate()  # it kills the init and waits for it: then all is gone
+                keeper.wait()
+
+
+@contextlib.contextmanager
+def open_shadow(launched: Launch, spec: ShadowSpec) -> Iterator[Shadow]:
+    """Build the shadow in a launched keeper; it lasts until the launch ends.
 
     Raises:
         HostNotReadyError: The host lacks a tool, or refuses a namespace or mount.
         UnsupportedGuestError: The guest's root file system cannot be mounted.
     """
-    raw.require_x86_64()
     identity = ids.choose()
     for folder in (spec.shared, spec.cache):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o711)  # subordinate ids pass; the folder above is private
-    ours, theirs = socket.socketpair()
-    with ours, tempfile.TemporaryDirectory(prefix="recorders-", dir=spec.work) as tools:
+    with tempfile.TemporaryDirectory(prefix="recorders-", dir=spec.work) as tools:
         _install_recorders(Path(tools))
-        base = 1 if identity.own_userns else identity.base_uid
         configuration = Configuration(
             own_userns=identity.own_userns,
-            base_uid=base,
+            base_uid=1 if identity.own_userns else identity.base_uid,
             base_gid=1 if identity.own_userns else identity.base_gid,
             stage=_choose_stage((spec.work, spec.cache, *spec.avoid)),
             work=str(spec.shared),
@@ -209,19 +240,11 @@ def open_shadow(spec: ShadowSpec) -> Iterator[Shadow]:
             storage_daemon=spec.storage_daemon,
             export_node=spec.export_node,
             uts=spec.uts,
-            preload=spec.preload,
         )
-        command = [sys.executable, "-I", "-m", "ouassister.shadow.keeper", str(theirs.fileno())]
-        with subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd="/") as keeper:
-            theirs.close()
-            try:
-                ours.sendall(json.dumps(codec.to_value(configuration)).encode() + b"\n")
-                shadow = Shadow(ours, spec, Path(tools))
-                shadow.await_ready(identity, keeper.pid)
-                yield shadow
-            finally:
-                keeper.terminate()  # it kills the init and waits for it: then all is gone
-                keeper.wait()
+        launched.control.sendall(json.dumps(codec.to_value(configuration)).encode() + b"\n")
+        shadow = Shadow(launched.control, spec, Path(tools))
+        shadow.await_ready(identity, launched.keeper.pid)
+        yield shadow
 
 
 def _install_recorders(folder: Path) -> None:

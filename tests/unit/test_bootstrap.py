@@ -1,0 +1,83 @@
+"""The words that reach the guest: no shell sees one that it could read as more than a word."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from ouassister.changeset.medium import MediumInfo
+from ouassister.model import Action
+from ouassister.reflect import bootstrap
+
+INFO = MediumInfo(applier_blocks=25, header_sha256="ab" * 32, size=1 << 20)
+
+
+def test_time_has_nine_digits_of_nanoseconds() -> None:
+    words = bootstrap.applier_arguments("oua-1", INFO, 1_700_000_000_000_000_007)
+    assert words[words.index("--set-time") + 1] == "1700000000.000000007"
+    assert words[words.index("--medium-sha256") + 1] == INFO.header_sha256
+    assert words[:2] == ["apply", "serial:oua-1"]
+
+
+def test_values_are_arguments_of_the_script_and_never_part_of_it() -> None:
+    arguments = bootstrap.applier_arguments("oua-1", INFO, 5)
+    command = bootstrap.from_medium_command("oua-1", INFO, arguments)
+    assert command[:2] == ["/bin/sh", "-c"]
+    assert command[3:6] == ["ouassister", "oua-1", str(INFO.applier_blocks)]
+    assert command[6:] == arguments
+    assert "oua-1" not in command[2]
+    other = bootstrap.from_medium_command("$(reboot)", INFO, ["`x`"])
+    assert other[2] == command[2]
+
+
+def test_script_quotes_what_it_expands() -> None:
+    script = bootstrap.from_medium_command("s", INFO, [])[2]
+    for line in script.splitlines():
+        for found in re.finditer(r"\$(?:\{[^}]*\}|\w+|@)", line):
+            word = found[0]
+            quoted = line[: found.start()].count('"') % 2 == 1
+            assigned = re.search(r"\w=\S*$", line[: found.start()])
+            number = word in ("$tries",)
+            assert quoted or assigned or number, line
+
+
+def test_actions_are_quoted_and_silent() -> None:
+    actions = (
+        Action(("systemctl", "daemon-reload")),
+        Action(("systemctl", "start", "a;reboot", "b'c", "\\x2d")),
+    )
+    shell, option, script = bootstrap.actions_command(actions)
+    assert (shell, option) == ("/bin/sh", "-c")
+    lines = script.splitlines()
+    assert len(lines) == 2
+    for index, (line, action) in enumerate(zip(lines, actions, strict=True)):
+        call, end = line.split(" >/dev/null 2>&1 </dev/null; ")
+        assert tuple(shlex.split(call)) == action.argv
+        assert end == f"echo {index} $?"
+
+
+def test_action_without_a_good_status_has_failed() -> None:
+    actions = tuple(Action(("systemctl", "start", f"{i}.service")) for i in range(4))
+    assert bootstrap.failed_actions(actions, b"0 0\n1 0\n2 0\n3 0\n") == ()
+    assert bootstrap.failed_actions(actions, b"0 0\n1 5\n3 0\n") == (
+        "systemctl start 1.service: status 5",
+        "systemctl start 2.service: status unknown",
+    )
+    assert bootstrap.failed_actions((), b"") == ()
+
+
+def test_odd_output_of_the_guest_counts_as_failed() -> None:
+    action = (Action(("systemctl", "daemon-reload")),)
+    for output in (
+        b"",
+        b"0",
+        b"0 ",
+        b"0 x\n",
+        b"0 -1\n",
+        b"1 0\n",
+        b"-0 0\n",
+        b"9" * 9000 + b" 0\n",
+        "\u0660 0\n".encode(),
+        b"\xff\xfe\n",
+    ):
+        assert len(bootstrap.failed_actions(action, output)) == 1, output

@@ -1,0 +1,54 @@
+"""The folders that a shadow shares with the guest's root: nothing leads out of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ouassister.shadow import keeper
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def prepare(folder: Path) -> None:
+    values: dict[str, Any] = dict.fromkeys(one.name for one in fields(keeper.Configuration))
+    values |= {"base_uid": os.geteuid(), "base_gid": os.getegid()}
+    values |= {"work": str(folder / "work"), "cache": str(folder / "cache")}
+    keeper._prepare_folders(keeper.Configuration(**values))
+
+
+def test_folders_are_made_and_made_again(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / "cache/apt/archives/bcc.deb").touch()
+    prepare(tmp_path)
+    assert (tmp_path / "cache/apt/archives/bcc.deb").exists()
+    assert (tmp_path / "cache/lists/partial").is_dir()
+    assert (tmp_path / "work/events").is_dir()
+
+
+@pytest.mark.parametrize("place", ["lists/partial", "apt/archives", "apt/archives/partial"])
+def test_link_that_an_earlier_run_left_is_not_followed(tmp_path: Path, place: str) -> None:
+    prepare(tmp_path)
+    host = tmp_path / "host"
+    host.mkdir()
+    before = host.stat()
+    left = tmp_path / "cache" / place
+    left.rename(tmp_path / "moved")
+    left.symlink_to(host)
+    prepare(tmp_path)
+    assert not left.is_symlink()
+    assert left.is_dir()
+    assert list(host.iterdir()) == []
+    assert host.stat().st_ctime_ns == before.st_ctime_ns
+
+
+def test_file_in_the_place_of_a_folder_goes(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / "cache/lists/partial").rmdir()
+    (tmp_path / "cache/lists/partial").touch()
+    prepare(tmp_path)
+    assert (tmp_path / "cache/lists/partial").is_dir()
