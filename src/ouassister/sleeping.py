@@ -111,8 +111,9 @@ def refuse_unsafe(sleeping: Sleeping) -> None:
     dirty = [file.path for file in view.database if file.dirty]
     if dirty:
         raise DirtyDatabaseError(
-            f"the package database has unflushed writes in memory: {to_text(dirty[0])}"
-            + (f" and {len(dirty) - 1} more" if len(dirty) > 1 else "")
+            "the package database has unflushed writes in memory: "
+            + ", ".join(to_text(path) for path in dirty[:3])
+            + (f" and {len(dirty) - 3} more" if len(dirty) > 3 else "")
         )
 
 

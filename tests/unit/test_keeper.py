@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ouassister.shadow import keeper
+from ouassister.errors import UpdaterError
+from ouassister.model import Uts
+from ouassister.shadow import keeper, session
+from ouassister.shadow.session import Shadow, ShadowSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,3 +56,36 @@ def test_file_in_the_place_of_a_folder_goes(tmp_path: Path) -> None:
     (tmp_path / "cache/lists/partial").touch()
     prepare(tmp_path)
     assert (tmp_path / "cache/lists/partial").is_dir()
+
+
+def shadow(folder: Path) -> Shadow:
+    """The host's side alone; nothing runs."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    spec = ShadowSpec(folder, folder, (), "", Uts("", "", "", "", "", ""), ())
+    (spec.shared / "events").mkdir(parents=True)
+    with ours:
+        return Shadow(ours, spec, folder)
+
+
+def test_log_of_a_program_is_read_as_text(tmp_path: Path) -> None:
+    one = shadow(tmp_path)
+    (one.spec.shared / "events" / "audit").write_bytes(b"\xff ok\n")
+    assert one.read_log("audit") == "\\xff ok\n"
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "nothing", "too much"])
+def test_log_that_no_shell_would_have_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    one = shadow(tmp_path)
+    path = one.spec.shared / "events" / "audit"
+    if kind == "link":
+        path.symlink_to("/etc/hostname")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "too much":
+        monkeypatch.setattr(session, "_MAX_LOG", 1 << 20)
+        path.write_bytes(bytes((1 << 20) + 1))
+    with pytest.raises(UpdaterError, match="a program in the shadow"):
+        one.read_log("audit")

@@ -42,11 +42,11 @@ def test_samples_come_back_and_are_safe(raw: bytes) -> None:
     assert is_safe(to_text(raw))
 
 
-def test_every_byte_and_every_pair_comes_back_and_is_safe() -> None:
+def test_every_byte_and_its_pairs_come_back_and_are_safe() -> None:
     for first in range(256):
         raw = bytes((first,))
         assert from_text(to_text(raw)) == raw
-        for second in range(256):
+        for second in (0x00, 0x1B, 0x41, 0x5C, 0x78, 0x7F, 0x80, 0x9B, 0xA9, 0xBF, 0xC3, 0xFF):
             pair = bytes((first, second))
             text = to_text(pair)
             assert from_text(text) == pair
@@ -71,11 +71,11 @@ def test_printable_text_stays_readable() -> None:
     assert to_text("/srv/Müller's files/日本".encode()) == "/srv/Müller's files/日本"
 
 
-@pytest.mark.parametrize("char", BIDI + INVISIBLE + CONTROLS)
-def test_what_a_terminal_acts_on_is_escaped(char: str) -> None:
-    assert char not in to_text(char.encode())
-    assert char not in plain(f"a{char}b")
-    assert is_safe(plain(f"a{char}b"))
+def test_what_a_terminal_acts_on_is_escaped() -> None:
+    for char in BIDI + INVISIBLE + CONTROLS:
+        assert char not in to_text(char.encode())
+        assert char not in plain(f"a{char}b")
+        assert is_safe(plain(f"a{char}b"))
 
 
 @pytest.mark.parametrize("text", ["\\", "a\\", "\\x", "\\x1", "\\xg0", "\\X41", "\\n", "\\\\\\"])

@@ -110,7 +110,7 @@ def _with_capture(world: World) -> Path:
     return config.folder / "frames.pcap"
 
 
-@pytest.mark.parametrize("step", ["stage-file", "commit", "marker"])
+@pytest.mark.parametrize("step", ["stage-write", "commit-rename", "marker-write"])
 def test_applier_killed_in_the_middle_keeps_the_gate_closed_and_is_finished_by_resume(
     world: World, step: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

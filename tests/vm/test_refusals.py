@@ -151,15 +151,17 @@ def test_package_database_that_is_dirty_in_memory_is_refused(world: World) -> No
 
 
 def test_updater_that_held_its_lock_at_suspend_is_refused(world: World) -> None:
+    # struct flock of x86-64: type, whence, start, length, pid (fcntl(2)).
     hold = (
-        'perl -e \'open F, ">>", "/var/lib/dpkg/lock-frontend"; use Fcntl;'
-        ' fcntl(F, F_SETLK, pack("ssx4qqix4", F_WRLCK, 0, 0, 0, 0)) or die;'
-        ' print "held\\n"; close STDOUT; sleep 600\' & sleep 1'
+        "use Fcntl; open(F, '>>', '/var/lib/dpkg/lock-frontend') or die;"
+        " my \\$lock = pack('ssx4qqix4', F_WRLCK, 0, 0, 0, 0);"
+        " fcntl(F, F_SETLK, \\$lock) or die; open(O, '>', '/root/held'); close(O); sleep 600"
     )
+    script = f'(perl -e "{hold}" >/dev/null 2>&1 </dev/null &); until [ -e /root/held ]; do :; done'
     with qemu.restore(world.config, links_up=False) as vm:
         vm.qga()
         vm.cont()
-        guest_run(vm, f"({hold}) >/dev/null 2>&1; sync", timeout_s=60)
+        guest_run(vm, f"{script}; sync", timeout_s=60)
         world.config.save.unlink()
         vm.suspend()
     done = world.run("update", "--install", "oua-extra")

@@ -46,7 +46,7 @@ def compare(argument: dict[str, Any]) -> dict[str, Any]:
 def _machine_id(root: bytes) -> str:
     """Read machine-id(5); anything but a regular file with 32 hex digits counts as none."""
     try:
-        descriptor = os.open(root + b"/etc/machine-id", os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(root + b"/etc/machine-id", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return ""
     with os.fdopen(descriptor, "rb") as file:

@@ -23,6 +23,7 @@ from ouassister.errors import (
 )
 from ouassister.model import Archive, LeftOut, PackageChange
 from ouassister.packages import apt_output
+from ouassister.shadow.events import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,7 +179,7 @@ class Apt:
             if "No space left on device" in output:
                 raise WorkDiskFullError(f"the union layer: {apt_output.error_lines(output)}")
             raise UpdaterError(f"apt-get: {apt_output.error_lines(output)}")
-        audit = self._shadow.log_path("audit").read_text(errors="backslashreplace")
+        audit = self._shadow.read_log("audit")
         if audit.strip():
             raise UpdaterError(f"dpkg --audit after the run: {apt_output.error_lines(audit)}")
         return output
@@ -205,11 +206,11 @@ class Apt:
             raise UpdaterError(f"the guest's shell failed: {apt_output.error_lines(output)}")
         results = {}
         for name in commands:
-            code = self._shadow.log_path(f"{name}.status").read_text().strip()
-            text = self._shadow.log_path(name).read_text(errors="backslashreplace")
+            code = self._shadow.read_log(f"{name}.status").strip()
+            text = self._shadow.read_log(name)
             if code == "127":
                 raise UnsupportedGuestError("the guest has no apt-get")
-            results[name] = (int(code) if code.isdecimal() else 1, text)
+            results[name] = (0 if code == "0" else 1, text)
         return results
 
     def _run(self, argv: list[str], *, network: bool = False) -> tuple[int, str]:
@@ -257,7 +258,7 @@ def _words(request: Request) -> tuple[str, ...]:
 def _is_whole(archive: Archive, folder: Path) -> bool:
     algorithm, _, expected = archive.digest.partition(":")
     try:
-        with (folder / archive.file_name).open("rb") as file:
+        with open_regular(folder / archive.file_name) as file:
             return hashlib.file_digest(file, algorithm.lower()).hexdigest() == expected
     except FileNotFoundError:
         return False

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import UpdaterError
 from ouassister.model import Action
 
 if TYPE_CHECKING:
+    from io import BufferedReader
     from pathlib import Path
 
 _MAX_BYTES: Final = 1 << 20
@@ -65,7 +66,7 @@ def read_actions(
     return head + tuple(merged), tuple(dict.fromkeys(notes))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file of a folder that the guest's programs can write to.
 
     Raises:

@@ -25,6 +25,7 @@ from ouassister.errors import (
 )
 from ouassister.model import Uts
 from ouassister.shadow import ids, raw, sandbox
+from ouassister.shadow.events import open_regular
 from ouassister.shadow.keeper import Configuration
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 TOOLS: Final = Path(__file__).parent / "recorder"
 RECORDED: Final = ("systemctl", "deb-systemd-invoke", "invoke-rc.d", "service", "telinit")
 _FOLLOW_S: Final = 0.25
+_MAX_LOG: Final = 64 << 20
 _BASE_ENVIRONMENT: Final = {
     "PATH": sandbox.SEARCH_PATH,
     "HOME": "/root",
@@ -132,9 +134,20 @@ class Shadow:
         """Where `run` leaves an output on the host."""
         return self.spec.shared / "output" / name
 
-    def log_path(self, name: str) -> Path:
-        """Where a program in the shadow leaves ``/run/ouassister/log/NAME`` on the host."""
-        return self.spec.shared / "events" / name
+    def read_log(self, name: str) -> str:
+        """Read what a program in the shadow wrote to ``/run/ouassister/log/NAME``.
+
+        Raises:
+            UpdaterError: There is no such file, or none that a shell would have written.
+        """
+        try:
+            with open_regular(self.spec.shared / "events" / name) as file:
+                raw = file.read(_MAX_LOG + 1)
+        except FileNotFoundError as error:
+            raise UpdaterError(f"a program in the shadow removed {name}") from error
+        if len(raw) > _MAX_LOG:
+            raise UpdaterError(f"a program in the shadow wrote over {_MAX_LOG >> 20} MiB to {name}")
+        return raw.decode("utf-8", "backslashreplace")
 
     def events_path(self) -> Path:
         """Where the recorders write; the file exists once something was recorded."""
