@@ -34,6 +34,7 @@ applier: $(APPLIER)
 
 $(APPLIER): build/deps $(wildcard guest/*.c guest/*.h guest/Makefile)
 	$(MAKE) -C guest all
+	install -D -m 755 build/guest/stub-x86_64 $(@D)/stub-x86_64
 	install -D -m 755 build/guest/applier-x86_64 $@
 
 guest-tests: build/deps

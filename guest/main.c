@@ -19,13 +19,12 @@
 
 static const char usage[] =
     "usage: applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOS]\n"
-    "               [--remove FILE]\nDEVICE is a path, or serial:TEXT to wait for that disk\n";
+    "DEVICE is a path, or serial:TEXT to wait for that disk\n";
 
 struct options {
     const char *device;
     const char *root;
     const char *set_time;
-    const char *remove;
     uint8_t sha256[32];
 };
 
@@ -225,8 +224,6 @@ static bool parse(int argc, char **argv, struct options *options)
             options->root = argv[i + 1];
         else if (!strcmp(argv[i], "--set-time"))
             options->set_time = argv[i + 1];
-        else if (!strcmp(argv[i], "--remove"))
-            options->remove = argv[i + 1];
         else
             return false;
     }
@@ -254,7 +251,5 @@ int main(int argc, char **argv)
     /* Everything in a guest that just woke up wants the processor; the gate waits for us. */
     setpriority(PRIO_PROCESS, 0, -20);
     umask(0);
-    if (options.remove)
-        unlink(options.remove); /* our own file: nothing needs it once we run */
     return apply(&options);
 }

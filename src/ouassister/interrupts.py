@@ -50,14 +50,20 @@ def watched(name: str, is_running: Callable[[], bool]) -> Iterator[None]:
 
     def watch() -> None:
         while not done.wait(_WATCH_S):
-            if is_running():
+            try:
+                started = is_running()
+            except OSError:  # who cannot tell must not go on
+                started = True
+            if started:
                 os.kill(os.getpid(), _STARTED)
                 return
 
     def end(_number: int, _frame: FrameType | None) -> None:
         if not done.is_set():
             done.set()
-            raise RunningVMError(f"{name} was started while it was being updated; the run ended")
+            raise RunningVMError(
+                f"{name} was started while it was being updated, or its disk went away"
+            )
 
     before = signal.signal(_STARTED, end)
     thread = threading.Thread(target=watch, name="watch", daemon=True)

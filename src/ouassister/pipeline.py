@@ -10,7 +10,6 @@ reflect        →  ResumeReport      the only step that a guest can feel
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -31,9 +30,11 @@ from ouassister.errors import (
 from ouassister.interrupts import watched
 from ouassister.model import Changeset, Identity, Kind, LeftOut, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
+from ouassister.provider import qemu
 from ouassister.reflect.reflection import reflect
 from ouassister.shadow import sandbox
 from ouassister.shadow.events import read_actions
+from ouassister.shadow.remove import remove_tree
 from ouassister.shadow.session import RECORDED, Shadow, ShadowSpec, launch, open_shadow
 from ouassister.sleeping import (
     UNFLUSHED_NOTE,
@@ -117,7 +118,10 @@ def plan(
     with _named(config, store), open_guest(config, store, timeline, options) as guest:
         _refuse_dirty(guest)
         tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
-        made = _plan(guest, tool, request, timeline, fetch=False)
+        left_out = _refresh(tool, timeline)
+        with timeline.phase("plan"):
+            simulated = tool.plan(request)
+        made = update.make_plan(config.name, guest.sleeping.fence, request, simulated, left_out)
         store.add_plan(made)
         return made
 
@@ -172,15 +176,16 @@ def _update(
     request = stored.request if stored is not None else wish
     assert isinstance(request, Request)  # noqa: S101 - the only other type of a wish
     tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
-    made = stored or _plan(guest, tool, request, timeline, fetch=True)
-    if not made.changes:
-        store.add_plan(made)
-        return _report(made, None, timeline, (UNFLUSHED_NOTE,))
+    left_out = _refresh(tool, timeline) if stored is None else ()
     with timeline.phase(_FETCH):
+        simulated = tool.plan(request, fetch=True)
         if stored is not None:
-            update.check_same(stored, tool.plan(request, fetch=True).changes)
+            update.check_same(stored, simulated.changes)
+        made = stored or update.make_plan(vm, guest.sleeping.fence, request, simulated, left_out)
         prepared = update.complete(tool, made)
     store.add_plan(prepared.plan)
+    if not prepared.plan.changes:
+        return _report(prepared.plan, None, timeline, (UNFLUSHED_NOTE,))
     with timeline.phase("emulate"):
         tool.emulate(prepared.request)
     with timeline.phase("extract"):
@@ -218,21 +223,11 @@ def _update(
     return _report(prepared.plan, changeset, timeline, changeset.notes)
 
 
-def _plan(
-    guest: Guest, tool: apt.Apt, request: Request, timeline: Timeline, *, fetch: bool
-) -> Plan:
+def _refresh(tool: apt.Apt, timeline: Timeline) -> tuple[LeftOut, ...]:
     with timeline.phase(_REFRESH):
-        refreshed = tool.refresh()
-    with timeline.phase(_FETCH if fetch else "plan"):
-        simulated = tool.plan(request, fetch=fetch)
+        unreachable = tool.refresh()
     reason = "this repository could not be read; its packages are as of the last time it could"
-    return update.make_plan(
-        guest.sleeping.config.name,
-        guest.sleeping.fence,
-        request,
-        simulated,
-        tuple(LeftOut(where, reason) for where in refreshed.unreachable),
-    )
+    return tuple(LeftOut(where, reason) for where in unreachable)
 
 
 def _refuse_dirty(guest: Guest) -> Identity:
@@ -297,6 +292,8 @@ def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
         again = row.state is ChangesetState.APPLYING
         if not again:
             refuse_running(config)
+        # A save file that is still in its place was never resumed (`reflection.retire_save`).
+        if not again or (config.save.exists() and not qemu.is_running(config)):
             check_fence(changeset.fence)
         with tempfile.TemporaryDirectory(prefix="medium-", dir=store.vm_folder(config.name)) as tmp:
             try:
@@ -315,7 +312,7 @@ def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
 
 
 def discard(config: VmConfig, store: Store) -> tuple[str, ...]:
-    """Drop the VM's ready change sets and its caches; returns what was dropped.
+    """Drop the VM's change sets; returns the ids of what was dropped.
 
     Raises:
         StaleError: A change set is half applied; it must be resumed first.
@@ -351,7 +348,7 @@ def _work_folder(store: Store, vm: str, *, keep: bool) -> Iterator[Path]:
     """A private folder of one run; leftovers of killed runs go first (we hold the VM's lock)."""
     runs = store.vm_folder(vm) / "runs"
     if runs.exists():
-        shutil.rmtree(runs)
+        remove_tree(runs)
     runs.mkdir(mode=0o700)
     folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%dT%H%M%S-"), dir=runs))
     try:
@@ -359,7 +356,7 @@ def _work_folder(store: Store, vm: str, *, keep: bool) -> Iterator[Path]:
     finally:
         _keep_log(folder, store.vm_folder(vm) / "last-run.log")
         if not keep:
-            shutil.rmtree(runs)
+            remove_tree(runs)
 
 
 def _keep_log(folder: Path, target: Path) -> None:

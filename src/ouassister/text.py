@@ -6,6 +6,10 @@ Printable UTF-8 stays as it is; a backslash becomes ``\\``; every other byte bec
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _ESCAPE = re.compile(r"\\(\\|x[0-9a-f]{2})|\\")
 
@@ -48,3 +52,25 @@ def from_text(text: str) -> bytes:
         return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
 
     return _ESCAPE.sub(decode, text).encode("utf-8", "surrogateescape")
+
+
+def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
+    """Align columns for a person."""
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def size(number: int) -> str:
+    """Bytes for a person: 2.1 MB."""
+    value = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{number} B"

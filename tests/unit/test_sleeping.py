@@ -111,8 +111,10 @@ def test_dirty_database_is_refused_and_counted(config: VmConfig) -> None:
     other = replace(dirty, path=b"/var/lib/dpkg/info/\x1b.list")
     with pytest.raises(DirtyDatabaseError, match=r"in memory: /var/lib/dpkg/status$"):
         refuse_unsafe(sleeping(config, database=(STATUS, dirty)))
-    with pytest.raises(DirtyDatabaseError, match=r"/info/\\x1b\.list and 1 more$"):
-        refuse_unsafe(sleeping(config, database=(other, dirty)))
+    with pytest.raises(DirtyDatabaseError, match=r"/info/\\x1b\.list, /var/lib/dpkg/status$"):
+        refuse_unsafe(sleeping(config, database=(other, STATUS, dirty)))
+    with pytest.raises(DirtyDatabaseError, match=r"status and 2 more$"):
+        refuse_unsafe(sleeping(config, database=(dirty,) * 5))
 
 
 @pytest.mark.parametrize("unknown", ["package database: no dentries", "uncommitted changes on /"])

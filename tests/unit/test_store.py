@@ -238,19 +238,6 @@ def test_name_belongs_to_one_vm(store: Store) -> None:
         store.remember("web1", "/other/vm.toml")
 
 
-def test_forget_takes_all_rows_of_one_vm(store: Store) -> None:
-    store.remember("db1", "/vms/db1.toml")
-    for vm in ("web1", "db1"):
-        store.add_plan(make_plan(vm))
-        store.add_changeset(vm, f"c-{vm}")
-        store.log(vm, "update", "plan")
-    store.forget("web1")
-    assert store.vms() == (("db1", "/vms/db1.toml"),)
-    assert store.pending("web1") is None
-    assert store.history("web1") == ()
-    assert len(store.history("db1")) == len(store.changeset_rows("db1")) == 1
-
-
 def test_unknown_vm_has_no_rows(store: Store) -> None:
     with pytest.raises(UsageError, match="FOREIGN KEY"):
         store.log("nobody", "update", "plan")

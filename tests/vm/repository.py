@@ -103,9 +103,7 @@ class Repository:
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    def __init__(
-        self, repository: Repository, *args: Any, directory: str  # noqa: ANN401
-    ) -> None:
+    def __init__(self, repository: Repository, *args: Any, directory: str) -> None:  # noqa: ANN401
         self._repository = repository
         super().__init__(*args, directory=directory)
 

@@ -146,3 +146,43 @@ def test_applier_killed_in_the_middle_keeps_the_gate_closed_and_is_finished_by_r
         assert guest_run(vm, "oua-hello").stdout == b"two\n"
         assert guest_run(vm, "dpkg --audit").stdout == b""
         assert guest_run(vm, "find / -xdev -name '.ouassister-*'").stdout == b""
+
+
+def test_save_file_that_was_resumed_is_not_taken_for_a_sleeping_vm(world: World) -> None:
+    assert world.run("update", "--install", "oua-extra").status == 0
+    assert world.run("resume").status == 0
+    with qemu.attach(world.config) as vm:
+        vm.kill()  # a power cut: the disk has moved on, the old memory is still there
+    assert not world.config.save.exists()
+    assert world.config.save.with_name("save.img.resumed").exists()
+    assert world.run("list").result[0]["state"] == "off"
+    for verb in ("inspect", "update"):
+        done = world.run(verb)
+        assert (done.status, done.code) == (20, "state-not-suspended"), done
+
+
+def test_vm_that_ended_while_applying_is_not_restored_from_old_memory(world: World) -> None:
+    from ouassister.store.database import ChangesetState, Store
+
+    update = world.run("update", "--install", "oua-extra")
+    assert world.run("resume").status == 0
+    with qemu.attach(world.config) as vm:
+        vm.kill()
+    with Store(world.home) as store:  # as a host leaves it that lost power at that moment
+        store.set_state(update.result["changeset_id"], ChangesetState.APPLYING)
+    done = world.run("resume")
+    assert (done.status, done.code) == (41, "gate-closed"), done
+    assert not qemu.is_running(world.config)
+    assert "boot it" in done.value["error"]["hint"]
+
+
+def test_resume_that_cannot_start_leaves_the_vm_asleep(world: World) -> None:
+    assert world.run("update", "--install", "oua-extra").status == 0
+    before = world.hashes()
+    text = world.toml.read_text()
+    world.toml.write_text(text.replace("qemu-system-x86_64", "qemu-system-nowhere"))
+    done = world.run("resume")
+    assert (done.status, done.code) == (2, "host-not-ready"), done
+    world.toml.write_text(text)
+    assert world.hashes() == before
+    assert world.run("resume").status == 0

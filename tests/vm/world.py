@@ -48,7 +48,8 @@ class World:
         return vmtoml.load(self.toml)
 
     def command(self, verb: str, *words: str) -> list[str]:
-        return [sys.executable, "-m", "ouassister", verb, "--json", str(self.toml), *words]
+        vm = [] if verb == "list" else [str(self.toml)]
+        return [sys.executable, "-m", "ouassister", verb, "--json", *vm, *words]
 
     @property
     def environment(self) -> dict[str, str]:

@@ -12,8 +12,6 @@ from ouassister.provider import vmtoml
 from ouassister.timeline import Timeline, stderr_story
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.store.database import Store
 
@@ -88,28 +86,6 @@ def timeline(arguments: argparse.Namespace, store: Store, config: VmConfig) -> T
         None if quiet else stderr_story,
         lambda step, detail: store.log(config.name, arguments.verb, step, detail),
     )
-
-
-def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
-    """Align columns for a person."""
-    if not rows:
-        return ""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def size(number: int) -> str:
-    """Bytes for a person: 2.1 MB."""
-    value = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{number} B"
 
 
 def warn(line: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ouassister import doctor
-from ouassister.cli.common import Result, table
+from ouassister.text import table
 
 if TYPE_CHECKING:
     import argparse
+
+    from ouassister.cli.common import Result
 
 
 def add_arguments(_parser: argparse.ArgumentParser) -> None:

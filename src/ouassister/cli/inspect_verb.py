@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 from ouassister import codec
-from ouassister.cli.common import Result, add_vm, find_vm, size, table
+from ouassister.cli.common import Result, add_vm, find_vm
 from ouassister.sleeping import open_sleeping
 from ouassister.store.database import Store
-from ouassister.text import to_text
+from ouassister.text import size, table, to_text
 
 if TYPE_CHECKING:
     import argparse

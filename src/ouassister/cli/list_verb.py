@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ouassister.cli.common import Result, table
 from ouassister.errors import OUassisterError
 from ouassister.provider import qemu, vmtoml
 from ouassister.store.database import Store
+from ouassister.text import table
 
 if TYPE_CHECKING:
     import argparse
+
+    from ouassister.cli.common import Result
 
 
 def add_arguments(_parser: argparse.ArgumentParser) -> None:
@@ -44,9 +46,9 @@ def state_of(source: str) -> str:
         config = vmtoml.load(Path(source))
         if qemu.is_running(config):
             return "running"
-    except OUassisterError:
+        return "suspended" if config.save.exists() else "off"
+    except (OUassisterError, OSError):
         return "unknown"
-    return "suspended" if config.save.exists() else "off"
 
 
 def _pending(store: Store, vm: str) -> str:

@@ -10,10 +10,11 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Final
 
-from ouassister.errors import InternalError, OUassisterError, WorkDiskFullError
+from ouassister.errors import InternalError, OUassisterError, StateError, WorkDiskFullError
 from ouassister.interrupts import interruptible
 from ouassister.text import plain
 
@@ -39,7 +40,18 @@ VERBS: Final = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser(sys.argv[1:] if argv is None else argv)
+    _find_system_tools()
     try:
         with interruptible():
             module = importlib.import_module(f"ouassister.cli.{arguments.verb}_verb")
@@ -50,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno == 28:  # ENOSPC
             full = WorkDiskFullError(f"{error.filename or 'the work folder'}: {error.strerror}")
             return _print_error(full, as_json=arguments.json)
+        if isinstance(error, PermissionError) and error.filename:
+            closed = StateError(
+                f"{error.filename}: {error.strerror}",
+                hint="run as a user who may read the VM's files, or as root",
+            )
+            return _print_error(closed, as_json=arguments.json)
+        if isinstance(error, BrokenPipeError):
+            raise
         return _internal(error, as_json=arguments.json)
     except Exception as error:
         return _internal(error, as_json=arguments.json)
@@ -59,6 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif text:
         print("\n".join(plain(line) for line in text.split("\n")))
     return int(status)
+
+
+def _find_system_tools() -> None:
+    """Look for tools where Debian keeps e2fsck too: a user's PATH does not lead there."""
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    missing = [place for place in ("/usr/sbin", "/sbin") if place not in places]
+    os.environ["PATH"] = os.pathsep.join([*places, *missing])
 
 
 def _parser(argv: Sequence[str]) -> argparse.Namespace:

@@ -8,6 +8,7 @@ from ouassister import codec, pipeline
 from ouassister.cli import common
 from ouassister.model import Request
 from ouassister.store.database import Store
+from ouassister.text import size, table
 
 if TYPE_CHECKING:
     import argparse
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
         plan = pipeline.plan(config, Request(tuple(arguments.install)), store, story, options)
     lines = [f"plan {plan.plan_id} for {plan.vm}"]
     lines += package_lines(plan.changes, plan.left_out)
-    lines.append(f"to download: {len(plan.archives)} archives, {common.size(plan.download_bytes)}")
+    lines.append(f"to download: {len(plan.archives)} archives, {size(plan.download_bytes)}")
     if plan.changes:
         lines.append(f"to carry it out: ouassister update {arguments.vm} --plan {plan.plan_id}")
     status = 0 if plan.changes else common.NOTHING_TO_DO
@@ -40,8 +41,6 @@ def run(arguments: argparse.Namespace) -> common.Result:
 
 def package_lines(changes: tuple[PackageChange, ...], left_out: tuple[LeftOut, ...]) -> list[str]:
     """What changes and what does not, for a person."""
-    lines = [
-        common.table([(c.name, c.old or "-", "->", c.new or "removed") for c in changes], "  ")
-    ]
+    lines = [table([(c.name, c.old or "-", "->", c.new or "removed") for c in changes], "  ")]
     lines += [f"  left out: {item.package}: {item.reason}" for item in left_out]
     return [line for line in lines if line] or ["  nothing to change"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ouassister import codec, pipeline
 from ouassister.cli import common
 from ouassister.store.database import Store
+from ouassister.text import size, table
 
 if TYPE_CHECKING:
     import argparse
@@ -36,7 +37,7 @@ def lines(report: ResumeReport) -> list[str]:
     """The report for a person."""
     told = [
         f"{report.vm}: {report.result} change set {report.changeset_id}",
-        f"  {report.files} files, {common.size(report.bytes)};"
+        f"  {report.files} files, {size(report.bytes)};"
         f" gate open {report.online_s:.2f} s after the first instruction",
         f"  verified: {', '.join(report.verified) or 'nothing'}",
     ]
@@ -44,7 +45,7 @@ def lines(report: ResumeReport) -> list[str]:
     rows += [
         (f"  in the guest: {phase.name}", f"{phase.seconds:.3f} s") for phase in report.guest_phases
     ]
-    told.append(common.table(rows, "  "))
+    told.append(table(rows, "  "))
     told += [f"  action failed: {action}" for action in report.failed_actions]
     told += [f"note: {note}" for note in report.notes]
     if report.reboot_needed:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ouassister.cli.common import Result, table
 from ouassister.shadow.syscalls.table import TABLE
+from ouassister.text import table
 
 if TYPE_CHECKING:
     import argparse
+
+    from ouassister.cli.common import Result
 
 
 def add_arguments(_parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from ouassister.cli.plan_verb import package_lines
 from ouassister.errors import UsageError
 from ouassister.model import Request
 from ouassister.store.database import Store
-from ouassister.text import to_text
+from ouassister.text import size, to_text
 
 if TYPE_CHECKING:
     import argparse
@@ -55,7 +55,7 @@ def _lines(report: UpdateReport, vm: str) -> list[str]:
         lines += [
             f"change set {report.changeset_id}",
             f"  {report.files} files and {report.deletions} deletions,"
-            f" {common.size(report.layer_bytes)}; {len(report.actions)} actions",
+            f" {size(report.layer_bytes)}; {len(report.actions)} actions",
         ]
         lines += [f"  then: {' '.join(action.argv)}" for action in report.actions]
         if report.filtered:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ouassister import codec, doctor, pipeline
 from ouassister.changeset import archive
-from ouassister.cli.common import size, table
 from ouassister.demo.baseline import chroot_install_s
 from ouassister.demo.frames import count_frames
 from ouassister.demo.proof import Proof, file_hashes, prove
@@ -21,7 +20,7 @@ from ouassister.provider import qemu, vmtoml
 from ouassister.sleeping import chain, open_sleeping, root_device
 from ouassister.store.database import Store
 from ouassister.testing import build_image, clone, make_suspended
-from ouassister.text import to_text
+from ouassister.text import size, table, to_text
 from ouassister.timeline import Timeline, stderr_story
 
 if TYPE_CHECKING:

@@ -64,13 +64,6 @@ _READ_AHEAD: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Refresh:
-    """Outcome of refreshing the package lists: what could not be fetched."""
-
-    unreachable: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Simulation:
     """What apt would do, and what it has to fetch for that."""
 
@@ -95,11 +88,14 @@ class Apt:
         self._calls = 0
         self._pins: tuple[PackageChange, ...] = ()
 
-    def refresh(self) -> Refresh:
+    def refresh(self) -> tuple[str, ...]:
         """Fetch the package lists.
 
+        Returns:
+            What could not be fetched; apt goes on with what it has of that.
+
         Raises:
-            RepositoryError: No repository could be read.
+            RepositoryError: No list could be fetched.
         """
         # What dpkg will read is read meanwhile: the network is slower than the disk.
         script = f'({_READ_AHEAD}) >/dev/null 2>&1 & exec "$@"'
@@ -107,10 +103,13 @@ class Apt:
         status, output = self._run(argv, network=True)
         if "No space left on device" in output:
             raise WorkDiskFullError(f"no room for package lists: {apt_output.error_lines(output)}")
+        # apt-get ends with 100 when a server answers 404 for one list, with 0 when it is away.
         unreachable = apt_output.unreachable_indexes(output)
-        if status != 0:
+        if status != 0 and not apt_output.reached_indexes(output):
             raise RepositoryError(f"apt-get update: {apt_output.error_lines(output)}")
-        return Refresh(unreachable)
+        if status != 0 and not unreachable:
+            unreachable = (apt_output.error_lines(output),)
+        return unreachable
 
     def plan(self, request: Request, *, fetch: bool = False) -> Simulation:
         """Simulate; nothing is changed.

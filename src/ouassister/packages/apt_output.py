@@ -113,6 +113,11 @@ def unreachable_indexes(output: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def reached_indexes(output: str) -> bool:
+    """Whether ``apt-get update`` fetched a list, or found it unchanged."""
+    return re.search(r"^(?:Get|Hit):\d+ ", output, re.MULTILINE) is not None
+
+
 def error_lines(output: str, *, most: int = 3) -> str:
     """The lines that tell what went wrong, joined; the last lines when none is marked."""
     marked = [line for line in output.splitlines() if line.startswith(("E: ", "dpkg: error"))]

@@ -179,8 +179,15 @@ class Qga:
         truncated = bool(reply.get("out-truncated")) or bool(reply.get("err-truncated"))
         return ExecResult(code, _data(reply, "out-data"), _data(reply, "err-data"), truncated)
 
-    def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> ExecResult:
-        """Run a program in the guest to its end.
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float,
+        most_s: float = 0.1,
+    ) -> ExecResult:
+        """Run a program in the guest to its end; look at it each ``most_s`` seconds at least.
 
         Raises:
             DeadlineError: It still runs after ``timeout_s``; it is not killed.
@@ -193,7 +200,7 @@ class Qga:
                 raise DeadlineError(f"{argv[0]} still runs in the guest after {timeout_s:.1f} s")
             time.sleep(pause)
             # Each poll costs the guest a wake-up: long programs are asked less often.
-            pause = min(pause * 1.2, 0.1)
+            pause = min(pause * 1.2, most_s)
         return result
 
     def _send(self, data: bytes, end: float) -> None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.medium import MediumInfo, write_medium
 from ouassister.errors import (
-    AgentError,
     ApplyError,
     DeadlineError,
     GateClosedError,
     HostNotReadyError,
     OUassisterError,
+    StateError,
 )
 from ouassister.model import Phase, ResumeReport
 from ouassister.provider import qemu
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
     from ouassister.model import Changeset
     from ouassister.provider.qemu import RunningVM
-    from ouassister.provider.qga import ExecResult, Qga
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.reflect.applier_protocol import ApplierResult
     from ouassister.timeline import Timeline
 
 APPLIER: Final = Path(__file__).parent / "bin" / "applier-x86_64"
+STUB: Final = Path(__file__).parent / "bin" / "stub-x86_64"
 APPLY_S: Final = 900.0
-_AGENT_S: Final = 60.0
+_POLL_S: Final = 0.02  # between two looks at the applier
 _ACTIONS_S: Final = 600.0
 _GATE_HINT: Final = (
     "the VM runs with its links down; look at its console, then 'ouassister resume' tries again"
@@ -82,16 +82,27 @@ def reflect(
     """
     with timeline.phase("write medium"):
         medium = _write_medium(changeset, layer, folder)
+    on_state(ChangesetState.APPLYING)
     with timeline.phase("restore, links down"):
-        vm = _bring_back(config, again=again)
-        on_state(ChangesetState.APPLYING)
+        try:
+            vm = _find(config) if again and qemu.is_running(config) else _restore(config)
+        except BaseException:
+            if not again:
+                on_state(ChangesetState.READY)
+            raise
     with vm:
-        start = time.monotonic()
         try:
             vm.qga()  # connected before the guest runs: its agent wakes at once
             vm.attach_medium(medium.path, medium.serial)
+            retire_save(config)
+        except BaseException:
+            if not again:  # it never ran: it sleeps as before
+                vm.kill()
+                on_state(ChangesetState.READY)
+            raise
+        start = time.monotonic()
+        try:
             vm.cont()
-            start = time.monotonic()
             with timeline.phase("apply"):
                 result = _apply(vm, medium)
             with timeline.phase("actions"):
@@ -122,10 +133,37 @@ def _write_medium(changeset: Changeset, layer: Path, folder: Path) -> Medium:
     return Medium(path, info, f"oua-{changeset.changeset_id[:16]}")
 
 
-def _bring_back(config: VmConfig, *, again: bool) -> RunningVM:
-    """Restore the VM, or find it as an earlier resume left it."""
-    if not (again and qemu.is_running(config)):
-        return qemu.restore(config, links_up=False)
+def retire_save(config: VmConfig) -> None:
+    """Put the save file aside: from the first instruction on it contradicts the disk.
+
+    A VM restored from it again would write its stale caches over the disk. The file is kept,
+    under a name that says so, since only its owner knows what else it is good for.
+
+    Raises:
+        StateError: It cannot be renamed.
+    """
+    try:
+        config.save.rename(config.save.with_name(f"{config.save.name}.resumed"))
+    except FileNotFoundError:
+        return  # an earlier resume has done it
+    except OSError as error:
+        raise StateError(
+            f"the save file {config.save} cannot be put aside: {error.strerror}",
+            hint="make its folder writable: a save file that was resumed must not be used again",
+        ) from error
+
+
+def _restore(config: VmConfig) -> RunningVM:
+    if not config.save.exists():
+        raise GateClosedError(
+            f"{config.name} ended while the change set was being applied",
+            hint="boot it with its links down; 'ouassister resume' then finishes what was begun",
+        )
+    return qemu.restore(config, links_up=False)
+
+
+def _find(config: VmConfig) -> RunningVM:
+    """Take over the VM as an earlier resume left it."""
     vm = qemu.attach(config)
     vm.set_links(up=False)
     with contextlib.suppress(OUassisterError):  # it may have none, or not be able to let go
@@ -134,8 +172,10 @@ def _bring_back(config: VmConfig, *, again: bool) -> RunningVM:
 
 
 def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
+    stub = STUB.read_bytes()
+    command = bootstrap.apply_command(stub, medium.serial, medium.info, time.time_ns())
     try:
-        done = _run_applier(vm.qga(), medium)
+        done = vm.qga().run(command, timeout_s=APPLY_S, most_s=_POLL_S)
     except DeadlineError as error:
         raise GateClosedError(f"the guest: {error.message}", hint=_GATE_HINT) from error
     try:
@@ -147,23 +187,6 @@ def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
     if failure is not None:
         raise failure
     return result
-
-
-def _run_applier(agent: Qga, medium: Medium) -> ExecResult:
-    """Bring the applier into the guest the short way if the agent lets us, and run it."""
-    program = APPLIER.read_bytes()
-    try:
-        agent.write_file(bootstrap.DELIVERED, program, timeout_s=_AGENT_S)
-        installed = agent.run(bootstrap.MAKE_EXECUTABLE, timeout_s=_AGENT_S)
-        delivered = installed.exit_status == 0
-    except AgentError:
-        delivered = False
-    arguments = bootstrap.applier_arguments(medium.serial, medium.info, time.time_ns())
-    if delivered:
-        command = [bootstrap.DELIVERED, *arguments]
-    else:
-        command = bootstrap.from_medium_command(medium.serial, medium.info, arguments)
-    return agent.run(command, timeout_s=APPLY_S)
 
 
 def _act(vm: RunningVM, changeset: Changeset) -> tuple[str, ...]:

@@ -176,7 +176,8 @@ def _start_storage(configuration: Configuration) -> None:
         check=False,
     )
     if done.returncode != 0:
-        raise OSError(f"qemu-storage-daemon: {done.stdout.strip() or done.returncode}")
+        words = " / ".join(done.stdout.split("\n")).strip(" /") or done.returncode
+        raise OSError(f"qemu-storage-daemon: {words}")
     os.chown(export, configuration.base_uid, configuration.base_gid)
 
 

@@ -165,14 +165,9 @@ class Store:
         if row is not None and row[0] != source:
             raise UsageError(
                 f"the name {vm!r} belongs to {row[0]}",
-                hint="give this VM another name in its vm.toml, or 'ouassister discard' the other",
+                hint="give this VM another name in its vm.toml, or use another OUASSISTER_HOME",
             )
         self._write("INSERT OR IGNORE INTO vm VALUES (?, ?)", vm, source)
-
-    def forget(self, vm: str) -> None:
-        """Remove the rows of a VM, its history included."""
-        for table, column in (("event", "vm"), ("changeset", "vm"), ("plan", "vm"), ("vm", "name")):
-            self._write(f"DELETE FROM {table} WHERE {column} = ?", vm)  # noqa: S608 - our own names
 
     def vms(self) -> tuple[tuple[str, str], ...]:
         """Names and sources of all VMs, by name."""
