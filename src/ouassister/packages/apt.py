@@ -58,8 +58,11 @@ _OPTIONS: Final = (
 )
 _PINS: Final = "preferences"
 _READ_AHEAD: Final = (
-    "cat /var/lib/dpkg/* /var/lib/dpkg/info/* /var/lib/dpkg/triggers/*"
-    " /usr/bin/dpkg* /usr/bin/tar /usr/bin/rm /usr/bin/sh /usr/bin/perl"
+    "find /var/lib/dpkg /usr/share/perl5/Debconf* /usr/share/debconf /var/cache/debconf"
+    " /usr/bin/dpkg* /usr/sbin/dpkg* /usr/bin/tar /usr/bin/rm /usr/bin/sh /usr/bin/perl"
+    " /usr/bin/locale /usr/sbin/ldconfig* /usr/lib/*/perl-base /usr/lib/*/liblzma*"
+    " /usr/lib/*/libzstd* /usr/lib/*/libmd.* /usr/lib/*/libacl* /usr/lib/*/libselinux*"
+    " -type f -exec cat {} +"
 )
 
 

@@ -267,7 +267,7 @@ def _command(
     bus = "pcie.0" if machine == "q35" else "pci.0"
     accel = "kvm" if accelerator == "kvm" else "tcg,tb-size=256"
     command = [_QEMU, "-machine", _versioned(machine), "-accel", accel, "-cpu", "max"]
-    command += ["-m", str(memory_mib), "-smp", "1", "-nodefaults", "-display", "none"]
+    command += ["-m", str(memory_mib), "-smp", "2", "-nodefaults", "-display", "none"]
     command += ["-serial", f"file:{_CONSOLE}", "-kernel", str(image.kernel)]
     command += ["-initrd", str(image.initrd), "-append", image.cmdline]
     disk = f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={_DISK}"
