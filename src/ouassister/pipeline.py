@@ -39,7 +39,6 @@ from ouassister.shadow.session import RECORDED, Shadow, ShadowSpec, launch, open
 from ouassister.sleeping import (
     UNFLUSHED_NOTE,
     Sleeping,
-    chain,
     open_sleeping,
     refuse_running,
     refuse_unsafe,
@@ -99,7 +98,7 @@ def open_guest(
             storage_daemon=create_overlay(root, folder),
             export_node=EXPORT_NODE,
             uts=sleeping.view.uts,
-            avoid=(config.folder, *chain(config)),
+            avoid=(config.folder, *(Path(stamp.path) for stamp in sleeping.fence.disks)),
         )
         with timeline.phase("start shadow"):
             shadow = stack.enter_context(open_shadow(launched, spec))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,10 +59,12 @@ def open_sleeping(config: VmConfig) -> Iterator[Sleeping]:
     refuse_running(config)
     if not config.save.exists():
         raise NotSuspendedError(f"{config.name} has no save file {config.save}")
-    binding = fence(config.save, chain(config))
-    with open_save(config.save) as save:
-        view = kernel.introspect(save, (apt.DATABASE,))
-    yield Sleeping(config, view, binding)
+    # qemu-img tells the backing files while memory is read.
+    with ThreadPoolExecutor(1) as beside:
+        binding = beside.submit(lambda: fence(config.save, chain(config)))
+        with open_save(config.save) as save:
+            view = kernel.introspect(save, (apt.DATABASE,))
+    yield Sleeping(config, view, binding.result())
 
 
 def refuse_running(config: VmConfig) -> None:
