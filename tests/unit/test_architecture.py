@@ -50,7 +50,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     | {"changeset", "disk", "interrupts", "kernel", "memory", "packages", "provider", "reflect"}
     | {"shadow", "sleeping", "state", "store", "timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
-    "testing": BASE | {"provider"},
+    "testing": BASE | {"provider", "state"},
     "demo": BASE
     | {"changeset", "disk", "doctor", "pipeline", "provider", "sleeping", "store", "testing"}
     | {"timeline"},
