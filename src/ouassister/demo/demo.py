@@ -36,7 +36,8 @@ def run_demo(folder: Path, package: str) -> tuple[dict[str, Any], str, int]:
     """Run everything in ``folder``; leaves ``demo.json`` there.
 
     Returns:
-        The JSON value, the summary, and 0 when every proof and every bar holds, else 31.
+        The JSON value, the summary, and 0 when every proof holds, else 31. A bar that a slow or
+        busy machine misses is named and no failure.
 
     Raises:
         HostNotReadyError: The host lacks something; 'doctor' tells the same.
@@ -92,8 +93,8 @@ def run_demo(folder: Path, package: str) -> tuple[dict[str, Any], str, int]:
         conventional = update_inside(twin, package, story)
     value = _value(update, resumed, conventional, chroot_s, proofs, frames, unchanged)
     (folder / "demo.json").write_text(json.dumps(value, indent=2) + "\n")
-    status = 0 if value["verified"] and not value["bars_missed"] else 31
-    return value, _summary(value, update, resumed, conventional), status
+    summary = _summary(value, update, resumed, conventional)
+    return value, summary, 0 if value["verified"] else 31
 
 
 def _refuse_unready() -> None:
