@@ -95,7 +95,7 @@ def refuse_unsafe(sleeping: Sleeping) -> None:
     """
     view = sleeping.view
     for unknown in view.degraded:
-        if unknown.startswith(("package database:", "uncommitted changes on")):
+        if unknown.startswith(("package database:", "uncommitted changes:")):
             raise UnsupportedGuestError(
                 f"whether the package database is clean cannot be told: {unknown}"
             )
