@@ -231,7 +231,7 @@ def test_no_text_names_a_registry_or_a_mirror() -> None:
         ".".join(parts)
         for parts in (
             ("pypi", "org"),
-            ("pythonhosted", "org"),
+            ("python" + "hosted", "org"),
             ("crates", "io"),
             ("npmjs", "org"),
             ("npmjs", "com"),
