@@ -18,8 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
-from tests.conftest import need
+from tests.conftest import lacking, need
 
 from ouassister.changeset.extract import Extraction, outcome
 from ouassister.model import Entry, Kind
@@ -115,7 +114,7 @@ class Rig:
         shell = ["unshare", "-m", "--propagation", "private", "sh", "-c", commands, "sh"]
         done = subprocess.run(shell + arguments, check=False)
         if done.returncode == 77:
-            pytest.skip("no loop device to mount ext4 from")
+            lacking("no loop device to mount ext4 from")
         assert done.returncode == 0
         own(image, self.space.base)
         # /dev/fuse may be closed to all but root.
@@ -169,14 +168,14 @@ def python_for_all() -> str:
             probe = [str(path), "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
             if subprocess.run(probe, check=False).returncode == 0:
                 return name
-    pytest.skip("no Python >= 3.11 that everybody may start")
+    return lacking("no Python >= 3.11 that everybody may start")
 
 
 @contextlib.contextmanager
 def opened() -> Iterator[Rig]:
     """A rig, and nothing left of it."""
     if os.geteuid() != 0:
-        pytest.skip("writes the maps of a user namespace: needs root")
+        lacking("writes the maps of a user namespace: needs root")
     need("unshare")
     need("nsenter")
     # Not tmp_path: its parents are closed to others, and the namespace's root is another.

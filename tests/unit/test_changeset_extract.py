@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from tests.conftest import lacking
 
 from ouassister.changeset import extract as extract_module
 from ouassister.changeset import walk
@@ -67,7 +68,7 @@ def marks(trees: Trees) -> Trees:
     except OSError as error:
         if error.errno != errno.ENOTSUP:
             raise
-        pytest.skip("no extended attributes here")
+        lacking("no extended attributes here")
     return trees
 
 

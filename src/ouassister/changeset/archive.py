@@ -21,7 +21,7 @@ from ouassister import codec
 from ouassister.changeset.layer import sync_directory
 from ouassister.errors import InternalError, TamperedError, WorkDiskFullError
 from ouassister.model import Changeset, Kind
-from ouassister.text import to_text
+from ouassister.text import plain, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,22 +182,22 @@ def describe(changeset: Changeset) -> Iterator[str]:
     """Lines for a person; safe for a terminal."""
     deleted = sum(entry.kind is Kind.DELETE for entry in changeset.entries)
     size = sum(entry.size for entry in changeset.entries)
-    yield f"change set {changeset.changeset_id[:12]} for {_plain(changeset.vm)}"
+    yield f"change set {changeset.changeset_id[:12]} for {plain(changeset.vm)}"
     yield f"  {len(changeset.changes)} packages"
     for change in changeset.changes:
         step = {
             (True, False): f"remove {change.old}",
             (False, True): f"install {change.new}",
         }.get((bool(change.old), bool(change.new)), f"{change.old} -> {change.new}")
-        yield _plain(f"    {change.name}:{change.architecture}  {step}")
+        yield plain(f"    {change.name}:{change.architecture}  {step}")
     for left in changeset.left_out:
-        yield _plain(f"  left out: {left.package}: {left.reason}")
+        yield plain(f"  left out: {left.package}: {left.reason}")
     yield f"  {len(changeset.entries) - deleted} paths written, {deleted} deleted, {size} bytes"
     yield f"  {len(changeset.actions)} actions, {len(changeset.filtered)} paths stay behind"
     if changeset.reboot_needed:
         yield "  needs a reboot"
     for note in changeset.notes:
-        yield _plain(f"  note: {note}")
+        yield plain(f"  note: {note}")
 
 
 def describe_entries(changeset: Changeset) -> Iterator[str]:
@@ -249,8 +249,3 @@ def _defects(changeset: Changeset) -> Iterator[str]:
         before = parts
         if entry.kind not in (Kind.DELETE, Kind.DIRECTORY, Kind.HARDLINK):
             seen.add(entry.path)
-
-
-def _plain(text: str) -> str:
-    # Notes hold escaped paths already; only what a terminal would act on is left to escape.
-    return "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in text)
