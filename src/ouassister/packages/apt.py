@@ -26,7 +26,7 @@ from ouassister.packages import apt_output
 from ouassister.shadow.events import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from ouassister.model import Request
     from ouassister.shadow.session import Shadow
@@ -57,6 +57,22 @@ _OPTIONS: Final = (
     "Dpkg::Options::=--force-confold",
 )
 _PINS: Final = "preferences"
+# With all of a release's 60,000 packages in view, apt works for about a second before it calls dpkg
+# (dependency cache, solution, request to the planner). The plan has answered all that, so the run
+# itself sees the planned versions alone: of the same lists, with their Release files. The excerpt
+# is made while archives are fetched, and used when apt simulates the same changes with it.
+EXCERPT_SCRIPT: Final = Path(__file__).with_name("excerpt.awk")
+_EXCERPT: Final = (
+    "-oDir::State::lists=/run/ouassister/lists/",
+    "-oDir::Cache::pkgcache=/run/ouassister/lists/pkgcache.bin",
+    "-oDir::Cache::srcpkgcache=",
+)
+_MAKE_EXCERPT: Final = (
+    "cd /var/lib/apt/lists && rm -f /run/ouassister/lists/*"
+    " && { cp -p ./*Release ./*Release.gpg /run/ouassister/lists/ || true; }"
+    " && awk -v target=/run/ouassister/lists -f /run/ouassister/bin/excerpt.awk"
+    " /run/ouassister/log/simulate RS= ./*_Packages"
+)
 _READ_AHEAD: Final = (
     "find /var/lib/dpkg /usr/share/perl5/Debconf* /usr/share/debconf /var/cache/debconf"
     " /usr/bin/dpkg* /usr/sbin/dpkg* /usr/bin/tar /usr/bin/rm /usr/bin/sh /usr/bin/perl"
@@ -90,6 +106,7 @@ class Apt:
         self._timeout_s = timeout_s
         self._calls = 0
         self._pins: tuple[PackageChange, ...] = ()
+        self._narrow = False
 
     def refresh(self) -> tuple[str, ...]:
         """Fetch the package lists.
@@ -127,11 +144,15 @@ class Apt:
             WorkDiskFullError: There is no room for the archives.
         """
         words = _words(request)
-        calls = {"simulate": ["-s"], "uris": ["--print-uris"]}
+        get = shlex.join(self._apt_get())
+        wish = shlex.join(words)
+        chains = [{"simulate": f"{get} -s {wish}"}, {"uris": f"{get} --print-uris {wish}"}]
         if fetch:
-            calls["download"] = ["--download-only"]
-        commands = {name: [*self._apt_get(), *how, *words] for name, how in calls.items()}
-        results = self._run_together(commands, network=fetch)
+            self._shadow.provide(EXCERPT_SCRIPT.name, EXCERPT_SCRIPT.read_bytes())
+            chains[0]["excerpt"] = _MAKE_EXCERPT
+            chains[0]["simulate-excerpt"] = f"{get} {shlex.join(_EXCERPT)} -s {wish}"
+            chains.append({"download": f"{get} --download-only {wish}"})
+        results = self._run_together(chains, network=fetch)
         status, output = results["simulate"]
         if status != 0:
             missing = apt_output.missing_packages(output)
@@ -145,9 +166,13 @@ class Apt:
         status, output = results["uris"]
         if status != 0:
             raise UpdaterError(f"apt-get --print-uris: {apt_output.error_lines(output)}")
-        if fetch and "No space left on device" in results["download"][1]:
-            detail = apt_output.error_lines(results["download"][1])
-            raise WorkDiskFullError(f"no room for archives: {detail}")
+        if fetch:
+            if "No space left on device" in results["download"][1]:
+                detail = apt_output.error_lines(results["download"][1])
+                raise WorkDiskFullError(f"no room for archives: {detail}")
+            self._narrow = apt_output.same_changes(changes, results["simulate-excerpt"][1])
+            if not self._narrow:
+                self._tell("apt-get will read all package lists again: the excerpt does not do")
         return Simulation(changes, apt_output.parse_archives(output), kept)
 
     def lacking(self, archives: tuple[Archive, ...]) -> tuple[Archive, ...]:
@@ -175,7 +200,9 @@ class Apt:
             WorkDiskFullError: The union layer found no room.
         """
         script = '"$@" && dpkg --audit >/run/ouassister/log/audit'
-        argv = ["sh", "-c", script, "apt-get", *self._apt_get(), "--no-download", *_words(request)]
+        narrow = _EXCERPT if self._narrow else ()
+        command = [*self._apt_get(), *narrow, "--no-download", *_words(request)]
+        argv = ["sh", "-c", script, "apt-get", *command]
         status, output = self._run(argv)
         if status != 0:
             if "No space left on device" in output:
@@ -195,22 +222,25 @@ class Apt:
         return argv
 
     def _run_together(
-        self, commands: dict[str, list[str]], *, network: bool
+        self, chains: Sequence[Mapping[str, str]], *, network: bool
     ) -> dict[str, tuple[int, str]]:
-        """Run commands side by side; status and output of each, by name."""
+        """Run shell commands, the chains side by side; status and output of each, by name."""
         folder = "/run/ouassister/log"
-        parts = [
-            f"{{ {shlex.join(argv)} >{folder}/{name} 2>&1; echo $? >{folder}/{name}.status; }} &"
-            for name, argv in commands.items()
-        ]
+        parts = []
+        for chain in chains:
+            steps = "".join(
+                f"( {command}; ) >{folder}/{name} 2>&1; echo $? >{folder}/{name}.status; "
+                for name, command in chain.items()
+            )
+            parts.append(f"{{ {steps}}} &")
         status, output = self._run(["sh", "-c", " ".join([*parts, "wait"])], network=network)
         if status != 0:
             raise UpdaterError(f"the guest's shell failed: {apt_output.error_lines(output)}")
         results = {}
-        for name in commands:
+        for name in (name for chain in chains for name in chain):
             code = self._shadow.read_log(f"{name}.status").strip()
             text = self._shadow.read_log(name)
-            if code == "127":
+            if code == "127" and name == "simulate":
                 raise UnsupportedGuestError("the guest has no apt-get")
             results[name] = (0 if code == "0" else 1, text)
         return results

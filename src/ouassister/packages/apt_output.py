@@ -66,6 +66,14 @@ def parse_changes(output: str) -> tuple[PackageChange, ...]:
     return tuple(changes)
 
 
+def same_changes(changes: tuple[PackageChange, ...], output: str) -> bool:
+    """Whether another simulation changes the same, in whichever order."""
+    try:
+        return set(parse_changes(output)) == set(changes)
+    except UpdaterError:
+        return False
+
+
 def parse_archives(output: str) -> tuple[Archive, ...]:
     """Read ``apt-get --print-uris``; file names have no folder in them.
 

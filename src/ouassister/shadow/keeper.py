@@ -118,7 +118,7 @@ def _prepare_folders(configuration: Configuration) -> None:
     What an earlier run left in the cache was in its hands: a link there leads anywhere.
     """
     work, cache = Path(configuration.work), Path(configuration.cache)
-    folders = [work / name for name in ("upper", "overlay", "output", "events")]
+    folders = [work / name for name in ("upper", "overlay", "output", "events", "excerpt")]
     folders.append(cache / "apt")
     for name in ("lists", "apt/archives"):
         folders += [cache / name, cache / name / "partial"]

@@ -18,6 +18,7 @@ MERGED: Final = "merged"  # … with the union layer over it
 WORK: Final = "work"  # the run's folder on the host: union layer, output
 UPPER: Final = "work/upper"
 OVERLAY_WORK: Final = "work/overlay"
+EXCERPT: Final = "work/excerpt"  # of the package lists, for the run itself
 CACHE: Final = "cache"  # kept between runs: package lists and archives
 TOOLS: Final = "tools"  # recorders
 RESOLVER: Final = "resolv.conf"
@@ -52,6 +53,8 @@ def tree(stage: str, *, network: bool, package_cache: bool) -> tuple[Operation, 
     if package_cache:
         operations += [
             Bind(f"{stage}/{CACHE}/lists", "/var/lib/apt/lists"),
+            Folder("/run/ouassister/lists"),
+            Bind(f"{stage}/{EXCERPT}", "/run/ouassister/lists"),
             Bind(f"{stage}/{CACHE}/apt", "/var/cache/apt"),
         ]
     if network:
