@@ -253,7 +253,12 @@ def kernel_pages(note: bytes, release: bytes) -> dict[int, bytes]:
             UnsupportedGuestError,
             "encrypted",
         ),
-        (kernel_pages(NOTE.replace(b"OFFSET", b"SIZE"), b""), UnsupportedGuestError, "init_uts_ns"),
+        (kernel_pages(NOTE.replace(b"OFFSET", b"SIZE"), b""), CorruptGuestError, "itself another"),
+        (
+            kernel_pages(NOTE.replace(b"SYMBOL(init_uts_ns)", b"SYMBOL(x)"), b""),
+            UnsupportedGuestError,
+            "init_uts_ns",
+        ),
     ],
 )
 def test_memory_without_readable_kernel_is_refused(

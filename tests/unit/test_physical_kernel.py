@@ -12,7 +12,7 @@ from drgn import Architecture, Object, Platform, PlatformFlags, Program, TypeMem
 from ouassister.errors import CorruptGuestError, PageAbsentError, UnsupportedGuestError
 from ouassister.kernel import vmcoreinfo, walk
 from ouassister.kernel.kallsyms import Kallsyms
-from ouassister.kernel.program import guest_reads
+from ouassister.kernel.program import check_banner, check_release, guest_reads
 from ouassister.memory import NotMappedError
 from ouassister.model import PhysAddr, VirtAddr
 
@@ -133,9 +133,21 @@ def test_symbols_are_found_by_name(absolute_percpu: bool) -> None:
         assert table.address(absent) is None
 
 
+def test_symbols_relative_to_their_own_place_are_found() -> None:
+    memory, text = symbol_table(absolute_percpu=False)
+    memory.pieces[0xFFFFFFFF80005000] = struct.pack(
+        f"<{len(SYMBOLS)}i",
+        *(BASE + offset - 0xFFFFFFFF80005000 - 4 * i for i, offset in enumerate(SYMBOLS.values())),
+    )
+    text = text.replace("(kallsyms_relative_base)", "(other)")
+    table = symbols(memory, text.replace("offsets)=5000", "offsets)=ffffffff80005000"))
+    for name, offset in SYMBOLS.items():
+        assert table.address(name) == BASE + offset
+
+
 def test_symbols_without_their_place_are_refused_by_name() -> None:
     memory, text = symbol_table(absolute_percpu=True)
-    with pytest.raises(UnsupportedGuestError, match="kallsyms_names"):
+    with pytest.raises(UnsupportedGuestError, match="does not tell where its symbol table is"):
         symbols(memory, text.replace("SYMBOL(kallsyms_names)", "SYMBOL(other)"))
 
 
@@ -161,6 +173,45 @@ def test_symbols_absurd_table_is_corrupt(address: int, data: bytes) -> None:
     memory.pieces[address] = data
     with pytest.raises(CorruptGuestError):
         symbols(memory, text)
+
+
+# --- is it the kernel that the note names? ---------------------------------------------------
+
+
+@pytest.mark.parametrize(("place", "key"), [(0, ""), (4, ""), (24, "24")])
+def test_release_is_found_where_the_kernel_has_it(place: int, key: str) -> None:
+    text = NOTE + b"SYMBOL(init_uts_ns)=1000\n"
+    if key:
+        text += f"OFFSET(uts_namespace.name)={key}\n".encode()
+    note = parse(text)
+    assert note is not None
+    memory = FakeMemory()
+    virtual = cast("VirtualMemory", memory)
+    name = bytes(place) + b"Linux".ljust(65, b"\0") * 2 + b"6.1.0-test\0"
+    memory.pieces[0x1000] = name.ljust(512, b"\0")
+    check_release(virtual, note)
+    memory.pieces[0x1000] = name.replace(b"test", b"best").ljust(512, b"\0")
+    with pytest.raises(CorruptGuestError, match=r"6\.1\.0-test"):
+        check_release(virtual, note)
+
+
+def test_note_without_uts_is_unsupported() -> None:
+    note = parse(NOTE)
+    assert note is not None
+    with pytest.raises(UnsupportedGuestError, match="init_uts_ns"):
+        check_release(cast("VirtualMemory", FakeMemory()), note)
+
+
+def test_banner_of_another_kernel_is_corrupt() -> None:
+    note = parse(NOTE)
+    assert note is not None
+    memory = FakeMemory()
+    table = cast("Kallsyms", SimpleNamespace(address={"linux_banner": 0x2000}.get))
+    memory.pieces[0x2000] = b"Linux version 6.1.0-test (gcc)"
+    check_banner(cast("VirtualMemory", memory), note, table)
+    memory.pieces[0x2000] = b"Linux version 6.1.0-testing (gcc)"
+    with pytest.raises(CorruptGuestError, match="linux_banner"):
+        check_banner(cast("VirtualMemory", memory), note, table)
 
 
 # --- walks ---------------------------------------------------------------------------------

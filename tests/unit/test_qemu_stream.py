@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +19,6 @@ from ouassister.state.qemu_stream import SaveStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 PAGE = 4096
 ZERO, MEM_SIZE, STORED, EOS, CONTINUE = 2, 4, 8, 16, 32
@@ -118,6 +119,37 @@ def test_stream_page_sent_twice_keeps_last(write: Callable[[bytes], Path]) -> No
         assert list(save.memory.find(content(3)[:64])) == []
 
 
+@pytest.mark.parametrize("section", [END, PART])
+def test_stream_tells_where_the_vm_stopped(write: Callable[[bytes], Path], section: bytes) -> None:
+    """QEMU 10.0 puts a command between the last PART and the END, and nowhere else."""
+    stream = WHOLE.replace(section, b"\x08\0\x0b\0\0" + section)
+    if section is END:
+        with open_save(write(stream)) as save:
+            assert save.memory.read(PhysAddr(62 * PAGE), PAGE) == content(62)
+    else:
+        with pytest.raises(UnsupportedStateError, match="an END of the ram section"):
+            SaveStream(write(stream))
+
+
+@pytest.mark.parametrize("command", [b"\0\x03\0\0", b"\0\x0b\0\1x", b"\x0b\0\0\0"])
+def test_stream_with_another_command_is_refused(
+    write: Callable[[bytes], Path], command: bytes
+) -> None:
+    with pytest.raises(UnsupportedStateError, match="command at offset"):
+        SaveStream(write(WHOLE.replace(END, b"\x08" + command + END)))
+
+
+def test_stream_whose_index_has_no_room_is_refused(write: Callable[[bytes], Path]) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * PAGE + (1 << 30), before[1]))
+    try:
+        with pytest.raises(UnsupportedStateError, match="no memory for its index"):
+            SaveStream(write(HEADER + CONFIGURATION + RAM_START + blocks((b"pc.ram", 1 << 44))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def test_stream_uuid_and_page_bits_are_read(write: Callable[[bytes], Path]) -> None:
     bits, uuid = b"configuration/target-page-bits", b"configuration/uuid"
     subsections = b"".join(
@@ -167,7 +199,7 @@ def test_stream_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "libvirt": (b"LibvirtQemudSave" + WHOLE, "magic", "LibvirtQemudSave"),
+    "libvirt": (b"LibvirtQemudSave" + WHOLE, "magic", "Libvirt"),
     "elf": (b"\x7fELF" + bytes(100), "magic", "not a QEMU migration stream"),
     "version 2": (b"QEVM\0\0\0\2" + WHOLE[8:], "stream version", "is 2"),
     "no configuration": (HEADER + SETUP, "section type", "SECTION_START"),
@@ -269,8 +301,8 @@ def test_stream_with_other_page_bits_is_refused(write: Callable[[bytes], Path]) 
 
 
 def test_save_without_main_block_is_refused(write: Callable[[bytes], Path]) -> None:
-    stream = WHOLE.replace(b"pc.ram", b"my.ram")
-    with pytest.raises(UnsupportedStateError, match=r"no block pc\.ram"):
+    stream = WHOLE.replace(b"pc.ram", b"pc.rom")
+    with pytest.raises(UnsupportedStateError, match=r"pc\.rom, pc\.bios.*not among them"):
         open_save(write(stream))
 
 

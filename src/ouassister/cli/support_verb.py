@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ouassister.shadow.syscalls.table import TABLE
+from ouassister.state.formats import FORMATS
 from ouassister.text import table
 
 if TYPE_CHECKING:
@@ -20,10 +21,16 @@ def add_arguments(_parser: argparse.ArgumentParser) -> None:
 def run(_arguments: argparse.Namespace) -> Result:
     """See the module."""
     value = {
+        "save_formats": [
+            {"name": row.name, "title": row.title, "support": str(row.support), "note": row.note}
+            for row in FORMATS
+        ],
         "syscalls": [
             {"name": row.name, "answer": str(row.answer), "note": row.note} for row in TABLE
-        ]
+        ],
     }
-    rows = [("SYSTEM CALL", "ANSWER", "NOTE")]
-    rows += [(row.name, str(row.answer), row.note) for row in TABLE]
-    return 0, value, table(rows)
+    saves = [("SAVED BY", "SUPPORT", "NOTE")]
+    saves += [(row.title, str(row.support), row.note) for row in FORMATS]
+    calls = [("SYSTEM CALL", "ANSWER", "NOTE")]
+    calls += [(row.name, str(row.answer), row.note) for row in TABLE]
+    return 0, value, f"{table(saves)}\n\n{table(calls)}"

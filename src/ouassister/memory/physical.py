@@ -1,30 +1,34 @@
 """Guest-physical memory of a saved PC: reads, search, and where RAM lies around the PCI hole.
 
-QEMU maps ``pc.ram`` from address 0 up to the PCI hole and the rest from 4 GiB on. Where the
-hole starts depends on the machine type, its version and ``max-ram-below-4g``, and is not in
-the save file; so a `PhysicalMemory` is made *for* a hole, and whoever makes it has to prove it
-(`ouassister.kernel.e820` does, with the guest's own memory map).
+QEMU maps base memory from address 0 up to the PCI hole and the rest from 4 GiB on. Base memory
+is one RAM block, or one for each NUMA node, one behind the other. Where the hole starts depends
+on the machine type, its version and ``max-ram-below-4g``, and is not in a save file; so a
+`PhysicalMemory` of a save file is made *for* a hole, and whoever makes it has to prove it
+(`ouassister.kernel.e820` does, with the guest's own memory map). A dump tells its addresses.
 
-Addresses that a PC maps to ROM or video memory (0xa0000-0xfffff) read as the RAM behind them.
+Addresses that a PC maps to ROM or video memory (0xa0000-0xfffff) read as the RAM behind them,
+from a save file; a dump holds what the processor saw there, or nothing.
 
 Source: QEMU v7.2.0 ``hw/i386/pc_piix.c`` (``pc_init1``), ``hw/i386/pc_q35.c``
-(``pc_q35_init``), ``hw/i386/pc.c`` (``pc_memory_init``).
+(``pc_q35_init``), ``hw/i386/pc.c`` (``pc_memory_init``), ``hw/core/numa.c``
+(``numa_init_memory_layout``).
 """
 
 from __future__ import annotations
 
-import mmap
+import bisect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import PageAbsentError
 from ouassister.model import PhysAddr
-from ouassister.state.qemu_stream import TRIM_BYTES
+from ouassister.state.ram_table import RamBlock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from ouassister.state.qemu_stream import RamBlock, SaveStream
+    from ouassister.state.data import Data
+    from ouassister.state.ram_table import Offsets, Pages
 
 PAGE_SIZE: Final = 4096
 FOUR_GIB: Final = 1 << 32
@@ -35,37 +39,65 @@ HOLE_STARTS: Final = (0xE0000000, 0xC0000000, 0xB0000000, 0x80000000, 0x40000000
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of guest-physical addresses and where in the block it lies."""
+    """A stretch of guest-physical addresses and where in its block it lies."""
 
     address: PhysAddr
     size_bytes: int
     block_offset: int
+    block: RamBlock
+
+
+def around_hole(blocks: Sequence[RamBlock], hole: int) -> tuple[Segment, ...]:
+    """Lay base memory around the PCI hole.
+
+    Args:
+        blocks: What base memory is made of, in its order.
+        hole: First address of the hole; at or beyond the size of base memory there is none.
+    """
+    segments = []
+    start = 0  # in base memory
+    for block in blocks:
+        low = min(max(hole - start, 0), block.size_bytes)  # so much of the block lies below
+        if low:
+            segments.append(Segment(PhysAddr(start), low, 0, block))
+        if low < block.size_bytes:
+            address = PhysAddr(FOUR_GIB + start + low - hole)
+            segments.append(Segment(address, block.size_bytes - low, low, block))
+        start += block.size_bytes
+    return tuple(sorted(segments, key=lambda segment: segment.address))
 
 
 class PhysicalMemory:
-    """Guest-physical memory behind one assumed start of the PCI hole.
+    """Guest-physical memory in one layout.
 
     Args:
-        stream: The save file's index.
-        block: The block that holds base memory.
-        hole: First address of the PCI hole; at or beyond the block's size there is no hole.
+        data: The bytes that the blocks' offsets point into.
+        segments: Where the blocks lie, upwards and without overlap.
+        hole: Where the PCI hole starts; the size of RAM when there is none in it.
+
+    Attributes:
+        segments: See above.
+        hole: See above.
+        size_bytes: Of all segments.
     """
 
-    def __init__(self, stream: SaveStream, block: RamBlock, hole: int) -> None:
-        size = block.size_bytes
-        self.size_bytes = size
-        self.hole = min(hole, size)
-        self._data = stream.data
-        self._ram_end = stream.ram_end
-        self._table = block.pages
-        self._offsets = block.pages.offsets
-        self._low = self.hole // PAGE_SIZE
-        self._high = FOUR_GIB // PAGE_SIZE
-        self._shift = self._high - self._low
-        self._end = self._shift + size // PAGE_SIZE if size > self.hole else self._low
-        self.segments: tuple[Segment, ...] = (Segment(PhysAddr(0), self.hole, 0),)
-        if size > self.hole:
-            self.segments += (Segment(PhysAddr(FOUR_GIB), size - self.hole, self.hole),)
+    def __init__(self, data: Data, segments: Sequence[Segment], hole: int) -> None:
+        self.hole = hole
+        self.segments: tuple[Segment, ...] = tuple(segments)
+        self.size_bytes = sum(segment.size_bytes for segment in segments)
+        self._data = data
+        # first page, end, what turns a page into one of the block, offsets of the block
+        self._spans = [
+            (
+                segment.address // PAGE_SIZE,
+                (segment.address + segment.size_bytes) // PAGE_SIZE,
+                (segment.address - segment.block_offset) // PAGE_SIZE,
+                segment.block.pages.offsets,
+            )
+            for segment in self.segments
+        ]
+        self._starts = [span[0] for span in self._spans]
+        self._few = self._spans if len(self._spans) <= 4 else []
 
     def read(self, address: PhysAddr, size: int) -> bytes:
         """Read guest-physical memory.
@@ -99,16 +131,17 @@ class PhysicalMemory:
 
     def _page_offset(self, address: int) -> int:
         page = address >> 12
-        if page >= self._low:
-            if not self._high <= page < self._end:
-                raise PageAbsentError(address)
-            page -= self._shift
-        elif page < 0:
-            raise PageAbsentError(address)
-        offset = self._offsets[page]
-        if offset == 0:
-            raise PageAbsentError(address)
-        return offset
+        for first, end, shift, offsets in self._few or self._near(page):
+            if first <= page < end:
+                offset = offsets[page - shift]
+                if offset == 0:
+                    break
+                return offset
+        raise PageAbsentError(address)
+
+    def _near(self, page: int) -> list[tuple[int, int, int, Offsets]]:
+        at = bisect.bisect_right(self._starts, page) - 1
+        return self._spans[at : at + 1] if at >= 0 else []
 
     def find(self, needle: bytes, limit: int = 1 << 16) -> Iterator[PhysAddr]:
         """Yield the addresses of ``needle`` in stored pages, in the save file's order.
@@ -116,20 +149,19 @@ class PhysicalMemory:
         A match has to lie within one page. At most ``limit`` occurrences in the file are
         looked at, matches or not.
         """
-        start = 0
-        while start < self._ram_end:
-            end = min(start + TRIM_BYTES + len(needle) - 1, self._ram_end)
-            position = self._data.find(needle, start, end)
-            while position >= 0:
-                limit -= 1
-                if limit < 0:
-                    return
-                place = self._table.locate(position)
-                if place is not None and place[1] + len(needle) <= PAGE_SIZE:
-                    page, within = place
-                    if page >= self._low:
-                        page += self._shift
-                    yield PhysAddr(page * PAGE_SIZE + within)
-                position = self._data.find(needle, position + 1, end)
-            self._data.madvise(mmap.MADV_DONTNEED)
-            start += TRIM_BYTES
+        blocks: dict[bytes, Pages] = {one.block.name: one.block.pages for one in self.segments}
+        for name, pages in blocks.items():
+            for start, end in pages.stretches():
+                for position in self._data.search(needle, start, end):
+                    limit -= 1
+                    if limit < 0:
+                        return
+                    place = pages.locate(position)
+                    if place is not None and place[1] + len(needle) <= PAGE_SIZE:
+                        yield from self._addresses(name, place[0] * PAGE_SIZE + place[1])
+
+    def _addresses(self, name: bytes, offset: int) -> Iterator[PhysAddr]:
+        for one in self.segments:
+            inside = offset - one.block_offset
+            if one.block.name == name and 0 <= inside < one.size_bytes:
+                yield PhysAddr(one.address + inside)

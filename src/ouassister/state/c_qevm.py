@@ -2,7 +2,8 @@
 
 Source: QEMU v7.2.0, ``migration/savevm.h`` and ``migration/savevm.c`` (stream, sections,
 configuration), ``migration/ram.c`` (RAM records), ``migration/vmstate.c`` (subsections),
-``scripts/analyze-migration.py`` (the same, as read by QEMU's own tool). All numbers are
+``scripts/analyze-migration.py`` (the same, as read by QEMU's own tool); commit "migration: Add
+MIG_CMD_SWITCHOVER_START and its load handler", v10.0.0. All numbers are
 big-endian; there is no alignment.
 
 ::
@@ -10,6 +11,7 @@ big-endian; there is no alignment.
     stream      MAGIC be32, VERSION be32, configuration, section..., EOF, description
     configuration  CONFIGURATION u8, length be32, machine name, subsection...
     subsection  SUBSECTION u8, length u8, name, version be32, fields
+    command     COMMAND u8, number be16, length be16, data
     section     START|FULL u8, id be32, length u8, name, instance be32, version be32, ..., footer
                 PART|END u8, id be32, ..., footer
     footer      FOOTER u8, id be32
@@ -34,8 +36,11 @@ SECTION_FULL: Final = 0x04
 SUBSECTION: Final = 0x05
 DESCRIPTION: Final = 0x06
 CONFIGURATION: Final = 0x07
-COMMAND: Final = 0x08  # postcopy and switchover; never in the samples
+COMMAND: Final = 0x08
 SECTION_FOOTER: Final = 0x7E
+
+# MIG_CMD_*: all others belong to postcopy, COLO and return paths
+SWITCHOVER_START: Final = 11  # QEMU v10.0, between the last PART and the ENDs; no data
 
 RAM_SECTION: Final = b"ram"
 RAM_VERSION: Final = 4

@@ -1,34 +1,78 @@
-"""Where each page of one RAM block lies in the save file, and fast reading of record runs.
+"""Where each page of a RAM block lies in the save file, and fast reading of record runs.
 
 A migration stream is mostly long runs of records for consecutive pages, at a fixed stride. One
 `struct` call reads the headers of a whole window; comparing it with the expected ones costs a
-few nanoseconds a page.
+few nanoseconds a page. Where pages lie at fixed places (mapped-ram, dumps) there is no table at
+all: their place is computed when it is asked for.
 
 Source: QEMU v7.2.0 ``migration/ram.c``: ``ram_find_and_save_block`` walks the dirty bitmap
-upwards, ``save_page_header`` leaves the name out while the block stays the same.
+upwards, ``save_page_header`` leaves the name out while the block stays the same. QEMU v9.0.0
+``migration/ram.c``: ``read_ramblock_mapped_ram`` (a bit for each page that was written).
 """
 
 from __future__ import annotations
 
 import bisect
 import mmap
+import re
 import struct
 from array import array
-from itertools import takewhile
-from typing import Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ouassister.state import c_qevm as c
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ouassister.state.data import Data
+
 MAX_BLOCK_BYTES: Final = 1 << 44  # 16 TiB: the table of it is 32 GiB of untouched zero pages
-ABSENT: Final = 0  # no page can lie at offset 0: the stream's header does
+ABSENT: Final = 0  # no page can lie at offset 0: a header does
+ZERO_PAGE: Final = -1
 
 _WINDOWS: Final = (1024, 128, 16, 1)
 _PAGE_HEADERS: Final = {n: struct.Struct(">" + f"Q{c.PAGE_SIZE}x" * n) for n in _WINDOWS}
 _FILL_HEADERS: Final = {n: struct.Struct(">" + "QB" * n) for n in _WINDOWS}
+_LONGEST_RUN: Final = 4096  # pages: a scan must get the chance to give back what it has mapped
+_SET_BITS: Final = re.compile(rb"[^\0]+")
+
+
+class Offsets(Protocol):
+    """Page number to offset; `ABSENT`, or ``-1 - fill`` for a page of one repeated byte."""
+
+    def __getitem__(self, page: int, /) -> int:
+        """Return the offset of a page of the block; others raise IndexError."""
+
+
+class Pages(Protocol):
+    """The pages of one RAM block."""
+
+    @property
+    def offsets(self) -> Offsets:
+        """Where each page lies."""
+
+    def locate(self, offset: int) -> tuple[int, int] | None:
+        """Return (page, offset in the page) of an offset, if a current page lies there."""
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of what holds all stored pages, upwards; other bytes may be in it."""
+
+    def close(self) -> None:
+        """Release the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlock:
+    """One RAM block; ``pages`` maps its page numbers to offsets."""
+
+    name: bytes
+    size_bytes: int
+    pages: Pages = field(compare=False, repr=False)
 
 
 class PageTable:
-    """Page number to file offset; `ABSENT`, or ``-1 - fill`` for a page of one repeated byte."""
+    """The pages of a block whose records come in any order."""
 
     def __init__(self, pages: int) -> None:
         # Anonymous memory: a block that is declared but never sent costs nothing.
@@ -43,7 +87,7 @@ class PageTable:
         return len(self.offsets)
 
     def close(self) -> None:
-        """Release the memory."""
+        """See `Pages`."""
         self.offsets.release()
         self._memory.close()
 
@@ -60,7 +104,7 @@ class PageTable:
         self.offsets[page : page + count] = array("q", (-1 - fill,)) * count
 
     def locate(self, offset: int) -> tuple[int, int] | None:
-        """Return (page, offset in the page) of a file offset, if a current page lies there."""
+        """See `Pages`."""
         run = bisect.bisect_right(self._run_offset, offset) - 1
         if run < 0:
             return None
@@ -72,53 +116,124 @@ class PageTable:
             return None  # sent again later: this copy is stale
         return page, within
 
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """See `Pages`: one, from the first record to the last."""
+        if self._run_offset:
+            last = self._run_offset[-1] + self._run_count[-1] * c.PAGE_STRIDE
+            yield self._run_offset[0], last
+
+
+class FixedPages:
+    """Pages at fixed places, with a bit for each that is stored; the others are zero.
+
+    Args:
+        bitmap: One bit for each page, lowest first; None when all are stored.
+        pages: The block's number of pages.
+        offset: Where page 0 would lie.
+    """
+
+    def __init__(self, bitmap: bytes | None, pages: int, offset: int) -> None:
+        self._bitmap = bitmap
+        self._pages = pages
+        self._offset = offset
+
+    @property
+    def offsets(self) -> Offsets:
+        """See `Pages`."""
+        return self
+
+    def __getitem__(self, page: int, /) -> int:
+        """See `Offsets`."""
+        if not 0 <= page < self._pages:
+            raise IndexError(page)
+        if self._bitmap is None or self._bitmap[page >> 3] >> (page & 7) & 1:
+            return self._offset + page * c.PAGE_SIZE
+        return ZERO_PAGE
+
+    def locate(self, offset: int) -> tuple[int, int] | None:
+        """See `Pages`."""
+        page, within = divmod(offset - self._offset, c.PAGE_SIZE)
+        if not 0 <= page < self._pages or self[page] < 0:
+            return None
+        return page, within
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """See `Pages`: never a hole of more than 7 pages, for such a file is mostly holes."""
+        end = self._offset + self._pages * c.PAGE_SIZE
+        if self._bitmap is None:
+            yield self._offset, end
+            return
+        for match in _SET_BITS.finditer(self._bitmap):
+            start = self._offset + match.start() * 8 * c.PAGE_SIZE
+            yield start, min(self._offset + match.end() * 8 * c.PAGE_SIZE, end)
+
+    def close(self) -> None:
+        """See `Pages`: nothing of it lies outside of Python's heap."""
+
 
 class RunReader:
     """Counts how many of the following records continue a run."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: Data) -> None:
         self._data = data
-        self._size = len(data)
 
     def pages(self, position: int, word: int) -> int:
         """Count stored pages that follow ``word``'s page, with records from ``position`` on."""
+        if position >= len(self._data):
+            return 0
+        file, position, room = self._data.extent(position)
+        size = position + room
         total = 0
         window = 16
         while True:
-            while window > 1 and position + window * c.PAGE_STRIDE > self._size:
+            while window > 1 and position + window * c.PAGE_STRIDE > size:
                 window = _WINDOWS[_WINDOWS.index(window) + 1]
-            if position + window * c.PAGE_STRIDE > self._size:
+            if position + window * c.PAGE_STRIDE > size:
                 return total
             first = word + c.PAGE_SIZE
-            want = range(first, first + window * c.PAGE_SIZE, c.PAGE_SIZE)
-            found = _PAGE_HEADERS[window].unpack_from(self._data, position)
-            if found != tuple(want):
-                same = zip(found, want, strict=True)
-                return total + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+            want = tuple(range(first, first + window * c.PAGE_SIZE, c.PAGE_SIZE))
+            found = _PAGE_HEADERS[window].unpack_from(file, position)
+            if found != want:
+                return total + _common(found, want)
             total += window
+            if total >= _LONGEST_RUN:
+                return total
             position += window * c.PAGE_STRIDE
             word += window * c.PAGE_SIZE
             window = min(1024, window * 8) if window > 1 else 1
 
     def fills(self, position: int, word: int, fill: int) -> int:
         """Count pages of the same repeated byte that follow ``word``'s page."""
+        if position >= len(self._data):
+            return 0
+        file, position, room = self._data.extent(position)
+        size = position + room
         total = 0
         window = 16
         while True:
-            while window > 1 and position + window * c.ZERO_STRIDE > self._size:
+            while window > 1 and position + window * c.ZERO_STRIDE > size:
                 window = _WINDOWS[_WINDOWS.index(window) + 1]
-            if position + window * c.ZERO_STRIDE > self._size:
+            if position + window * c.ZERO_STRIDE > size:
                 return total
             first = word + c.PAGE_SIZE
-            want = range(first, first + window * c.PAGE_SIZE, c.PAGE_SIZE)
-            record = _FILL_HEADERS[window].unpack_from(self._data, position)
-            found, bytes_ = record[::2], record[1::2]
-            if found != tuple(want) or bytes_ != (fill,) * window:
-                same = zip(found, want, bytes_, strict=True)
-                return total + sum(
-                    1 for _ in takewhile(lambda one: one[0] == one[1] and one[2] == fill, same)
-                )
+            want = tuple(range(first, first + window * c.PAGE_SIZE, c.PAGE_SIZE))
+            record = _FILL_HEADERS[window].unpack_from(file, position)
+            found, bytes_, fills = record[::2], record[1::2], (fill,) * window
+            if found != want or bytes_ != fills:
+                return total + min(_common(found, want), _common(bytes_, fills))
             total += window
             position += window * c.ZERO_STRIDE
             word += window * c.PAGE_SIZE
             window = min(1024, window * 8) if window > 1 else 1
+
+
+def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """Return how many items agree before the first that does not."""
+    low, high = 0, len(left)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
