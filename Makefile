@@ -1,6 +1,8 @@
 # make demo   the main job, end to end, on a real VM
 # make test   all tests, those that boot a guest included
 # make check  format, lint, types and the fast tests
+# make view-test SEEDS=n   the view of n random guests against what they say when they wake up
+# make bench  time and memory of inspect, beside volatility3 on the same guests
 #
 # Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
 # environment in .venv with the versions and hashes of requirements/.
@@ -10,7 +12,9 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ROOT := $(if $(SUDO),sudo --preserve-env=CI,)
 
 DEBIAN := qemu-system-x86 qemu-system-common qemu-utils mmdebstrap fuse2fs fuse3 e2fsprogs fdisk \
-          uidmap apt-utils attr acl libcap2-bin util-linux python3-venv gcc libc6-dev musl-tools make
+          uidmap mtools dosfstools apt-utils attr acl libcap2-bin util-linux python3-venv gcc \
+          libc6-dev musl-tools make binutils zstd lzop liblzo2-2 libsnappy1v5 libvirt-daemon \
+          libvirt-daemon-driver-qemu libvirt-clients
 PYTHON := python3
 BIN := .venv/bin
 APPLIER := src/ouassister/reflect/bin/applier-x86_64
@@ -29,6 +33,21 @@ check: .venv/ready $(APPLIER)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+SEEDS := 20
+RELEASES := bookworm bullseye trixie
+view-test: .venv/ready
+	$(ROOT) env VIEW_SEEDS=$(SEEDS) VIEW_RELEASES="$(RELEASES)" \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v --durations=0 tests/view $(PYTEST)
+
+# volatility3 has a licence of its own: a virtual environment of the bench alone.
+bench: .venv/ready build/bench-venv/ready
+	$(ROOT) $(BIN)/python -m bench.inspect_bench build/bench.json
+
+build/bench-venv/ready: build/deps bench/requirements.txt
+	$(PYTHON) -m venv build/bench-venv
+	build/bench-venv/bin/python -m pip install -q --require-hashes -r bench/requirements.txt
+	@touch $@
 
 applier: $(APPLIER)
 
@@ -73,4 +92,4 @@ lock:
 clean:
 	rm -rf build .venv $(APPLIER)
 
-.PHONY: demo test check applier guest-tests deps lock clean
+.PHONY: demo test check view-test bench applier guest-tests deps lock clean

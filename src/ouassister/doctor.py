@@ -18,7 +18,8 @@ _TOOLS: Final = (
     ("qemu-img", "qemu-utils", "the private copy of a disk"),
     ("qemu-storage-daemon", "qemu-system-common", "serves the private copy as a file"),
     ("fuse2fs", "fuse2fs", "mounts it without the host's kernel parsing it"),
-    ("e2fsck", "e2fsprogs", "replays its journal"),
+    ("e2fsck", "e2fsprogs", "proves that the copy is sound"),
+    ("mcopy", "mtools", "reads the guest's EFI system partition"),
 )
 _USER_TOOLS: Final = (("newuidmap", "uidmap", "maps subordinate ids for a user"),)
 _MIN_FREE: Final = 1 << 30

@@ -13,7 +13,6 @@
     │   ├── TruncatedStateError    20   the save file ends early
     │   ├── PageAbsentError        20   a byte of memory was never saved
     │   ├── CorruptGuestError      20   guest memory contradicts itself
-    │   ├── DirtyDatabaseError     20   the package database has writes only in memory
     │   ├── QemuLostError          20   QEMU ended while it was needed
     │   ├── QemuRefusedError       20   QEMU answered a command with an error
     │   └── AgentError             20   the guest agent failed or speaks nonsense
@@ -61,6 +60,19 @@ class OUassisterError(Exception):
         self.message = message
         self.hint = hint or self.default_hint
         self.context = context
+
+
+def from_code(code: str, message: str, hint: str | None = None) -> OUassisterError:
+    """Make the error that ``code`` stands for, out of what another process said of it."""
+    for kind in globals().values():
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, OUassisterError)
+            and vars(kind).get("code") == code
+            and kind.__init__ is OUassisterError.__init__
+        ):
+            return kind(message, hint=hint)
+    return InternalError(f"{message} [{code}]")
 
 
 class InternalError(OUassisterError):
@@ -143,13 +155,6 @@ class CorruptGuestError(StateError):
 
     code = "state-corrupt-guest"
     default_hint = "resume the VM and look at its kernel log; then save it again"
-
-
-class DirtyDatabaseError(StateError):
-    """The package database has changes that exist in memory only."""
-
-    code = "state-dirty-database"
-    default_hint = "resume the VM, run 'sync' in it and save it again"
 
 
 class QemuLostError(StateError):

@@ -8,13 +8,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NewType
 
-PhysAddr = NewType("PhysAddr", int)
-VirtAddr = NewType("VirtAddr", int)
-GuestPid = NewType("GuestPid", int)
-HostPid = NewType("HostPid", int)
-
+from ouassister.guest_model import BlockDevice as BlockDevice
+from ouassister.guest_model import Cgroup as Cgroup
+from ouassister.guest_model import GuestPid as GuestPid
+from ouassister.guest_model import HeldLock as HeldLock
+from ouassister.guest_model import HostPid as HostPid
+from ouassister.guest_model import MappedDevice as MappedDevice
+from ouassister.guest_model import MappedLeg as MappedLeg
+from ouassister.guest_model import MappedRange as MappedRange
+from ouassister.guest_model import Module as Module
+from ouassister.guest_model import Namespaces as Namespaces
+from ouassister.guest_model import NetworkDevice as NetworkDevice
+from ouassister.guest_model import OpenFile as OpenFile
+from ouassister.guest_model import PhysAddr as PhysAddr
+from ouassister.guest_model import ProcessFiles as ProcessFiles
+from ouassister.guest_model import ProcessMaps as ProcessMaps
+from ouassister.guest_model import Socket as Socket
+from ouassister.guest_model import Sockets as Sockets
+from ouassister.guest_model import Subject as Subject
+from ouassister.guest_model import SuperBlock as SuperBlock
+from ouassister.guest_model import SwapArea as SwapArea
+from ouassister.guest_model import Sysctl as Sysctl
+from ouassister.guest_model import TaskDetail as TaskDetail
+from ouassister.guest_model import Tmpfs as Tmpfs
+from ouassister.guest_model import TmpfsNode as TmpfsNode
+from ouassister.guest_model import VirtAddr as VirtAddr
+from ouassister.guest_model import Vma as Vma
 
 # --- state: the saved VM -------------------------------------------------------------------
 
@@ -72,6 +92,7 @@ class Task:
     cmdline: tuple[bytes, ...]
     start_ns: int  # since boot
     kernel_thread: bool
+    detail: TaskDetail | None = None  # when it was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +106,11 @@ class BlockRange:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One mount of init's namespace. ``block`` is None for a file system without a disk."""
+    """One mount of init's namespace. ``block`` is None for a file system without a disk.
+
+    ``root`` is the part of the file system that is mounted: not "/" for bind mounts and
+    subvolumes. ``number`` and ``parent`` are as in /proc/1/mountinfo.
+    """
 
     source: bytes
     target: bytes
@@ -94,6 +119,9 @@ class Mount:
     minor: int
     read_only: bool
     block: BlockRange | None = None
+    root: bytes = b"/"
+    number: int = 0
+    parent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +164,19 @@ class GuestView:
     locks: tuple[FileLock, ...]
     database: tuple[CachedFile, ...]  # cached files of the package manager's database
     degraded: tuple[str, ...] = ()  # what this kernel does not tell, by name
+    # None: not asked for (see Subject), or named in ``degraded``.
+    maps: tuple[ProcessMaps, ...] | None = None
+    files: tuple[ProcessFiles, ...] | None = None
+    held_locks: tuple[HeldLock, ...] | None = None
+    superblocks: tuple[SuperBlock, ...] | None = None
+    block_devices: tuple[BlockDevice, ...] | None = None
+    mapped_devices: tuple[MappedDevice, ...] | None = None
+    network_devices: tuple[NetworkDevice, ...] | None = None
+    sockets: Sockets | None = None
+    modules: tuple[Module, ...] | None = None
+    swaps: tuple[SwapArea, ...] | None = None
+    sysctls: tuple[Sysctl, ...] | None = None
+    tmpfs: tuple[Tmpfs, ...] | None = None
 
 
 # --- packages: plan and run ----------------------------------------------------------------

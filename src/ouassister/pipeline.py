@@ -16,17 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ouassister import codec
 from ouassister.changeset import archive
 from ouassister.changeset.extract import collect
-from ouassister.disk.storage import EXPORT_NODE, create_overlay
+from ouassister.disk.storage import create_overlays, volume_name
 from ouassister.errors import (
-    DirtyDatabaseError,
     NothingPendingError,
     OUassisterError,
     StaleError,
     WorkDiskFullError,
 )
+from ouassister.guest_model import Subject
 from ouassister.interrupts import watched
 from ouassister.model import Changeset, Identity, Kind, LeftOut, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
@@ -37,25 +36,28 @@ from ouassister.shadow.events import read_actions
 from ouassister.shadow.remove import remove_tree
 from ouassister.shadow.session import RECORDED, Shadow, ShadowSpec, launch, open_shadow
 from ouassister.sleeping import (
-    UNFLUSHED_NOTE,
     Sleeping,
     open_sleeping,
     refuse_running,
     refuse_unsafe,
-    root_device,
 )
 from ouassister.state.fence import check_fence
 from ouassister.state.running import writer_of
 from ouassister.store.database import ChangesetState, Store
+from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ouassister.disk.layout import Layout
     from ouassister.model import ResumeReport
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.timeline import Timeline
 
-_AGREEMENT: Final = "ouassister.disk.agreement"
+_COHERENT: Final = "ouassister.disk.coherent"
+_PROOF: Final = "ouassister.disk.proof"
+_IDENTITY: Final = "ouassister.disk.identity"
+_WANT: Final = frozenset((Subject.LOCKS,))
 _EXTRACT: Final = "ouassister.changeset.extract"
 _REFRESH: Final = "refresh lists"
 _FETCH: Final = "plan and download"
@@ -76,33 +78,71 @@ class Guest:
     sleeping: Sleeping
     shadow: Shadow
     folder: Path
+    proofs: tuple[int, ...]  # calls that go on: is the view what the sleeping kernel knows?
+
+    def prove(self, timeline: Timeline) -> None:
+        """Wait for the proof that the view is true; nothing may leave the run before.
+
+        Raises:
+            CorruptGuestError: It is not.
+        """
+        with timeline.phase("prove the view"):
+            for proof in self.proofs:
+                self.shadow.finish(proof)
+
+    def identity(self) -> Identity:
+        """Whose disk it is."""
+        volume, inside = self.sleeping.layout.locate(b"/etc/machine-id")
+        argument = {"root": sandbox.lower(volume), "path": to_text(inside)}
+        return Identity(
+            self.sleeping.view.boot_id, self.shadow.call(_IDENTITY, "machine_id", argument)
+        )
 
 
 @contextlib.contextmanager
 def open_guest(
-    config: VmConfig, store: Store, timeline: Timeline, options: Options
+    config: VmConfig, store: Store, timeline: Timeline, options: Options, *, updating: bool = True
 ) -> Iterator[Guest]:
-    """Open the saved VM and start a shadow over it; at the end nothing of it is left."""
+    """Open the saved VM and start a shadow over it; at the end nothing of it is left.
+
+    With ``updating``, a guest whose package manager was at work is refused.
+    """
     with contextlib.ExitStack() as stack:
-        launched = stack.enter_context(launch((_AGREEMENT, _EXTRACT)))
+        launched = stack.enter_context(launch((_COHERENT, _PROOF, _IDENTITY, _EXTRACT)))
+        folder = stack.enter_context(_work_folder(store, config.name, keep=options.keep))
+        unflushed = folder / "shadow" / "unflushed"
+        unflushed.mkdir(parents=True)
         with timeline.phase("read memory"):
-            sleeping = stack.enter_context(open_sleeping(config))
-        root = root_device(sleeping)
+            sleeping = stack.enter_context(
+                open_sleeping(config, _WANT, lambda number: unflushed / volume_name(number))
+            )
+        if updating:
+            refuse_unsafe(sleeping)
         stack.enter_context(
             watched(config.name, lambda: any(writer_of(disk.path) for disk in config.disks))
         )
-        folder = stack.enter_context(_work_folder(store, config.name, keep=options.keep))
+        layout = sleeping.layout
         spec = ShadowSpec(
             work=folder,
             cache=store.vm_folder(config.name) / "cache",
-            storage_daemon=create_overlay(root, folder),
-            export_node=EXPORT_NODE,
+            storage=create_overlays(layout.volumes, sleeping.disks, folder),
+            layout=layout,
             uts=sleeping.view.uts,
             avoid=(config.folder, *(Path(stamp.path) for stamp in sleeping.fence.disks)),
         )
         with timeline.phase("start shadow"):
             shadow = stack.enter_context(open_shadow(launched, spec))
-        yield Guest(sleeping, shadow, folder)
+        with timeline.phase("lay memory over disk"):
+            views = [
+                {"image": sandbox.export(number), "handover": sandbox.unflushed(number)}
+                for number, volume in enumerate(layout.volumes)
+                if volume.fstype == "ext4"
+            ]
+            for view in views:
+                shadow.call(_COHERENT, "apply", view)
+            proofs = tuple(shadow.begin(_PROOF, "prove", view) for view in views)
+            shadow.mount()
+        yield Guest(sleeping, shadow, folder, proofs)
 
 
 def plan(
@@ -115,11 +155,11 @@ def plan(
     """
     apt.check_request(request)
     with _named(config, store), open_guest(config, store, timeline, options) as guest:
-        _refuse_dirty(guest)
         tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
         left_out = _refresh(tool, timeline)
         with timeline.phase("plan"):
             simulated = tool.plan(request)
+        guest.prove(timeline)
         made = update.make_plan(config.name, guest.sleeping.fence, request, simulated, left_out)
         store.add_plan(made)
         return made
@@ -152,8 +192,7 @@ def update_sleeping(
             check_fence(stored.fence)
         try:
             with open_guest(config, store, timeline, options) as guest:
-                identity = _refuse_dirty(guest)
-                report = _update(guest, identity, stored or wish, store, timeline, options)
+                report = _update(guest, stored or wish, store, timeline, options)
         except OSError as error:
             if error.errno == 28:
                 raise WorkDiskFullError(f"the work folder: {error}") from error
@@ -164,7 +203,6 @@ def update_sleeping(
 
 def _update(
     guest: Guest,
-    identity: Identity,
     wish: Plan | Request | str,
     store: Store,
     timeline: Timeline,
@@ -182,16 +220,15 @@ def _update(
             update.check_same(stored, simulated.changes)
         made = stored or update.make_plan(vm, guest.sleeping.fence, request, simulated, left_out)
         prepared = update.complete(tool, made)
+    guest.prove(timeline)
     store.add_plan(prepared.plan)
     if not prepared.plan.changes:
-        return _report(prepared.plan, None, timeline, (UNFLUSHED_NOTE,))
+        return _report(prepared.plan, None, timeline, guest.sleeping.layout.notes)
     with timeline.phase("emulate"):
         tool.emulate(prepared.request)
     with timeline.phase("extract"):
         argument = {
-            "upper": sandbox.UPPER,
-            "lower": sandbox.LOWER,
-            "image": sandbox.EXPORT,
+            "trees": _trees(guest.sleeping.layout),
             "layer": f"{sandbox.WORK}/output/layer.tar",
             "record": f"{sandbox.WORK}/output/record.json",
         }
@@ -205,7 +242,7 @@ def _update(
             vm=vm,
             created_at_s=int(time.time()),
             fence=guest.sleeping.fence,
-            identity=identity,
+            identity=guest.identity(),
             changes=prepared.plan.changes,
             left_out=prepared.plan.left_out,
             actions=actions,
@@ -214,7 +251,7 @@ def _update(
                 entry.path.startswith(b"/boot/vmlinuz-") and entry.kind is Kind.FILE
                 for entry in extraction.entries
             ),
-            notes=(UNFLUSHED_NOTE, *recorded_notes),
+            notes=(*guest.sleeping.layout.notes, *recorded_notes),
         )
         layer = guest.shadow.output_path("layer.tar")
         archive.save(changeset, layer, store.changesets(vm))
@@ -229,25 +266,22 @@ def _refresh(tool: apt.Apt, timeline: Timeline) -> tuple[LeftOut, ...]:
     return tuple(LeftOut(where, reason) for where in unreachable)
 
 
-def _refuse_dirty(guest: Guest) -> Identity:
-    """Hold memory against itself, then against the disk; returns whose disk it is."""
-    refuse_unsafe(guest.sleeping)
-    answer = guest.shadow.call(
-        _AGREEMENT,
-        "compare",
+def _trees(layout: Layout) -> list[dict[str, object]]:
+    """What the extraction compares: the volumes that can be written to."""
+    return [
         {
-            "root": sandbox.LOWER,
-            "image": sandbox.EXPORT,
-            "files": [codec.to_value(file) for file in guest.sleeping.view.database],
-        },
-    )
-    found: list[str] = answer["disagreements"]
-    if found:
-        raise DirtyDatabaseError(
-            f"the package database on disk is older than in memory: {found[0]}"
-            + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-        )
-    return Identity(guest.sleeping.view.boot_id, answer["machine_id"])
+            "upper": sandbox.upper(number),
+            "lower": sandbox.lower(number),
+            "image": sandbox.export(number),
+            "places": [
+                (to_text(place.root), to_text(place.target))
+                for place in layout.places
+                if place.volume == number
+            ],
+        }
+        for number, volume in enumerate(layout.volumes)
+        if volume.fstype != "vfat"
+    ]
 
 
 def run_program(
@@ -266,7 +300,11 @@ def run_program(
         the caller's standard streams.
     """
     output = "program" if capture else None
-    with _named(config, store), open_guest(config, store, timeline, options) as guest:
+    with (
+        _named(config, store),
+        open_guest(config, store, timeline, options, updating=False) as guest,
+    ):
+        guest.prove(timeline)
         status = guest.shadow.run(
             argv, package_cache=False, timeout_s=options.timeout_s, output=output
         )

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ouassister import kernel
-from ouassister.disk.storage import RootDevice
+from ouassister.disk import handover
+from ouassister.disk.layout import Layout, make_layout, needs_devices
+from ouassister.disk.matching import Image, Known, match_disks
 from ouassister.errors import (
-    DirtyDatabaseError,
+    CorruptGuestError,
     LockedError,
     NotSuspendedError,
     RunningVMError,
     UnsupportedGuestError,
+    UnsupportedStateError,
 )
+from ouassister.guest_model import Subject
+from ouassister.kernel.flushed import unflushed_part
+from ouassister.kernel.unflushed import collect
 from ouassister.memory import open_save
 from ouassister.model import Fence, GuestView
 from ouassister.packages import apt
@@ -26,16 +33,13 @@ from ouassister.state.fence import fence
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from ouassister.model import Mount
+    from ouassister.memory import SaveFile
 
-# Issue of its own: until then a stale disk must at least be called stale.
-UNFLUSHED_NOTE = (
-    "the disk is read as it lies with its journal replayed: writes that the guest had not flushed"
-    " when it was suspended are not seen (the package database was checked and is flushed)"
-)
+
+_DISKS: Final = frozenset((Subject.FILE_SYSTEMS, Subject.BLOCK_DEVICES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +49,30 @@ class Sleeping:
     config: VmConfig
     view: GuestView
     fence: Fence
+    layout: Layout
+    disks: Mapping[str, Image]  # by the guest's name
 
 
 @contextlib.contextmanager
-def open_sleeping(config: VmConfig) -> Iterator[Sleeping]:
-    """Open the saved VM; reads only.
+def open_sleeping(
+    config: VmConfig,
+    want: frozenset[Subject] = frozenset(),
+    unflushed: Callable[[int], Path] | None = None,
+) -> Iterator[Sleeping]:
+    """Open the saved VM; nothing of it is written.
+
+    Args:
+        config: The VM.
+        want: What the view contains beside the basics.
+        unflushed: Names a file for each volume, where what memory holds of it and the disk does
+            not is put (`ouassister.disk.handover`); without it, that is not collected.
 
     Raises:
         RunningVMError: It runs, or some process has its disk open for writing.
         NotSuspendedError: There is no save file.
-        UnsupportedStateError: The save file, or the guest's kernel, is in no table.
+        UnsupportedStateError: The save file is in no table.
+        UnsupportedGuestError: The guest's kernel or its file systems are in none.
+        CorruptGuestError: Its memory contradicts itself.
     """
     refuse_running(config)
     if not config.save.exists():
@@ -63,8 +81,70 @@ def open_sleeping(config: VmConfig) -> Iterator[Sleeping]:
     with ThreadPoolExecutor(1) as beside:
         binding = beside.submit(lambda: fence(config.save, chain(config)))
         with open_save(config.save) as save:
-            view = kernel.introspect(save, (apt.DATABASE,))
-    yield Sleeping(config, view, binding.result())
+            if unflushed is not None:
+                save.require_full("update")
+                if save.format.name not in qemu.RESTORED:
+                    raise UnsupportedStateError(
+                        "format", 0, save.format.name, "not what a plain QEMU VM is resumed from"
+                    )
+            guest = kernel.open_guest(save)
+            subjects = _subjects(config) | want
+            view = kernel.look(guest, save, want=subjects)
+            if not subjects >= _DISKS and needs_devices(view.mounts):
+                view = kernel.GuestReader(guest).fill(view, _DISKS)
+            layout = make_layout(view)
+            if unflushed is not None:
+                _hand_over(guest.kernel, save, layout, unflushed)
+    yield Sleeping(config, view, binding.result(), layout, _match(config, view, layout))
+
+
+def _hand_over(
+    running: kernel.Kernel, save: SaveFile, layout: Layout, unflushed: Callable[[int], Path]
+) -> None:
+    """Write down what memory holds of each volume and its disk does not."""
+    found = {(one.file_system.major, one.file_system.minor): one for one in collect(running)}
+    for number, volume in enumerate(layout.volumes):
+        one = found.get((volume.major, volume.minor))
+        if volume.fstype == "ext4" and one is None:
+            raise CorruptGuestError(f"the kernel has mounted {volume.device} without a super block")
+        if one is not None:
+            handover.write(unflushed(number), one, save.memory)
+            continue
+        left = unflushed_part(running, volume.major, volume.minor)
+        if left:
+            raise UnsupportedGuestError(
+                f"{volume.device} ({volume.fstype}) has writes that are in memory alone: {left}",
+                hint="run 'sync' in the guest before it is suspended",
+            )
+
+
+def _subjects(config: VmConfig) -> frozenset[Subject]:
+    """What must be known of the guest's disks; a single one need not be told from others."""
+    if len(config.disks) == 1 and not config.disks[0].guest:
+        return frozenset()
+    return _DISKS
+
+
+def _match(config: VmConfig, view: GuestView, layout: Layout) -> dict[str, Image]:
+    needed = tuple(
+        dict.fromkeys(piece.disk for volume in layout.volumes for piece in volume.pieces)
+    )
+    uuids = {(one.major, one.minor): one.uuid for one in view.superblocks or ()}
+    known = [
+        Known(
+            volume.pieces[0].disk,
+            volume.pieces[0].start,
+            volume.fstype,
+            uuids.get((volume.major, volume.minor), ""),
+        )
+        for volume in layout.volumes
+    ]
+    return match_disks(
+        needed,
+        known,
+        {one.name: one.size for one in view.block_devices or ()},
+        tuple(Image(disk.path, disk.format, disk.guest) for disk in config.disks),
+    )
 
 
 def refuse_running(config: VmConfig) -> None:
@@ -89,68 +169,23 @@ def refuse_unsafe(sleeping: Sleeping) -> None:
     """Raise when memory shows that the package database must not be touched.
 
     Raises:
-        UnsupportedGuestError: The kernel does not tell enough to know.
-        LockedError: An updater was running, or holds a lock.
-        DirtyDatabaseError: The database has writes that exist in memory only.
+        UnsupportedGuestError: The kernel does not tell who holds locks.
+        LockedError: An updater was running, or held a lock.
     """
     view = sleeping.view
-    for unknown in view.degraded:
-        if unknown.startswith(("package database:", "uncommitted changes:")):
-            raise UnsupportedGuestError(
-                f"whether the package database is clean cannot be told: {unknown}"
-            )
+    if view.held_locks is None:
+        raise UnsupportedGuestError(
+            f"who holds locks cannot be told: {'; '.join(view.degraded) or 'not asked for'}"
+        )
     for task in view.tasks:
         if task.exe in apt.UPDATERS:
             raise LockedError(
                 f"{to_text(task.exe)} (pid {task.pid}) was running when the VM was suspended",
                 hint="resume the VM, let it finish, and save it again",
             )
-    for lock in view.locks:
+    for lock in view.held_locks:
         if lock.path in apt.LOCKS:
             raise LockedError(
                 f"pid {lock.pid} held {to_text(lock.path)} when the VM was suspended",
                 hint="resume the VM, let it finish, and save it again",
             )
-    dirty = [file.path for file in view.database if file.dirty]
-    if dirty:
-        raise DirtyDatabaseError(
-            "the package database has unflushed writes in memory: "
-            + ", ".join(to_text(path) for path in dirty[:3])
-            + (f" and {len(dirty) - 3} more" if len(dirty) > 3 else "")
-        )
-
-
-def root_device(sleeping: Sleeping) -> RootDevice:
-    """Where the root file system lies, as the guest's kernel knows it.
-
-    Raises:
-        UnsupportedGuestError: It is not ext4 on one disk, or other disks hold parts of the tree.
-    """
-    blocks = [mount for mount in sleeping.view.mounts if mount.block is not None]
-    roots = [mount for mount in blocks if mount.target == b"/"]
-    if not roots:
-        raise UnsupportedGuestError("the guest's root file system is not on a disk")
-    root = roots[-1]  # the last one mounted covers the others
-    if root.fstype != "ext4":
-        raise UnsupportedGuestError(f"the guest's root file system is {root.fstype}, not ext4")
-    for mount in blocks:
-        if (mount.major, mount.minor) != (root.major, root.minor):
-            raise UnsupportedGuestError(
-                f"{to_text(mount.target)} is a file system of its own"
-                f" ({mount.fstype} on {to_text(mount.source)}); only the root one can be updated"
-            )
-    return _on_disk(root, sleeping.config)
-
-
-def _on_disk(root: Mount, config: VmConfig) -> RootDevice:
-    """Match the kernel's disk with one of the VM's."""
-    assert root.block is not None  # noqa: S101 - chosen so
-    disks = config.disks
-    if len(disks) > 1:
-        disks = tuple(disk for disk in disks if disk.guest == root.block.disk)
-    if len(disks) != 1:
-        raise UnsupportedGuestError(
-            f"which disk is {root.block.disk} in the guest cannot be told",
-            hint=f'write guest = "{root.block.disk}" into its [[disk]] table of {config.source}',
-        )
-    return RootDevice(disks[0].path, disks[0].format, root.block.start, root.block.size)

@@ -129,11 +129,15 @@ def extract(request: dict[str, Any], lower: str = "lower") -> int:
     from ouassister.changeset.extract import main as extract_main
 
     argument = {
-        "upper": "upper",
-        "lower": lower,
+        "trees": [
+            {
+                "upper": "upper",
+                "lower": lower,
+                "image": request["image"] if request["read_image"] else None,
+            }
+        ],
         "layer": f"{request['output']}/layer.tar",
         "record": f"{request['output']}/record.json",
-        "image": request["image"] if request["read_image"] else None,
     }
     return extract_main([json.dumps(argument)])
 

@@ -140,8 +140,8 @@ def test_extract_wrong_image_is_refused(rig: Rig) -> None:
         f"import os, sys; os.chdir({str(rig.work)!r}); sys.path.insert(0, {str(SOURCE)!r})\n"
         "open('upper/guarded', 'w').close()\n"
         "from ouassister.changeset.extract import main\n"
-        'sys.exit(main([\'{"upper": "upper", "lower": "mounted", "layer": "l", \''
-        '\'"record": "record.json", "image": "other"}\']))'
+        'sys.exit(main([\'{"trees": [{"upper": "upper", "lower": "mounted", "image": "other"}], \''
+        '\'"layer": "l", "record": "record.json"}\']))'
     )
     assert rig.space.run(fuse).returncode == 0
     done = rig.space.run([python_for_all(), "-I", "-c", code])

@@ -246,9 +246,12 @@ def test_extract_program_prints_a_summary_of_its_record(tmp_path: Path, stdin: b
     for name in ("upper", "lower"):
         (tmp_path / name).mkdir()
     (tmp_path / "upper" / "new").write_text("content")
-    names = {"upper": "upper", "lower": "lower", "layer": "layer.tar", "record": "record.json"}
-    request = {key: str(tmp_path / name) for key, name in names.items()}
-    request["extra_rules"] = [["/left/*", "not wanted"]]  # type: ignore[assignment]
+    request = {
+        "trees": [{"upper": str(tmp_path / "upper"), "lower": str(tmp_path / "lower")}],
+        "layer": str(tmp_path / "layer.tar"),
+        "record": str(tmp_path / "record.json"),
+        "extra_rules": [["/left/*", "not wanted"]],
+    }
     done = program(json.dumps(request), stdin=stdin)
     assert done.returncode == 0
     result = outcome(done.stdout, tmp_path / "record.json")
@@ -263,9 +266,13 @@ def test_extract_program_prints_a_summary_of_its_record(tmp_path: Path, stdin: b
     [
         ("not JSON", 2, UsageError),
         ("[]", 2, UsageError),
-        ('{"upper": "/nonexistent"}', 2, UsageError),
-        ('{"upper": 1, "lower": "l", "layer": "x", "record": "y"}', 2, UsageError),
-        ('{"upper": "/nonexistent", "lower": "/", "layer": "x", "record": "y"}', 1, InternalError),
+        ('{"trees": [{"upper": "/nonexistent"}]}', 2, UsageError),
+        ('{"trees": [{"upper": 1, "lower": "l"}], "layer": "x", "record": "y"}', 2, UsageError),
+        (
+            '{"trees": [{"upper": "/nonexistent", "lower": "/"}], "layer": "x", "record": "y"}',
+            1,
+            InternalError,
+        ),
     ],
 )
 def test_extract_program_bad_request_has_the_documented_status(

@@ -83,8 +83,42 @@ def test_mirror_list_of_cloud_images_is_resolved(etc: Path) -> None:
     assert "URIs: https://m.example/debian\n" in host_sources("bookworm", etc)
 
 
-def test_host_without_the_suite_is_told(etc: Path) -> None:
-    (etc / "sources.list").write_text("deb http://m.example/debian trixie main\n")
+def test_other_release_comes_from_the_same_mirrors(etc: Path) -> None:
+    (etc / "sources.list").write_text(
+        f"deb [signed-by={KEYRING}] http://m.example/debian bookworm main contrib\n"
+        "deb http://m.example/debian bookworm-updates main\n"
+        "deb http://s.example/debian-security bookworm-security main\n"
+        "deb http://m.example/debian bookworm-backports main\n"
+    )
+    assert host_sources("trixie", etc, extra="trixie-backports") == (
+        "Types: deb\nURIs: http://m.example/debian\nSuites: trixie trixie-backports\n"
+        f"Components: main\nSigned-By: {KEYRING}\n\n"
+        "Types: deb\nURIs: http://m.example/debian\nSuites: trixie-updates\nComponents: main\n\n"
+        "Types: deb\nURIs: http://s.example/debian-security\nSuites: trixie-security\n"
+        "Components: main\n"
+    )
+
+
+def test_unstable_has_no_updates(etc: Path) -> None:
+    (etc / "sources.list").write_text(
+        "deb http://m.example/debian bookworm main\n"
+        "deb http://s.example/debian-security bookworm-security main\n"
+    )
+    text = host_sources("sid", etc, extra="sid")
+    assert text.count("Types:") == 1
+    assert "Suites: sid\n" in text
+
+
+def test_own_suite_of_the_host_is_preferred_to_another(etc: Path) -> None:
+    (etc / "sources.list").write_text(
+        "deb http://old.example/debian bookworm main\ndeb http://new.example/debian trixie main\n"
+    )
+    assert "URIs: http://new.example/debian\nSuites: trixie\n" in host_sources("trixie", etc)
+    assert "old.example" not in host_sources("trixie", etc)
+
+
+def test_host_without_a_debian_mirror_is_told(etc: Path) -> None:
+    (etc / "sources.list").write_text("deb http://m.example/ubuntu noble main\n")
     with pytest.raises(HostNotReadyError, match="bookworm"):
         host_sources("bookworm", etc)
 

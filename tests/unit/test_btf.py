@@ -245,3 +245,65 @@ def test_section_cut_short_is_corrupt(kernel: Composer) -> None:
     for size in range(len(section)):
         with pytest.raises(CorruptGuestError):
             Btf(section[:size])
+
+
+def with_layout(section: bytes, *sizes: tuple[int, int], off: int = 0, cut: int = 0) -> bytes:
+    """Write the longer header of v7.1, with the sizes of kinds behind the strings."""
+    layout = b"".join(struct.pack("<BBH", each[0], each[1], 0) for each in sizes)
+    body = section[24:]
+    head = bytearray(section[:24])
+    struct.pack_into("<I", head, 4, 32)
+    pad = -len(body) % 4
+    place = struct.pack("<II", len(body) + pad + off, len(layout) - cut)
+    return bytes(head) + place + body + bytes(pad) + layout
+
+
+UNKNOWN = 77
+SIZES = [(0, 0)] * UNKNOWN + [(4, 8)]
+
+
+def test_kind_that_only_the_table_knows_is_stepped_over() -> None:
+    out = Composer()
+    out.add(UNKNOWN, "new", 0, (1, 2, 3, 4, 5), count=2)
+    number = out.integer("int", 4, 1)
+    with pytest.raises(UnsupportedGuestError, match="77"):
+        Btf(out.section())
+    btf = Btf(with_layout(out.section(), *SIZES))
+    assert btf.record(number).name == "int"
+    with pytest.raises(UnsupportedGuestError, match="77"):
+        btf.record(1)
+
+
+def test_kind_that_we_know_keeps_its_size_whatever_the_table_says() -> None:
+    out = Composer()
+    number = out.integer("int", 4, 1)
+    out.integer("char", 1, 1)
+    btf = Btf(with_layout(out.section(), (0, 0), (8, 0)))
+    assert len(btf) == 2
+    assert btf.record(number + 1).name == "char"
+
+
+@pytest.mark.parametrize("how", [{"off": 4}, {"off": 1 << 31}, {"cut": 2}])
+def test_sizes_out_of_the_section_are_corrupt(how: dict[str, int]) -> None:
+    out = Composer()
+    out.integer("int", 4, 1)
+    with pytest.raises(CorruptGuestError, match="points out of its section"):
+        Btf(with_layout(out.section(), *SIZES, **how))
+
+
+def test_kind_of_odd_size_is_unknown() -> None:
+    out = Composer()
+    out.add(UNKNOWN, "new", 0)
+    with pytest.raises(UnsupportedGuestError, match="77"):
+        Btf(with_layout(out.section(), *SIZES[:-1], (2, 0)))
+
+
+def test_structure_of_more_than_65535_members_is_read() -> None:
+    out = Composer()
+    byte = out.integer("char", 1, 1)
+    count = 0x1_0001
+    out.add(Kind.STRUCT, "large", count, (0, byte, 0) * count, count=count)
+    after = out.integer("int", 4, 1)
+    btf = Btf(out.section())
+    assert btf.record(after - 1).count == count
+    assert btf.record(after).name == "int"

@@ -12,7 +12,7 @@ from tests.conftest import lacking
 
 from ouassister.changeset import extract as extract_module
 from ouassister.changeset import walk
-from ouassister.changeset.extract import TRUSTED_PREFIX, Extraction, collect, extract, run
+from ouassister.changeset.extract import TRUSTED_PREFIX, Extraction, Trees, collect, extract, run
 from ouassister.changeset.filter import Filter, Rule
 from ouassister.changeset.node import _guest_value
 from ouassister.errors import (
@@ -24,7 +24,7 @@ from ouassister.errors import (
 from ouassister.model import Kind
 
 
-class Trees:
+class Union:
     """An upper and a lower directory."""
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,7 @@ class Trees:
         self.lower.mkdir()
 
     def extract(self, **more: object) -> Extraction:
-        return extract(self.upper, self.lower, self.folder / "layer.tar", **more)  # type: ignore[arg-type]
+        return extract((Trees(self.upper, self.lower),), self.folder / "layer.tar", **more)  # type: ignore[arg-type]
 
     def write(self, path: str, content: str = "x") -> Path:
         """Write a file in one of the trees, with its directories."""
@@ -55,13 +55,13 @@ class Trees:
 
 
 @pytest.fixture
-def trees(tmp_path: Path) -> Trees:
-    return Trees(tmp_path)
+def trees(tmp_path: Path) -> Union:
+    return Union(tmp_path)
 
 
 @pytest.fixture
-def marks(trees: Trees) -> Trees:
-    """Trees on a file system that has extended attributes."""
+def marks(trees: Union) -> Union:
+    """Union on a file system that has extended attributes."""
     try:
         os.setxattr(trees.upper, "user.probe", b"")
         os.removexattr(trees.upper, "user.probe")
@@ -76,20 +76,20 @@ def kinds(result: Extraction) -> list[tuple[bytes, Kind]]:
     return [(entry.path, entry.kind) for entry in result.entries]
 
 
-def test_extract_of_nothing_is_empty(trees: Trees) -> None:
+def test_extract_of_nothing_is_empty(trees: Union) -> None:
     result = trees.extract()
     assert not [*result.entries, *result.filtered, *result.notes]
     assert (trees.folder / "layer.tar").stat().st_size == result.layer_size == 1024
 
 
-def test_extract_orders_by_components_not_by_bytes(trees: Trees) -> None:
+def test_extract_orders_by_components_not_by_bytes(trees: Union) -> None:
     for name in ("a/z", "a-b", "a.c/x", "a!"):
         trees.write(f"upper/{name}")
     paths = [entry.path for entry in trees.extract().entries]
     assert paths == [b"/a", b"/a/z", b"/a!", b"/a-b", b"/a.c", b"/a.c/x"]
 
 
-def test_extract_expects_the_lower_object(trees: Trees) -> None:
+def test_extract_expects_the_lower_object(trees: Union) -> None:
     status = trees.write("lower/f", "before").stat()
     trees.write("upper/f", "after")
     (entry,) = trees.extract().entries
@@ -99,7 +99,7 @@ def test_extract_expects_the_lower_object(trees: Trees) -> None:
 
 
 @pytest.mark.parametrize("change", ["mtime", "mode", "content", "size"])
-def test_extract_keeps_a_copy_with_one_change(trees: Trees, change: str) -> None:
+def test_extract_keeps_a_copy_with_one_change(trees: Union, change: str) -> None:
     trees.write("lower/f", "content")
     copy = trees.copy_up("f")
     assert trees.extract().entries == ()
@@ -118,7 +118,7 @@ def test_extract_keeps_a_copy_with_one_change(trees: Trees, change: str) -> None
     assert kinds(trees.extract()) == [(b"/f", Kind.FILE)]
 
 
-def test_extract_drops_a_directory_that_only_was_written_to(trees: Trees) -> None:
+def test_extract_drops_a_directory_that_only_was_written_to(trees: Union) -> None:
     trees.write("lower/d/old")
     trees.write("upper/d/new")
     assert kinds(trees.extract()) == [(b"/d/new", Kind.FILE)]
@@ -126,7 +126,7 @@ def test_extract_drops_a_directory_that_only_was_written_to(trees: Trees) -> Non
     assert kinds(trees.extract()) == [(b"/d", Kind.DIRECTORY), (b"/d/new", Kind.FILE)]
 
 
-def test_extract_new_link_to_an_unchanged_file_carries_both(trees: Trees) -> None:
+def test_extract_new_link_to_an_unchanged_file_carries_both(trees: Union) -> None:
     trees.write("lower/z", "same")
     copy = trees.copy_up("z")
     os.link(copy, trees.upper / "a")
@@ -135,27 +135,27 @@ def test_extract_new_link_to_an_unchanged_file_carries_both(trees: Trees) -> Non
     assert result.entries[1].target == b"/a"
 
 
-def test_extract_unchanged_links_of_one_file_are_dropped(trees: Trees) -> None:
+def test_extract_unchanged_links_of_one_file_are_dropped(trees: Union) -> None:
     os.link(trees.write("lower/a"), trees.lower / "b")
     os.link(trees.copy_up("a"), trees.upper / "b")
     assert trees.extract().entries == ()
 
 
-def test_extract_two_equal_files_made_one_are_carried(trees: Trees) -> None:
+def test_extract_two_equal_files_made_one_are_carried(trees: Union) -> None:
     for name in ("a", "b"):
         os.utime(trees.write(f"lower/{name}"), ns=(5, 5))
     os.link(trees.copy_up("a"), trees.upper / "b")
     assert kinds(trees.extract()) == [(b"/a", Kind.FILE), (b"/b", Kind.HARDLINK)]
 
 
-def test_extract_first_name_filtered_makes_the_second_the_file(trees: Trees) -> None:
+def test_extract_first_name_filtered_makes_the_second_the_file(trees: Union) -> None:
     os.link(trees.write("upper/run/a", "data"), trees.upper / "z")
     result = trees.extract()
     assert kinds(result) == [(b"/z", Kind.FILE)]
     assert result.filtered == (b"/run", b"/run/a")
 
 
-def test_extract_directory_replaced_lists_what_was_below(trees: Trees) -> None:
+def test_extract_directory_replaced_lists_what_was_below(trees: Union) -> None:
     trees.write("lower/d/sub/f")
     (trees.upper / "d").symlink_to("elsewhere")
     (entry,) = trees.extract().entries
@@ -163,7 +163,7 @@ def test_extract_directory_replaced_lists_what_was_below(trees: Trees) -> None:
     assert [path for path, _ in entry.below] == [b"/d/sub", b"/d/sub/f"]
 
 
-def test_extract_file_replaced_by_directory_expects_nothing_below(trees: Trees) -> None:
+def test_extract_file_replaced_by_directory_expects_nothing_below(trees: Union) -> None:
     trees.write("lower/d")
     trees.write("upper/d/f")
     directory, file = trees.extract().entries
@@ -171,7 +171,7 @@ def test_extract_file_replaced_by_directory_expects_nothing_below(trees: Trees) 
     assert file.expected is None
 
 
-def test_extract_opaque_directory_hides_all_levels(marks: Trees) -> None:
+def test_extract_opaque_directory_hides_all_levels(marks: Union) -> None:
     for name in ("d/gone", "d/sub/gone", "d/sub/kept"):
         marks.write(f"lower/{name}")
     marks.write("upper/d/sub/kept", "new")
@@ -183,20 +183,20 @@ def test_extract_opaque_directory_hides_all_levels(marks: Trees) -> None:
     ]
 
 
-def test_extract_whiteout_deletes_what_is_there_and_else_nothing(marks: Trees) -> None:
+def test_extract_whiteout_deletes_what_is_there_and_else_nothing(marks: Union) -> None:
     marks.write("lower/gone")
     for name in ("gone", "never"):
         os.setxattr(marks.write(f"upper/{name}", ""), "user.overlay.whiteout", b"y")
     assert kinds(marks.extract()) == [(b"/gone", Kind.DELETE)]
 
 
-def test_extract_whiteout_mark_on_a_file_with_content_is_no_whiteout(marks: Trees) -> None:
+def test_extract_whiteout_mark_on_a_file_with_content_is_no_whiteout(marks: Union) -> None:
     marks.write("lower/f")
     os.setxattr(marks.write("upper/f", "new"), "user.overlay.whiteout", b"y")
     assert kinds(marks.extract()) == [(b"/f", Kind.FILE)]
 
 
-def test_extract_overlay_attributes_stay_and_others_travel(marks: Trees) -> None:
+def test_extract_overlay_attributes_stay_and_others_travel(marks: Union) -> None:
     file = marks.write("upper/f")
     os.setxattr(file, "user.overlay.origin", b"")
     os.setxattr(file, "user.overlay.overlay.opaque", b"the guest's own")
@@ -205,7 +205,7 @@ def test_extract_overlay_attributes_stay_and_others_travel(marks: Trees) -> None
     assert entry.xattrs == (("user.other", b"1"), ("user.overlay.opaque", b"the guest's own"))
 
 
-def test_extract_for_a_mount_without_userxattr_leaves_user_attributes_alone(marks: Trees) -> None:
+def test_extract_for_a_mount_without_userxattr_leaves_user_attributes_alone(marks: Union) -> None:
     os.setxattr(marks.write("upper/f"), "user.overlay.redirect", b"the guest's own")
     (entry,) = marks.extract(prefix=TRUSTED_PREFIX).entries
     assert entry.xattrs == (("user.overlay.redirect", b"the guest's own"),)
@@ -214,7 +214,7 @@ def test_extract_for_a_mount_without_userxattr_leaves_user_attributes_alone(mark
 @pytest.mark.parametrize(
     ("mark", "value"), [("redirect", b"/x"), ("metacopy", b""), ("opaque", b"z"), ("new", b"")]
 )
-def test_extract_mark_not_seen_before_is_refused(marks: Trees, mark: str, value: bytes) -> None:
+def test_extract_mark_not_seen_before_is_refused(marks: Union, mark: str, value: bytes) -> None:
     marks.write("upper/d/f")
     os.setxattr(marks.upper / "d", f"user.overlay.{mark}", value)
     with pytest.raises(UnsupportedGuestError, match=f"overlayfs marked /d with {mark}"):
@@ -222,13 +222,13 @@ def test_extract_mark_not_seen_before_is_refused(marks: Trees, mark: str, value:
     assert not (marks.folder / "layer.tar").exists()
 
 
-def test_extract_attribute_name_that_is_not_utf8_is_refused(marks: Trees) -> None:
+def test_extract_attribute_name_that_is_not_utf8_is_refused(marks: Union) -> None:
     os.setxattr(marks.write("upper/f"), b"user.\xff", b"")
     with pytest.raises(UnsupportedGuestError, match="has a name that is not UTF-8"):
         marks.extract()
 
 
-def test_extract_socket_stays_behind(trees: Trees, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extract_socket_stays_behind(trees: Union, monkeypatch: pytest.MonkeyPatch) -> None:
     (trees.upper / "opt").mkdir()
     monkeypatch.chdir(trees.upper / "opt")  # the address has 108 bytes at most
     with socket.socket(socket.AF_UNIX) as listener:
@@ -239,7 +239,7 @@ def test_extract_socket_stays_behind(trees: Trees, monkeypatch: pytest.MonkeyPat
     assert result.filtered == (b"/opt/s",)
 
 
-def test_extract_new_directory_of_filtered_paths_alone_stays_behind(trees: Trees) -> None:
+def test_extract_new_directory_of_filtered_paths_alone_stays_behind(trees: Union) -> None:
     trees.write("upper/opt/a/lock")
     trees.write("upper/opt/b/lock")
     trees.write("upper/opt/b/data")
@@ -254,14 +254,14 @@ def test_extract_new_directory_of_filtered_paths_alone_stays_behind(trees: Trees
     assert result.filtered == (b"/opt/a", b"/opt/a/lock", b"/opt/b/lock")
 
 
-def test_extract_unchanged_path_below_a_filter_is_not_listed(trees: Trees) -> None:
+def test_extract_unchanged_path_below_a_filter_is_not_listed(trees: Union) -> None:
     trees.write("lower/run/f")
     trees.copy_up("run/f")
     assert trees.extract().filtered == ()
 
 
 def test_extract_more_paths_than_the_limit_is_refused(
-    trees: Trees, monkeypatch: pytest.MonkeyPatch
+    trees: Union, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(walk, "ENTRY_LIMIT", 3)
     for number in range(4):
@@ -271,7 +271,7 @@ def test_extract_more_paths_than_the_limit_is_refused(
 
 
 def test_extract_of_an_unknown_owner_is_refused(
-    trees: Trees, monkeypatch: pytest.MonkeyPatch
+    trees: Union, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the namespace has no 65534 of its own: then that number is nobody known."""
     monkeypatch.setattr("ouassister.changeset.node._overflow", lambda _: (os.getuid(), False))
@@ -290,16 +290,64 @@ def test_capability_of_the_namespaces_root_becomes_the_guests() -> None:
     assert _guest_value("user.x", v3 + bytes(4)) == v3 + bytes(4)
 
 
-def request(trees: Trees, **more: object) -> dict[str, object]:
+def request(trees: Union, **more: object) -> dict[str, object]:
     return {
-        "upper": str(trees.upper),
-        "lower": str(trees.lower),
+        "trees": [{"upper": str(trees.upper), "lower": str(trees.lower)}],
         "layer": str(trees.folder / "layer.tar"),
         "record": str(trees.folder / "record.json"),
     } | more
 
 
-def test_run_leaves_what_collect_reads(trees: Trees) -> None:
+def test_file_systems_stand_where_they_are_mounted(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("root", "store")]
+    for folder in folders:
+        folder.mkdir()
+    root, store = (Union(folder) for folder in folders)
+    root.write("upper/z")
+    root.write("upper/opt/x")
+    root.write("upper/store/covered")
+    store.write("upper/people/ann/file", "abc")
+    store.write("upper/tmp/file")
+    store.write("lower/people/bob/old")
+    store.write("upper/people/ann/link")
+    (store.upper / "people/ann/again").hardlink_to(store.upper / "people/ann/file")
+    places = ((b"/people", b"/store"), (b"/tmp", b"/tmp"))
+    trees = (Trees(root.upper, root.lower), Trees(store.upper, store.lower, None, places))
+    result = extract(trees, tmp_path / "layer.tar")
+    assert [entry.path for entry in result.entries] == [
+        b"/opt",
+        b"/opt/x",
+        b"/store",
+        b"/store/ann",
+        b"/store/ann/again",
+        b"/store/ann/file",
+        b"/store/ann/link",
+        b"/store/covered",
+        b"/z",
+    ]
+    assert result.entries[5].target == b"/store/ann/again"
+    assert result.filtered == (b"/tmp", b"/tmp/file")
+
+
+@pytest.mark.parametrize(
+    ("places", "path", "guest"),
+    [
+        (((b"/", b"/"),), b"/a/b", b"/a/b"),
+        (((b"/", b"/boot"),), b"/a", b"/boot/a"),
+        (((b"/", b"/boot"),), b"/", b"/boot"),
+        (((b"/@", b"/"), (b"/@store", b"/store")), b"/@store/ann", b"/store/ann"),
+        (((b"/@", b"/"), (b"/@store", b"/store")), b"/@/etc", b"/etc"),
+        (((b"/@", b"/"), (b"/@store", b"/store")), b"/@", b"/"),
+        (((b"/a", b"/x"),), b"/ab", b"/x"),
+    ],
+)
+def test_path_in_the_guest(
+    places: tuple[tuple[bytes, bytes], ...], path: bytes, guest: bytes
+) -> None:
+    assert Trees(Path(), Path(), None, places).guest(path) == guest
+
+
+def test_run_leaves_what_collect_reads(trees: Union) -> None:
     trees.write("upper/f\udcff\n", "abc")
     trees.write("upper/opt/left")
     rules = [["/opt/left", "why"]]
@@ -321,9 +369,10 @@ def test_run_leaves_what_collect_reads(trees: Trees) -> None:
     [
         ([], "a request has the keys"),
         ({"other": 1}, "a request has the keys"),
-        ({}, "the request lacks upper"),
-        ({"upper": 1, "lower": "", "layer": "", "record": ""}, "does not fit"),
-        ({"upper": "", "lower": "", "layer": "", "record": "", "extra_rules": [1]}, "does not fit"),
+        ({}, "the request lacks trees"),
+        ({"trees": [{}], "layer": "", "record": ""}, "the request lacks upper"),
+        ({"trees": [{"upper": 1, "lower": ""}], "layer": "", "record": ""}, "does not fit"),
+        ({"trees": [], "layer": "", "record": "", "extra_rules": [1]}, "does not fit"),
     ],
 )
 def test_run_with_another_request_is_refused(argument: object, reason: str) -> None:
@@ -332,7 +381,7 @@ def test_run_with_another_request_is_refused(argument: object, reason: str) -> N
 
 
 def test_run_without_room_for_the_record_leaves_none(
-    trees: Trees, monkeypatch: pytest.MonkeyPatch
+    trees: Union, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_folder: Path) -> None:
         raise OSError(errno.ENOSPC, "full")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ouassister.disk.layout import Layout, Volume
 from ouassister.errors import UpdaterError
 from ouassister.model import Uts
 from ouassister.shadow import keeper, session
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def prepare(folder: Path) -> None:
     values: dict[str, Any] = dict.fromkeys(one.name for one in fields(keeper.Configuration))
     values |= {"base_uid": os.geteuid(), "base_gid": os.getegid()}
+    values["layout"] = Layout((Volume("vda1", 254, 1, "ext4", ()),), ())
     values |= {"work": str(folder / "work"), "cache": str(folder / "cache")}
     keeper._prepare_folders(keeper.Configuration(**values))
 
@@ -32,6 +34,7 @@ def test_folders_are_made_and_made_again(tmp_path: Path) -> None:
     assert (tmp_path / "cache/apt/archives/bcc.deb").exists()
     assert (tmp_path / "cache/lists/partial").is_dir()
     assert (tmp_path / "work/events").is_dir()
+    assert (tmp_path / "work/upper/0").is_dir()
 
 
 @pytest.mark.parametrize("place", ["lists/partial", "apt/archives", "apt/archives/partial"])
@@ -62,7 +65,7 @@ def shadow(folder: Path) -> Shadow:
     """The host's side alone; nothing runs."""
     ours, theirs = socket.socketpair()
     theirs.close()
-    spec = ShadowSpec(folder, folder, (), "", Uts("", "", "", "", "", ""), ())
+    spec = ShadowSpec(folder, folder, (), Layout((), ()), Uts("", "", "", "", "", ""), ())
     (spec.shared / "events").mkdir(parents=True)
     with ours:
         return Shadow(ours, spec, folder)

@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ouassister.disk.storage import RootDevice
+from ouassister.disk.layout import Layout
 from ouassister.errors import (
-    DirtyDatabaseError,
     LockedError,
     NotSuspendedError,
     RunningVMError,
     UnsupportedGuestError,
 )
+from ouassister.guest_model import HeldLock
 from ouassister.model import (
     BlockRange,
-    CachedFile,
     Fence,
-    FileLock,
     FileStamp,
     GuestPid,
     GuestView,
@@ -32,7 +30,7 @@ from ouassister.model import (
     Uts,
 )
 from ouassister.provider.vmtoml import Disk, VmConfig
-from ouassister.sleeping import Sleeping, open_sleeping, refuse_running, refuse_unsafe, root_device
+from ouassister.sleeping import Sleeping, open_sleeping, refuse_running, refuse_unsafe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +42,12 @@ SYSTEMD = Task(
 )
 ROOT = Mount(b"/dev/root", b"/", "ext4", 254, 1, False, BlockRange("vda", 1 << 20, 1 << 30))
 PROC = Mount(b"proc", b"/proc", "proc", 0, 20, False)
-STATUS = CachedFile(b"/var/lib/dpkg/status", 77, 0o100644, 1000, 5, dirty=False)
+
+
+def lock(path: bytes, kind: str, pid: int) -> HeldLock:
+    return HeldLock(kind, True, GuestPid(pid), path, 254, 1, 77, 0, None)
+
+
 CLEAN = GuestView(
     uts=Uts("Linux", "web1", "6.1.0", "#1", "x86_64", "(none)"),
     boot_id="",
@@ -54,8 +57,9 @@ CLEAN = GuestView(
     memory_bytes=1 << 29,
     tasks=(SYSTEMD,),
     mounts=(ROOT, PROC),
-    locks=(FileLock(b"/run/systemd/private", "flock", GuestPid(1), write=True),),
-    database=(STATUS,),
+    locks=(),
+    database=(),
+    held_locks=(lock(b"/run/systemd/private", "flock", 1),),
 )
 
 
@@ -77,7 +81,7 @@ def config(tmp_path: Path) -> VmConfig:
 
 
 def sleeping(config: VmConfig, **changes: object) -> Sleeping:
-    return Sleeping(config, replace(CLEAN, **changes), Fence(STAMP, ()))  # type: ignore[arg-type]
+    return Sleeping(config, replace(CLEAN, **changes), Fence(STAMP, ()), Layout((), ()), {})  # type: ignore[arg-type]
 
 
 # --- memory forbids it ---
@@ -101,84 +105,15 @@ def test_running_updater_is_locked(config: VmConfig, exe: bytes) -> None:
     "path", [b"/var/lib/dpkg/lock-frontend", b"/var/lib/dpkg/lock", b"/var/cache/apt/archives/lock"]
 )
 def test_held_lock_is_locked(config: VmConfig, path: bytes, kind: str) -> None:
-    held = FileLock(path, kind, GuestPid(7), write=True)
+    held = lock(path, kind, 7)
     with pytest.raises(LockedError, match=f"pid 7 held {path.decode()} when"):
-        refuse_unsafe(sleeping(config, locks=(*CLEAN.locks, held)))
+        refuse_unsafe(sleeping(config, held_locks=(held,)))
 
 
-def test_dirty_database_is_refused_and_counted(config: VmConfig) -> None:
-    dirty = replace(STATUS, dirty=True)
-    other = replace(dirty, path=b"/var/lib/dpkg/info/\x1b.list")
-    with pytest.raises(DirtyDatabaseError, match=r"in memory: /var/lib/dpkg/status$"):
-        refuse_unsafe(sleeping(config, database=(STATUS, dirty)))
-    with pytest.raises(DirtyDatabaseError, match=r"/info/\\x1b\.list, /var/lib/dpkg/status$"):
-        refuse_unsafe(sleeping(config, database=(other, STATUS, dirty)))
-    with pytest.raises(DirtyDatabaseError, match=r"status and 2 more$"):
-        refuse_unsafe(sleeping(config, database=(dirty,) * 5))
-
-
-@pytest.mark.parametrize(
-    "unknown", ["package database: no dentries", "uncommitted changes: xfs: unread"]
-)
-def test_kernel_that_cannot_tell_is_unsupported(config: VmConfig, unknown: str) -> None:
-    with pytest.raises(UnsupportedGuestError, match="cannot be told"):
-        refuse_unsafe(sleeping(config, degraded=(unknown,)))
-
-
-# --- the root file system ---
-
-
-def test_root_device_is_where_the_kernel_says(config: VmConfig) -> None:
-    found = root_device(sleeping(config))
-    assert found == RootDevice(config.disks[0].path, "qcow2", 1 << 20, 1 << 30)
-
-
-def test_root_that_was_mounted_last_counts(config: VmConfig) -> None:
-    initial = Mount(b"rootfs", b"/", "rootfs", 0, 2, False)
-    assert root_device(sleeping(config, mounts=(initial, ROOT, PROC))).start == 1 << 20
-
-
-def test_bind_mount_of_the_root_is_no_other_file_system(config: VmConfig) -> None:
-    bound = replace(ROOT, target=b"/srv/data")
-    assert root_device(sleeping(config, mounts=(ROOT, bound))).size == 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("mounts", "what"),
-    [
-        ((), "is not on a disk"),
-        ((PROC,), "is not on a disk"),
-        ((replace(ROOT, block=None),), "is not on a disk"),
-        ((replace(ROOT, fstype="xfs"),), "is xfs, not ext4"),
-        ((ROOT, replace(ROOT, fstype="btrfs", minor=2)), "is btrfs, not ext4"),
-        (
-            (ROOT, replace(ROOT, target=b"/boot", source=b"/dev/vda2", minor=2)),
-            r"/boot is a file system of its own \(ext4 on /dev/vda2\)",
-        ),
-    ],
-)
-def test_other_layouts_are_unsupported(
-    config: VmConfig, mounts: tuple[Mount, ...], what: str
-) -> None:
-    with pytest.raises(UnsupportedGuestError, match=what):
-        root_device(sleeping(config, mounts=mounts))
-
-
-def test_one_of_several_disks_is_chosen_by_its_name_in_the_guest(config: VmConfig) -> None:
-    first = config.disks[0]
-    named = replace(first, node="disk1", path=config.folder / "b.raw", format="raw", guest="vda")
-    two = replace(config, disks=(replace(first, guest="vdb"), named))
-    assert root_device(sleeping(two)).image == named.path
-    for guests in (("", ""), ("vdb", "vdc"), ("vda", "vda")):
-        disks = tuple(
-            replace(disk, guest=guest) for disk, guest in zip(two.disks, guests, strict=True)
-        )
-        with pytest.raises(UnsupportedGuestError, match="which disk is vda") as caught:
-            root_device(sleeping(replace(config, disks=disks)))
-        assert 'guest = "vda"' in caught.value.hint
-
-
-# --- the host forbids it ---
+def test_kernel_that_does_not_tell_of_locks_is_unsupported(config: VmConfig) -> None:
+    unread = sleeping(config, held_locks=None, degraded=("locks: no types",))
+    with pytest.raises(UnsupportedGuestError, match="cannot be told: locks: no types"):
+        refuse_unsafe(unread)
 
 
 def test_vm_without_save_file_is_not_suspended(config: VmConfig) -> None:

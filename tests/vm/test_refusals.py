@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.vm.world import NOTHING, World, leftovers
 
-from ouassister.provider import qemu
+from ouassister.provider import qemu, vmtoml
 from ouassister.testing import guest_run
+from ouassister.testing.suspended import overlay
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,16 +139,30 @@ def test_work_disk_that_is_full_is_named_and_left_clean(world: World, tmp_path: 
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_package_database_that_is_dirty_in_memory_is_refused(world: World) -> None:
+def test_disk_of_another_moment_is_refused(world: World, suspended: Path) -> None:
+    """The save file remembers packages that this older disk never had."""
+    (disk,) = world.config.disks
+    (older,) = vmtoml.load(suspended).disks
+    disk.path.unlink()
+    overlay(disk.path, older.path, older.format)
+    done = world.run("update")
+    assert (done.status, done.code) == (20, "state-corrupt-guest"), done
+    assert leftovers(world.home) == NOTHING
+    shown = world.run("run", "--", "true")
+    assert (shown.status, shown.code) == (20, "state-corrupt-guest"), shown
+
+
+def test_dump_can_be_looked_at_and_not_updated(world: World) -> None:
+    save = world.config.save
     with qemu.restore(world.config, links_up=False) as vm:
-        vm.qga()
-        vm.cont()
-        guest_run(vm, "sync; echo >>/var/lib/dpkg/available")
-        world.config.save.unlink()
-        vm.suspend()
-    done = world.run("update", "--install", "oua-extra")
-    assert (done.status, done.code) == (20, "state-dirty-database"), done
-    assert "/var/lib/dpkg/available" in done.value["error"]["message"]
+        save.unlink()
+        words = {"paging": False, "protocol": f"file:{save}", "detach": False}
+        vm.qmp.execute_with("dump-guest-memory", words)
+        vm.kill()
+    assert world.run("inspect").status == 0
+    done = world.run("update")
+    assert (done.status, done.code) == (23, "unsupported-state"), done
+    assert "it can be inspected, never updated" in done.value["error"]["message"]
 
 
 def test_updater_that_held_its_lock_at_suspend_is_refused(world: World) -> None:

@@ -4,8 +4,8 @@
 and capabilities read as the guest has them; `collect` reads on the outside what it left. As a
 program of its own, which prints one JSON object that `outcome` reads::
 
-    python -I -m ouassister.changeset.extract '{"upper": ..., "lower": ..., "layer": ...,
-                                                "record": ..., "image": ..., "extra_rules": []}'
+    python -I -m ouassister.changeset.extract '{"trees": [{"upper": ..., "lower": ...}],
+                                                "layer": ..., "record": ..., "extra_rules": []}'
 
 docs/design/0004-changeset.md tells what is dropped, kept and refused, and why.
 """
@@ -21,9 +21,9 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ouassister import codec, errors
+from ouassister import codec
 from ouassister.changeset.filter import RULES, Filter, Rule
 from ouassister.changeset.layer import READABLE, LayerWriter, sync_directory
 from ouassister.changeset.node import Tree
@@ -34,6 +34,7 @@ from ouassister.errors import (
     OUassisterError,
     UsageError,
     WorkDiskFullError,
+    from_code,
 )
 from ouassister.model import Entry, Kind
 from ouassister.text import from_text, to_text
@@ -59,23 +60,48 @@ class Extraction:
     layer_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Trees:
+    """The two trees of one file system.
+
+    Attributes:
+        upper: overlayfs's upper directory; nobody writes to it any more.
+        lower: The mounted file system.
+        image: The ext4 file system that ``lower`` shows, for what its mount hides.
+        places: Where its parts stand in the guest: path in the trees, path in the guest.
+    """
+
+    upper: Path
+    lower: Path
+    image: Path | None = None
+    places: tuple[tuple[bytes, bytes], ...] = ((b"/", b"/"),)
+
+    def guest(self, path: bytes) -> bytes:
+        """Where a path of these trees stands in the guest.
+
+        What is above of every part is no place; it is said to stand at the first one.
+        """
+        for root, target in self.places:
+            if root == b"/":
+                return path if target == b"/" else target + (path if path != b"/" else b"")
+            if path == root or path.startswith(root + b"/"):
+                return (b"" if target == b"/" else target) + path[len(root) :] or b"/"
+        return self.places[0][1]
+
+
 def extract(
-    upper: Path,
-    lower: Path,
+    trees: tuple[Trees, ...],
     layer_out: Path,
     filters: Filter | None = None,
     *,
-    image: Path | None = None,
     prefix: str = USER_PREFIX,
 ) -> Extraction:
     """Compare the trees and write the layer.
 
     Args:
-        upper: overlayfs's upper directory; nobody writes to it any more.
-        lower: The mounted tree of the guest.
+        trees: Those of each file system.
         layer_out: Where the layer will be; written aside, made durable and renamed.
         filters: What stays behind; the table of `filter` by default.
-        image: The ext4 file system that ``lower`` shows, for what its mount hides.
         prefix: Of overlayfs's attributes: `USER_PREFIX`, or `TRUSTED_PREFIX` for a mount
             without ``userxattr``.
 
@@ -84,21 +110,38 @@ def extract(
         InternalError: The trees are not what the shadow makes.
         WorkDiskFullError: No room for the layer; nothing is left of it.
     """
+    kept: list[_Kept] = []
+    filtered: list[bytes] = []
+    notes: list[str] = []
     with contextlib.ExitStack() as stack:
-        inodes = None if image is None else stack.enter_context(Inodes(image))
-        walk = Walk(
-            stack.enter_context(Tree(upper, prefix)),
-            stack.enter_context(Tree(lower, prefix)),
-            filters or Filter(),
-            inodes,
-        )
-        kept, filtered = _select(list(walk.run()))
+        for one in trees:
+            inodes = None if one.image is None else stack.enter_context(Inodes(one.image))
+            walk = Walk(
+                stack.enter_context(Tree(one.upper, prefix)),
+                stack.enter_context(Tree(one.lower, prefix)),
+                filters or Filter(),
+                inodes,
+                one.guest,
+            )
+            chosen, left = _select(list(walk.run()))
+            kept += [_Kept(item, walk, one.guest(item.entry.path)) for item in chosen]
+            filtered += [one.guest(path) for path in left]
+            notes += [*walk.notes, *_parted(chosen, one)]
+        kept.sort(key=lambda item: item.path.split(b"/"))
         writer = stack.enter_context(LayerWriter(layer_out))
-        entries = tuple(_write(writer, walk.upper, kept))
+        entries = tuple(_write(writer, kept))
         sha256, size = writer.finish()
     content = sum(entry.size for entry in entries)
-    notes = (*walk.notes, *_parted(kept))
-    return Extraction(entries, filtered, notes, content, sha256, size)
+    return Extraction(entries, tuple(filtered), tuple(notes), content, sha256, size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What travels, whose walk found it, and where it stands in the guest."""
+
+    found: Found
+    walk: Walk
+    path: bytes
 
 
 def _select(found: list[Found]) -> tuple[list[Found], tuple[bytes, ...]]:
@@ -133,7 +176,7 @@ def _select(found: list[Found]) -> tuple[list[Found], tuple[bytes, ...]]:
     return kept, tuple(item.entry.path for item in changed if item.filtered)
 
 
-def _parted(kept: list[Found]) -> Iterator[str]:
+def _parted(kept: list[Found], trees: Trees) -> Iterator[str]:
     """Say which files keep some of their names in the guest with what they had.
 
     A live update that writes in place would change them under all names; in the union, as in one
@@ -146,16 +189,21 @@ def _parted(kept: list[Found]) -> Iterator[str]:
     for group in names.values():
         left = group[0].lower_names - len(group)
         if left > 0 and any(item.entry.kind is not Kind.DELETE for item in group):
-            path = to_text(group[0].entry.path)
+            path = to_text(trees.guest(group[0].entry.path))
             yield f"{path} changes; {left} more names of that file in the guest do not"
 
 
-def _write(writer: LayerWriter, upper: Tree, kept: list[Found]) -> Iterator[Entry]:
+def _write(writer: LayerWriter, kept: list[_Kept]) -> Iterator[Entry]:
     first: dict[tuple[int, int], bytes] = {}
     for item in kept:
-        entry = item.entry
-        if item.link is not None:
-            target = first.setdefault(item.link, entry.path)
+        found, guest = item.found, item.walk.guest
+        entry = dataclasses.replace(
+            found.entry,
+            path=item.path,
+            below=tuple((guest(path), state) for path, state in found.entry.below),
+        )
+        if found.link is not None:
+            target = first.setdefault(found.link, entry.path)
             if target != entry.path:
                 yield writer.add(
                     dataclasses.replace(entry, kind=Kind.HARDLINK, target=target, size=0, xattrs=())
@@ -164,7 +212,7 @@ def _write(writer: LayerWriter, upper: Tree, kept: list[Found]) -> Iterator[Entr
         if entry.kind is not Kind.FILE:
             yield writer.add(entry)
             continue
-        source = upper.open(entry.path)
+        source = item.walk.upper.open(found.entry.path)
         try:
             yield writer.add(entry, source)
         finally:
@@ -201,7 +249,7 @@ def outcome(stdout: bytes, record: Path) -> Extraction:
         summary = json.loads(stdout[:_SUMMARY_LIMIT])
         error = summary.get("error")
         if error is not None:
-            error = _error_from(error)
+            error = from_code(error["code"], error["message"], error["hint"])
     except (ValueError, AttributeError, KeyError) as cause:
         raise InternalError("the extraction of the change set ended without a result") from cause
     if error is not None:
@@ -209,42 +257,24 @@ def outcome(stdout: bytes, record: Path) -> Extraction:
     return collect(summary, record)
 
 
-def _error_from(value: dict[str, str]) -> OUassisterError:
-    """Make an error of ours out of what `main` printed."""
-    for kind in vars(errors).values():
-        if (
-            isinstance(kind, type)
-            and issubclass(kind, OUassisterError)
-            and vars(kind).get("code") == value["code"]
-            and kind.__init__ is OUassisterError.__init__
-        ):
-            return kind(value["message"], hint=value["hint"])
-    return InternalError(f"extraction failed: {value['message']} [{value['code']}]")
-
-
 @dataclass(frozen=True, slots=True)
 class _Request:
-    upper: Path
-    lower: Path
+    trees: tuple[Trees, ...]
     layer: Path
     record: Path
-    image: Path | None
     prefix: str
     rules: tuple[Rule, ...]
 
 
 def _request(request: object) -> _Request:
-    known = {"upper", "lower", "layer", "record", "image", "prefix", "extra_rules"}
+    known = {"trees", "layer", "record", "prefix", "extra_rules"}
     try:
         if not isinstance(request, dict) or request.keys() - known:
             raise UsageError(f"a request has the keys {', '.join(sorted(known))}")
-        image = request.get("image")
         return _Request(
-            upper=Path(request["upper"]),
-            lower=Path(request["lower"]),
+            trees=tuple(_trees(one) for one in request["trees"]),
             layer=Path(request["layer"]),
             record=Path(request["record"]),
-            image=None if image is None else Path(image),
             prefix=request.get("prefix", USER_PREFIX),
             rules=tuple(Rule(from_text(p), why) for p, why in request.get("extra_rules", [])),
         )
@@ -254,12 +284,23 @@ def _request(request: object) -> _Request:
         raise UsageError(f"the request does not fit: {error}") from error
 
 
+def _trees(value: dict[str, Any]) -> Trees:
+    image = value.get("image")
+    return Trees(
+        Path(value["upper"]),
+        Path(value["lower"]),
+        None if image is None else Path(image),
+        tuple((from_text(r), from_text(t)) for r, t in value.get("places", [["/", "/"]])),
+    )
+
+
 def run(argument: object) -> dict[str, int | str]:
     """Extract, and leave the layer and the record where ``argument`` says.
 
     Args:
-        argument: ``upper``, ``lower``, ``layer``, ``record``: paths; optional are ``image``,
-            ``prefix`` (see `extract`) and ``extra_rules``: pairs of a pattern and a reason.
+        argument: ``trees``: for each file system ``upper`` and ``lower``, and perhaps ``image``
+            and ``places`` (see `Trees`); ``layer``, ``record``: paths; optional are ``prefix``
+            (see `extract`) and ``extra_rules``: pairs of a pattern and a reason.
 
     Returns:
         What `collect` needs, and figures for the story.
@@ -270,11 +311,9 @@ def run(argument: object) -> dict[str, int | str]:
     """
     request = _request(argument)
     result = extract(
-        request.upper,
-        request.lower,
+        request.trees,
         request.layer,
         Filter(RULES + request.rules),
-        image=request.image,
         prefix=request.prefix,
     )
     raw = codec.canonical(result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -54,12 +55,16 @@ class Found:
 
 @dataclass(slots=True)
 class Walk:
-    """One pass over the upper tree; reads, and writes nothing."""
+    """One pass over the upper tree; reads, and writes nothing.
+
+    ``guest`` says where in the guest's tree a path of this one stands.
+    """
 
     upper: Tree
     lower: Tree
     filters: Filter
     inodes: Inodes | None
+    guest: Callable[[bytes], bytes] = bytes
     owners: Owners = field(default_factory=Owners)
     notes: list[str] = field(default_factory=list)
     seen: int = 0
@@ -146,7 +151,7 @@ class Walk:
         if status is None:
             raise InternalError(f"{to_text(path)} vanished from the lower tree")
         entry = Entry(path, Kind.DELETE, self._expected(status), below=self._below(path, status))
-        filtered = self.filters.reason(path) is not None
+        filtered = self.filters.reason(self.guest(path)) is not None
         return Found(entry, None, _link(status), status.st_nlink, True, filtered)
 
     def _present(self, path: bytes, node: Node, below: os.stat_result | None) -> Found | None:
@@ -192,7 +197,7 @@ class Walk:
             None if below is None else _link(below),
             1 if below is None else below.st_nlink,
             changed,
-            self.filters.reason(path) is not None,
+            self.filters.reason(self.guest(path)) is not None,
             copied_up,
         )
 
@@ -246,7 +251,7 @@ class Walk:
             return not theirs.read(1)
 
     def _note(self, path: bytes, text: str) -> None:
-        self.notes.append(f"{to_text(path)} {text}")
+        self.notes.append(f"{to_text(self.guest(path))} {text}")
 
 
 def _is_whiteout(node: Node) -> bool:

@@ -1,12 +1,14 @@
-"""Show what the sleeping guest's kernel knows: release, uptime, processes, mounts."""
+"""Show what the sleeping guest's kernel knows: release, uptime, processes, mounts, and more."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ouassister import codec
 from ouassister.cli.common import Result, add_vm, find_vm
+from ouassister.cli.inspect_lists import LISTS
+from ouassister.model import Subject
 from ouassister.sleeping import open_sleeping
 from ouassister.store.database import Store
 from ouassister.text import size, table, to_text
@@ -16,19 +18,35 @@ if TYPE_CHECKING:
 
     from ouassister.model import GuestView
 
+# Cheap, and worth a line of the summary each.
+_ALWAYS: Final = frozenset(
+    (Subject.TASKS, Subject.LOCKS, Subject.FILE_SYSTEMS, Subject.BLOCK_DEVICES, Subject.NETWORK,
+     Subject.MODULES, Subject.SWAP)
+)  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The VM."""
+    """The VM, and which lists to print."""
     add_vm(parser)
+    for name, (_, _, meaning) in LISTS.items():
+        parser.add_argument(
+            f"--{name}", dest="lists", action="append_const", const=name, help=meaning
+        )
+    parser.add_argument("--all", action="store_true", help="all of these lists")
 
 
 def run(arguments: argparse.Namespace) -> Result:
     """See the module."""
     with Store() as store:
         config = find_vm(store, arguments.vm)
-    with open_sleeping(config) as sleeping:
+    lists = tuple(LISTS) if arguments.all else tuple(dict.fromkeys(arguments.lists or ()))
+    want = _ALWAYS | {LISTS[name][0] for name in lists}
+    with open_sleeping(config, want) as sleeping:
         view = sleeping.view
-    return 0, codec.to_value(view), "\n".join(_lines(config.name, view))
+    lines = _lines(config.name, view)
+    for name in lists:
+        lines += ["", name.replace("-", " "), *LISTS[name][1](view)]
+    return 0, codec.to_value(view), "\n".join(lines)
 
 
 def _lines(name: str, view: GuestView) -> list[str]:
@@ -41,12 +59,16 @@ def _lines(name: str, view: GuestView) -> list[str]:
         "",
         "processes",
     ]
-    rows = [("PID", "PARENT", "UID", "STATE", "COMMAND", "EXECUTABLE")]
+    rows = [("PID", "PARENT", "UID", "STATE", "UNIT", "COMMAND", "EXECUTABLE")]
     rows += [
-        (str(t.pid), str(t.parent), str(t.uid), t.state, to_text(t.comm), to_text(t.exe or b"-"))
+        (
+            str(t.pid), str(t.parent), str(t.uid), t.state,
+            (t.detail.user_unit or t.detail.unit or "-") if t.detail else "-",
+            to_text(t.comm), to_text(t.exe or b"-"),
+        )
         for t in view.tasks
         if not t.kernel_thread
-    ]
+    ]  # fmt: skip
     threads = sum(task.kernel_thread for task in view.tasks)
     lines += [table(rows, "  "), f"  and {threads} kernel threads", "", "mounts"]
     mounts = [("SOURCE", "TARGET", "TYPE", "")]
@@ -54,11 +76,69 @@ def _lines(name: str, view: GuestView) -> list[str]:
         (to_text(m.source), to_text(m.target), m.fstype, "read-only" if m.read_only else "")
         for m in view.mounts
     ]
-    lines.append(table(mounts, "  "))
+    lines += [table(mounts, "  "), *_devices(view), *_network(view)]
     dirty = sum(file.dirty for file in view.database)
     lines += ["", f"package database: {len(view.database)} cached paths, {dirty} unflushed"]
-    if view.locks:
+    if view.held_locks:
+        lines += ["", "locks"]
+        lines += [
+            f"  {to_text(lock.path)}: {lock.kind}, {'write' if lock.write else 'read'}, "
+            + (f"pid {lock.pid}" if lock.pid > 0 else "of an open file")
+            for lock in view.held_locks
+        ]
+    elif view.locks:
         lines.append("locks")
         lines += [f"  {to_text(lock.path)}: {lock.kind}, pid {lock.pid}" for lock in view.locks]
     lines += [f"not told by this kernel: {what}" for what in view.degraded]
+    return lines
+
+
+def _devices(view: GuestView) -> list[str]:
+    lines = []
+    used = [one for one in view.block_devices or () if one.size]
+    if used:
+        rows = [("NAME", "NUMBER", "SIZE", "START", "LABEL", "SYSFS")]
+        rows += [
+            (
+                one.name, f"{one.major}:{one.minor}", size(one.size), str(one.start),
+                one.partition_label or "-", to_text(one.sysfs),
+            )
+            for one in used
+        ]  # fmt: skip
+        lines += ["", "block devices", table(rows, "  ")]
+    for mapped in view.mapped_devices or ():
+        lines.append(f"  {mapped.device} is {mapped.name}")
+        for one in mapped.ranges:
+            below = ", ".join(
+                leg.device + ("" if leg.start is None else f" from {leg.start}")
+                for leg in one.below
+            )
+            lines.append(f"    {size(one.size)} at {one.start}: {one.target} on {below}")
+    for area in view.swaps or ():
+        lines.append(f"  swap {to_text(area.path)}: {size(area.used)} of {size(area.size)} used")
+    return lines
+
+
+def _network(view: GuestView) -> list[str]:
+    lines = []
+    if view.network_devices:
+        rows = [
+            (one.name, one.kind or "-", one.operstate, one.hardware_address or "-",
+             " ".join(one.addresses) or "-")
+            for one in view.network_devices
+        ]  # fmt: skip
+        head = ("NAME", "KIND", "STATE", "HARDWARE ADDRESS", "ADDRESSES")
+        lines += ["", "network", table([head, *rows], "  ")]
+    if view.sockets:
+        ports = sorted(
+            {
+                f"{one.protocol}/{one.port}"
+                for one in view.sockets.bound
+                if not one.protocol.startswith("unix")
+            }
+        )
+        lines.append(
+            f"  reachable: {', '.join(ports) or 'nothing'};"
+            f" {view.sockets.established} connections established"
+        )
     return lines

@@ -15,7 +15,8 @@ from ouassister.errors import HostNotReadyError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ouassister.disk.storage import RootDevice
+    from ouassister.disk.layout import Piece
+    from ouassister.disk.matching import Image
 
 # $1 raw image, $2 offset, $3 mount point, $4 cache folder, $5 package
 _SCRIPT: Final = r"""
@@ -37,7 +38,7 @@ echo $((after - before))
 """
 
 
-def chroot_install_s(root: RootDevice, cache: Path, folder: Path, package: str) -> float:
+def chroot_install_s(image: Image, root: Piece, cache: Path, folder: Path, package: str) -> float:
     """Seconds that ``apt-get install`` takes in the chroot.
 
     Raises:
@@ -52,10 +53,10 @@ def chroot_install_s(root: RootDevice, cache: Path, folder: Path, package: str) 
                 "convert",
                 "-U",
                 "-f",
-                root.format,
+                image.format,
                 "-O",
                 "raw",
-                str(root.image),
+                str(image.path),
                 str(raw),
             ],
             check=True,

@@ -17,7 +17,7 @@ from ouassister.demo.twin import Conventional, update_inside
 from ouassister.errors import HostNotReadyError
 from ouassister.model import Request
 from ouassister.provider import qemu, vmtoml
-from ouassister.sleeping import chain, open_sleeping, root_device
+from ouassister.sleeping import chain, open_sleeping
 from ouassister.store.database import Store
 from ouassister.testing import build_image, clone, make_suspended
 from ouassister.text import size, table, to_text
@@ -56,7 +56,8 @@ def run_demo(folder: Path, package: str) -> tuple[dict[str, Any], str, int]:
     files = (ours.save.resolve(), *chain(ours))
     with story.phase("3. inspect the sleeping guest, from its save file alone"):
         with open_sleeping(ours) as sleeping:
-            view, root = sleeping.view, root_device(sleeping)
+            view, root = sleeping.view, sleeping.layout.volumes[0].pieces[0]
+            disk = sleeping.disks[root.disk]
         _tell_view(view, story)
     before = file_hashes(files)
     with Store(work / "state") as store:
@@ -71,7 +72,7 @@ def run_demo(folder: Path, package: str) -> tuple[dict[str, Any], str, int]:
         )
         with story.phase("   the same in a plain chroot, for comparison"):
             cache = store.vm_folder(ours.name) / "cache"
-            chroot_s = chroot_install_s(root, cache, work, package)
+            chroot_s = chroot_install_s(disk, root, cache, work, package)
         resumed, frames = _resume(ours, store, story)
         changeset, _layer = archive.load(store.changesets(ours.name), update.changeset_id)
     with story.phase("6. prove it, in the guest"), qemu.attach(ours) as vm:

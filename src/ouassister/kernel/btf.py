@@ -3,9 +3,11 @@
 The index keeps one offset and one name per type; nothing else is decoded until it is asked
 for. Everything in the table is checked against its bounds, since it comes from a guest.
 
-Source: Linux ``Documentation/bpf/btf.rst`` and ``include/uapi/linux/btf.h`` (v6.12);
+Source: Linux ``Documentation/bpf/btf.rst`` and ``include/uapi/linux/btf.h`` (v6.12, v7.3);
 FLOAT since b1828f0b0482 (v5.13), DECL_TAG since b5ea834dde6b (v5.16; named so by 223f903e9c83,
-v5.16), TYPE_TAG since 8c42d2fa4eea (v5.17), ENUM64 since 6089fb325cf7 (v6.0).
+v5.16), TYPE_TAG since 8c42d2fa4eea (v5.17), ENUM64 since 6089fb325cf7 (v6.0). Sizes of kinds, for
+readers that do not know them, since 222edc843c15 ("btf: Add BTF kind layout encoding to UAPI",
+v7.1); kinds have 7 bits and counts 24 in v7.3, where the bits more had to be zero before.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 _MAGIC: Final = 0xEB9F
 _HEADER: Final = struct.Struct("<HBBIIIII")
+_LAYOUT: Final = struct.Struct("<II")  # layout_off, layout_len, behind the header
+_KINDS: Final = 128
 _MAX_BYTES: Final = 256 << 20
 MAX_NAME: Final = 4096
 
@@ -54,6 +58,7 @@ class Kind(IntEnum):
 _FIXED: Final = {Kind.INT: 1, Kind.ARRAY: 3, Kind.VAR: 1, Kind.DECL_TAG: 1}
 _EACH: Final = {Kind.STRUCT: 3, Kind.UNION: 3, Kind.ENUM: 2, Kind.FUNC_PROTO: 2,
                 Kind.DATASEC: 3, Kind.ENUM64: 3}  # fmt: skip
+_KNOWN: Final = frozenset(Kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +82,17 @@ class Btf:
 
     Raises:
         CorruptGuestError: The table exceeds its own bounds.
-        UnsupportedGuestError: A kind that is not in `Kind`, or another version.
+        UnsupportedGuestError: A kind whose size is not known, or another version.
     """
 
     def __init__(self, raw: bytes, base: Btf | None = None) -> None:
         self._base = base
         self.first_id: int = base.first_id + len(base) if base else 1
         self._first_string: int = base._first_string + len(base._strings) if base else 0
-        types, strings = _sections(raw)
+        types, strings, layout = _sections(raw, split=base is not None)
         self._strings: bytes = strings
         self._words = memoryview(types).cast("I")
-        self._starts, self._names, self._kinds = _index(self._words)
+        self._starts, self._names, self._kinds = _index(self._words, layout)
 
     def __len__(self) -> int:
         """Return the number of types in this table, without the base."""
@@ -104,7 +109,12 @@ class Btf:
         return self._strings[start:end].decode("utf-8", "replace")
 
     def record(self, type_id: int) -> Record:
-        """Return one type by its id (0 is void, and no record)."""
+        """Return one type by its id (0 is void, and no record).
+
+        Raises:
+            CorruptGuestError: There is no such type.
+            UnsupportedGuestError: Its kind is not in `Kind`.
+        """
         if type_id < self.first_id and self._base:
             return self._base.record(type_id)
         index = type_id - self.first_id
@@ -113,8 +123,10 @@ class Btf:
         start = self._starts[index]
         end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._words)
         name, info, size_or_type = self._words[start : start + 3]
+        if self._kinds[index] not in _KNOWN:
+            raise UnsupportedGuestError(f"BTF kind {self._kinds[index]} is not known")
         return Record(
-            Kind(self._kinds[index]), self.name(name), bool(info >> 31), info & 0xFFFF,
+            Kind(self._kinds[index]), self.name(name), bool(info >> 31), info & 0xFF_FFFF,
             size_or_type, tuple(self._words[start + 3 : end]),
         )  # fmt: skip
 
@@ -151,7 +163,7 @@ class Btf:
         return offsets + (self._base._string_offsets(name) if self._base else [])
 
 
-def _sections(raw: bytes) -> tuple[bytes, bytes]:
+def _sections(raw: bytes, *, split: bool) -> tuple[bytes, bytes, bytes]:
     if not _HEADER.size <= len(raw) <= _MAX_BYTES:
         raise CorruptGuestError(f"a BTF section of {len(raw)} bytes")
     magic, version, flags, header, type_at, type_size, string_at, string_size = _HEADER.unpack_from(
@@ -168,28 +180,48 @@ def _sections(raw: bytes) -> tuple[bytes, bytes]:
         raise CorruptGuestError("the BTF header points out of its section")
     types = raw[header + type_at : header + type_at + type_size]
     strings = raw[header + string_at : header + string_at + string_size]
-    if strings[0] or strings[-1]:
+    # A table that extends another need not start with the empty name (btf_parse_str_sec).
+    if (strings[0] and not split) or strings[-1]:
         raise CorruptGuestError("BTF strings do not start and end with NUL")
-    return types, strings
+    layout = b""
+    if header >= _HEADER.size + _LAYOUT.size:
+        layout_at, layout_size = _LAYOUT.unpack_from(raw, _HEADER.size)
+        if layout_size % 4 or layout_at + layout_size > body:
+            raise CorruptGuestError("the BTF header points out of its section")
+        layout = raw[header + layout_at : header + layout_at + layout_size]
+    return types, strings, layout
 
 
-def _index(words: memoryview[int]) -> tuple[list[int], list[int], list[int]]:
-    fixed = [3 + _FIXED.get(Kind(kind), 0) if 0 < kind < 20 else 0 for kind in range(32)]
-    each = [_EACH.get(Kind(kind), 0) if 0 < kind < 20 else 0 for kind in range(32)]
+def _index(words: memoryview[int], layout: bytes) -> tuple[list[int], list[int], list[int]]:
+    fixed, each = _sizes(layout)
     starts: list[int] = []
     names: list[int] = []
     kinds: list[int] = []
     position, end = 0, len(words)
     while position + 3 <= end:
         info = words[position + 1]
-        kind = (info >> 24) & 0x1F
+        kind = (info >> 24) & 0x7F
         size = fixed[kind]
         if not size:
             raise UnsupportedGuestError(f"BTF kind {kind} is not known")
         starts.append(position)
         names.append(words[position])
         kinds.append(kind)
-        position += size + each[kind] * (info & 0xFFFF)
+        position += size + each[kind] * (info & 0xFF_FFFF)
     if position != end:
         raise CorruptGuestError("the last BTF type reaches beyond its section")
     return starts, names, kinds
+
+
+def _sizes(layout: bytes) -> tuple[list[int], list[int]]:
+    """Return words per type and words per ``vlen`` by kind; 0 words for an unknown kind.
+
+    Kinds that we know have the size we know; of others the table itself may tell.
+    """
+    fixed = [3 + _FIXED.get(Kind(kind), 0) if kind in _KNOWN else 0 for kind in range(_KINDS)]
+    each = [_EACH.get(Kind(kind), 0) if kind in _KNOWN else 0 for kind in range(_KINDS)]
+    for kind, (info_size, element_size, _flags) in enumerate(struct.iter_unpack("<BBH", layout)):
+        if 0 < kind < _KINDS and kind not in _KNOWN and not (info_size | element_size) % 4:
+            fixed[kind] = 3 + info_size // 4
+            each[kind] = element_size // 4
+    return fixed, each

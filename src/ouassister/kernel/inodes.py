@@ -52,6 +52,11 @@ def is_dirty(inode: Object, ext4: Ext4) -> bool:
     committed = ext4.committed(inode)
     if committed is not None:
         return not committed
+    return awaits_writing(inode)
+
+
+def awaits_writing(inode: Object) -> bool:
+    """Tell whether an inode itself waits for write-back."""
     state = inode.i_state
     if state.type_.kind == TypeKind.STRUCT:
         state = state.member_("__state")
@@ -63,9 +68,10 @@ def _dirty_bits(kind: Type) -> int:
     """Return the three dirty bits of ``i_state``, whose type tells which they are.
 
     An enumeration names them ("fs: make the i_state flags an enum", v6.18). A 32-bit number has
-    them at bits 3 to 5 ("fs: reorder i_state bits", v6.12), a long at 0 to 2.
+    them at bits 3 to 5 ("fs: reorder i_state bits", v6.12) or, later, 4 to 6, where the bit that is
+    none of the three is unused or says that the inode is being written; a long at 0 to 2.
     """
     if kind.kind == TypeKind.ENUM:
         values = {one.name: one.value for one in kind.enumerators or ()}
         return sum(values[name] for name in _DIRTY_NAMES)
-    return 0x38 if kind.size == 4 else 0x07
+    return 0x78 if kind.size == 4 else 0x07

@@ -21,6 +21,7 @@ from ouassister.kernel import dentries, e820, mounts, system, tasks, vmcoreinfo
 from ouassister.kernel.ext4 import Ext4
 from ouassister.kernel.locks import read_locks
 from ouassister.kernel.program import Image, Kernel
+from ouassister.kernel.reader import GuestReader
 from ouassister.kernel.time import Clocks, read_clocks
 from ouassister.kernel.uts import read_uts
 from ouassister.model import CachedFile, FileLock, GuestView
@@ -28,6 +29,7 @@ from ouassister.model import CachedFile, FileLock, GuestView
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ouassister.guest_model import Subject
     from ouassister.memory import SaveFile
 
 T = TypeVar("T")
@@ -110,20 +112,32 @@ def _prove(save: SaveFile, image: Image) -> tuple[Image, list[str]]:
     return proven, []
 
 
-def introspect(save: SaveFile, database_roots: tuple[bytes, ...]) -> GuestView:
+def introspect(
+    save: SaveFile, database_roots: tuple[bytes, ...], want: frozenset[Subject] = frozenset()
+) -> GuestView:
     """Read what the sleeping kernel knows.
 
     Args:
         save: The open save file.
         database_roots: Directories of the package manager's database; what is cached below
             them, and the locks on it, is part of the view.
+        want: What else the view shall contain; it takes its time.
 
     Raises:
         UnsupportedGuestError: The kernel cannot be read at all.
         CorruptGuestError: The guest's memory contradicts itself.
         PageAbsentError: A page that is needed was never saved.
     """
-    guest = open_guest(save)
+    return look(open_guest(save), save, database_roots, want)
+
+
+def look(
+    guest: Guest,
+    save: SaveFile,
+    database_roots: tuple[bytes, ...] = (),
+    want: frozenset[Subject] = frozenset(),
+) -> GuestView:
+    """`introspect` for a kernel that was found already."""
     kernel = guest.kernel
     processes = tasks.leaders(kernel)
     init = processes.get(1)
@@ -147,7 +161,7 @@ def introspect(save: SaveFile, database_roots: tuple[bytes, ...]) -> GuestView:
     guest.degraded += [
         f"uncommitted changes: {name}: {why}" for name, why in journal.unread.items()
     ]
-    return GuestView(
+    view = GuestView(
         uts=read_uts(kernel),
         boot_id=guest.ask("boot id", lambda: system.boot_id(kernel), ""),
         suspended_at_s=clocks.realtime_s,
@@ -160,3 +174,4 @@ def introspect(save: SaveFile, database_roots: tuple[bytes, ...]) -> GuestView:
         database=tuple(sorted(database, key=lambda file: file.path)),
         degraded=tuple(guest.degraded),
     )
+    return GuestReader(guest).fill(view, want) if want else view

@@ -6,8 +6,11 @@ and last token fit one of the names.
 
 Source: Linux ``kernel/kallsyms.c`` (``kallsyms_expand_symbol``, ``kallsyms_sym_address``) and
 ``scripts/kallsyms.c``. The table's place is in VMCOREINFO since f09bddbd8661 ("vmcoreinfo: add
-kallsyms_num_syms symbol", v6.0) and its neighbours; names longer than 127 tokens carry a
-two-byte length since 73bbb94466fd ("kallsyms: support "big" kernel symbols", v6.1).
+kallsyms_num_syms symbol", v6.0) and its neighbours; before, `ouassister.kernel.kallsyms_scan`
+finds it. Names longer than 127 tokens carry a two-byte length since 73bbb94466fd ("kallsyms:
+support "big" kernel symbols", v6.1).
+Each offset is relative to its own place since a081b5789255 ("kallsyms: Get rid of kallsyms relative
+base", v7.0), and to a common base before.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from array import array
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import CorruptGuestError, UnsupportedGuestError
+from ouassister.kernel import kallsyms_scan
 from ouassister.model import VirtAddr
 
 if TYPE_CHECKING:
@@ -29,7 +33,8 @@ if TYPE_CHECKING:
 _MAX_SYMBOLS: Final = 4_000_000
 _MAX_NAMES_BYTES: Final = 64 << 20
 _KEYS: Final = ("kallsyms_names", "kallsyms_num_syms", "kallsyms_token_table",
-                "kallsyms_token_index", "kallsyms_offsets", "kallsyms_relative_base")  # fmt: skip
+                "kallsyms_token_index", "kallsyms_offsets")  # fmt: skip
+_BASE: Final = "kallsyms_relative_base"
 _TOKEN_INDEX: Final = struct.Struct("<256H")
 _MASK: Final = (1 << 64) - 1
 
@@ -43,22 +48,15 @@ class Kallsyms:
         names: Symbols that will be asked for; one pass finds them all.
 
     Raises:
-        UnsupportedGuestError: The note does not tell where the table is.
+        UnsupportedGuestError: The table is not found.
         CorruptGuestError: The table contradicts itself.
     """
 
     def __init__(self, virtual: VirtualMemory, note: Vmcoreinfo, names: Iterable[str] = ()) -> None:
-        where = {key: note.symbol(key) for key in _KEYS}
-        missing = [key for key, value in where.items() if value is None]
-        stext = note.symbol("_stext")
-        if missing or stext is None:
-            raise UnsupportedGuestError(
-                f"kernel {note.release} does not tell where its symbol table is "
-                f"({', '.join(missing) or '_stext'} not in VMCOREINFO)",
-                hint="Linux 6.0 and newer is read; the guest's kernel is older or was built without"
-                " CONFIG_KALLSYMS",
-            )
-        at = {key: value for key, value in where.items() if value is not None}
+        told = {key: note.symbol(key) for key in (*_KEYS, _BASE)}
+        at = {key: value for key, value in told.items() if value is not None}
+        if not at.keys() >= set(_KEYS):
+            at = kallsyms_scan.find_tables(virtual, note)
         self._count = _u32(virtual, at["kallsyms_num_syms"])
         if not 0 < self._count <= _MAX_SYMBOLS:
             raise CorruptGuestError(f"kallsyms_num_syms is {self._count}")
@@ -67,16 +65,23 @@ class Kallsyms:
         size = self._count * 4
         self._offsets = array("i")
         self._offsets.frombytes(virtual.read(VirtAddr(at["kallsyms_offsets"]), size))
-        base = virtual.read(VirtAddr(at["kallsyms_relative_base"]), 8)
-        self._base = int.from_bytes(base, "little")
-        self._indexes = self._scan({"_stext", *names})
-        # Are negative offsets relative and others absolute (CONFIG_KALLSYMS_ABSOLUTE_PERCPU, x86
-        # before v6.15), or are all relative? _stext, whose address the note has, tells.
+        self._place = at["kallsyms_offsets"]
+        self._base: int | None = None
+        if _BASE in at:
+            self._base = int.from_bytes(virtual.read(VirtAddr(at[_BASE]), 8), "little")
+        known = {name: note.symbol(name) for name in ("_stext", "init_uts_ns")}
+        known = {name: address for name, address in known.items() if address is not None}
+        self._indexes = self._scan({*known, *names})
+        # With a base: are negative offsets relative and others absolute
+        # (CONFIG_KALLSYMS_ABSOLUTE_PERCPU, x86 before v6.15), or are all relative? The addresses
+        # that the note has tell.
         for self._absolute_percpu in (False, True):
-            if self.address("_stext") == stext:
+            if known and all(self.address(name) == known[name] for name in known):
                 break
         else:
-            raise CorruptGuestError("kallsyms does not find _stext where VMCOREINFO says it is")
+            raise CorruptGuestError(
+                f"kallsyms does not find {' and '.join(known) or '_stext'} where VMCOREINFO says"
+            )
 
     def learn(self, names: Iterable[str]) -> None:
         """Look several names up in one pass over the table."""
@@ -93,6 +98,8 @@ class Kallsyms:
 
     def _address(self, index: int) -> int:
         offset = self._offsets[index]
+        if self._base is None:
+            return (self._place + 4 * index + offset) & _MASK
         if not self._absolute_percpu:
             return (self._base + (offset & 0xFFFF_FFFF)) & _MASK
         return offset if offset >= 0 else (self._base - 1 - offset) & _MASK

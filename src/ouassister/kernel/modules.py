@@ -2,7 +2,10 @@
 
 Source: Linux v6.1 ``kernel/bpf/btf.c`` (``struct btf_module``, ``btf_modules``),
 ``include/linux/btf.h``; module BTF since 36e68442d1af ("bpf: Load and verify kernel module
-BTFs", v5.11). A module's table extends the kernel's own.
+BTFs", v5.11); a kernel before that has no types of what it loaded as a module. A module's table
+extends the kernel's own. One that was built against a reduced copy of it (``.BTF.base``) is
+rewritten to the real one when it is loaded (8646db238997, "libbpf,bpf: Share BTF relocate-related
+code with kernel", v6.11), so that what is in memory is the same for both.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ def module_types(kernel: Kernel, name: str) -> BtfTypes:
         UnsupportedGuestError: It is not loaded, or this kernel keeps no types for it.
     """
     with guest_reads(f"reading the types of module {name}"):
+        if kernel.symbols.address("btf_modules") is None:
+            raise UnsupportedGuestError(f"this kernel keeps no types of modules, and {name} is one")
         head = kernel.prog["btf_modules"].address_of_().value_()
         for node in walk.list_nodes(kernel, head, _MAX_MODULES):
             entry = kernel.container("struct btf_module", "list", node)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from drgn import Object
 
 from ouassister.kernel import walk
-from ouassister.kernel.paths import path_of
+from ouassister.kernel.paths import path_in_file_system, path_of
 from ouassister.kernel.program import guest_reads
 from ouassister.model import BlockRange, Mount
 from ouassister.text import to_text
@@ -103,6 +103,9 @@ def _mount(target: bytes, mount: Object) -> Mount:
             mount.mnt.mnt_flags.value_() & _MNT_READONLY or sb.s_flags.value_() & _SB_RDONLY
         ),
         block=_block(sb.s_bdev.read_()),
+        root=path_in_file_system(mount.mnt.mnt_root.read_()),
+        number=mount.mnt_id.value_(),
+        parent=mount.mnt_parent.mnt_id.value_(),
     )
 
 

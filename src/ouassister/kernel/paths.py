@@ -65,6 +65,18 @@ def path_of(
     raise CorruptGuestError(f"a path has more than {_MAX_STEPS} components")
 
 
+def path_in_file_system(dentry: Object) -> bytes:
+    """Return the path of a ``struct dentry *`` from the root of its file system."""
+    parts: list[bytes] = []
+    for _ in range(_MAX_STEPS):
+        parent = dentry.d_parent.read_()
+        if parent == dentry:
+            return _join(parts)
+        parts.insert(0, dentry_name(dentry))
+        dentry = parent
+    raise CorruptGuestError(f"a path has more than {_MAX_STEPS} components")
+
+
 def file_path(kernel: Kernel, file: Object) -> bytes:
     """Return the path of a ``struct file *`` as /proc shows it: ``" (deleted)"`` included."""
     place = file.f_path

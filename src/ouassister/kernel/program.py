@@ -11,6 +11,7 @@ Source: drgn 0.3 (``Program.set_linux_kernel_custom``, ``register_*_finder``); L
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Final
 
 from drgn import (
@@ -59,7 +60,7 @@ GLOBALS: Final = {
     "sysctl_bootid": "unsigned char [16]",
     "timekeeper_data": "struct tk_data [1]",
 }
-_OTHERS: Final = ("__start_BTF", "__stop_BTF", "e820_table_firmware", "tk_core")
+_OTHERS: Final = ("__start_BTF", "__stop_BTF", "e820_table_firmware", "linux_banner", "tk_core")
 
 
 @contextlib.contextmanager
@@ -115,21 +116,35 @@ class Image:
         self.levels = 5 if note.number("NUMBER(pgtable_l5_enabled)") else 4
         self.virtual = _address_space(memory, note, self.levels)
         with guest_reads("reading the kernel's symbols"):
-            self._check_release()
+            check_release(self.virtual, note)
             self.symbols = Kallsyms(self.virtual, note, (*GLOBALS, *_OTHERS))
+            check_banner(self.virtual, note, self.symbols)
 
-    def _check_release(self) -> None:
-        # uts_namespace.name.release: new_utsname is six fields of 65 bytes (v6.1,
-        # include/uapi/linux/utsname.h); the two numbers of VMCOREINFO spare us the types.
-        uts = self.note.symbol("init_uts_ns")
-        offset = self.note.number("OFFSET(uts_namespace.name)")
-        if uts is None or offset is None:
-            raise UnsupportedGuestError("VMCOREINFO does not tell where init_uts_ns is")
-        name = self.virtual.read(VirtAddr(uts + offset + 2 * 65), 65)
-        if name.partition(b"\0")[0] != self.note.release.encode():
-            raise CorruptGuestError(
-                f"VMCOREINFO names release {self.note.release}, the kernel itself another"
-            )
+
+def check_release(virtual: VirtualMemory, note: Vmcoreinfo) -> None:
+    """Refuse a note whose kernel calls itself otherwise.
+
+    ``new_utsname`` is six fields of 65 bytes (v6.1, include/uapi/linux/utsname.h); the two numbers
+    of VMCOREINFO spare us the types. Where the offset is missing, the name comes first, or behind
+    a count (before 9a56493f6942, "uts: Use generic ns_common::count", v5.11).
+    """
+    uts = note.symbol("init_uts_ns")
+    if uts is None:
+        raise UnsupportedGuestError("VMCOREINFO does not tell where init_uts_ns is")
+    offset = note.number("OFFSET(uts_namespace.name)")
+    for place in (0, 4) if offset is None else (offset,):
+        name = virtual.read(VirtAddr(uts + place + 2 * 65), 65)
+        if name.partition(b"\0")[0] == note.release.encode():
+            return
+    raise CorruptGuestError(f"VMCOREINFO names release {note.release}, the kernel itself another")
+
+
+def check_banner(virtual: VirtualMemory, note: Vmcoreinfo, symbols: Kallsyms) -> None:
+    """Refuse symbols that lead to another kernel's banner (init/version-timestamp.c)."""
+    banner = symbols.address("linux_banner")
+    expected = f"Linux version {note.release} ".encode()
+    if banner is not None and virtual.read(banner, len(expected)) != expected:
+        raise CorruptGuestError(f"linux_banner is not where kallsyms of {note.release} says")
 
 
 class Kernel:
@@ -163,6 +178,9 @@ class Kernel:
             self.prog.add_memory_segment(
                 segment.address, segment.size_bytes, self._read_physical, physical=True
             )
+        # drgn would import plug-ins now, its own debugger commands among them: 0.2 s, and code that
+        # nobody asked for beside a hostile guest.
+        os.environ.setdefault("DRGN_DISABLE_PLUGINS", "*")
         self.prog.set_linux_kernel_custom(self.note.text, is_live=False)
         self.prog.add_memory_segment(_KERNEL_HALF, _KERNEL_HALF_SIZE, self._read_virtual)
         self.prog.register_symbol_finder("ouassister", self._find_symbols, enable_index=0)

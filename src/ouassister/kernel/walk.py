@@ -60,7 +60,7 @@ def rbtree_nodes(root: Object, limit: int = MAX_NODES) -> Iterator[int]:
     """
     seen: set[int] = set()
     stack: list[Object] = []
-    node = root.rb_node
+    node = root.rb_node.read_()
     while stack or node:
         while node:
             _visit(seen, node.value_(), limit, "tree")

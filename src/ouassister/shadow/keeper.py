@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from ouassister import codec
+from ouassister.disk.layout import Layout
+from ouassister.disk.storage import Daemon
 from ouassister.model import Uts
 from ouassister.shadow import raw, sandbox
 from ouassister.shadow.supervisor import Supervisor
@@ -52,8 +54,8 @@ class Configuration:
     cache: str
     tools: str
     resolver: str
-    storage_daemon: tuple[str, ...]  # without exports
-    export_node: str
+    storage: tuple[Daemon, ...]
+    layout: Layout
     uts: Uts
 
 
@@ -119,6 +121,8 @@ def _prepare_folders(configuration: Configuration) -> None:
     """
     work, cache = Path(configuration.work), Path(configuration.cache)
     folders = [work / name for name in ("upper", "overlay", "output", "events", "excerpt")]
+    for volume in range(len(configuration.layout.volumes)):
+        folders += [work / "upper" / str(volume), work / "overlay" / str(volume)]
     folders.append(cache / "apt")
     for name in ("lists", "apt/archives"):
         folders += [cache / name, cache / name / "partial"]
@@ -149,36 +153,41 @@ def _build_stage(configuration: Configuration) -> None:
         (stage / name).mkdir()
         raw.mount(source, str(stage / name), "", raw.MS_BIND)
     (stage / sandbox.RESOLVER).write_text(configuration.resolver)
-    for name in (sandbox.LOWER, sandbox.MERGED):
-        (stage / name).mkdir()
-        os.chown(stage / name, configuration.base_uid, configuration.base_gid)
-    export = stage / sandbox.EXPORT
-    export.parent.mkdir()
-    export.touch()
+    for volume in range(len(configuration.layout.volumes)):
+        for name in (sandbox.lower(volume), sandbox.merged(volume)):
+            (stage / name).mkdir(parents=True)
+            os.chown(stage / name, configuration.base_uid, configuration.base_gid)
 
 
 def _start_storage(configuration: Configuration) -> None:
-    """Serve the guest's root file system as one file that the subordinate root owns."""
-    export = f"{configuration.stage}/{sandbox.EXPORT}"
-    options = f"type=fuse,id=root,node-name={configuration.export_node},mountpoint={export}"
-    done = subprocess.run(
-        [
-            *configuration.storage_daemon,
-            "--export",
-            f"{options},writable=on,allow-other=on",
-            "--daemonize",  # returns when the export is there
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="backslashreplace",
-        check=False,
-    )
-    if done.returncode != 0:
-        words = " / ".join(done.stdout.split("\n")).strip(" /") or done.returncode
-        raise OSError(f"qemu-storage-daemon: {words}")
-    os.chown(export, configuration.base_uid, configuration.base_gid)
+    """Serve each of the guest's file systems as one file that the subordinate root owns."""
+    folder = Path(configuration.stage) / sandbox.EXPORTS
+    folder.mkdir()
+    for daemon in configuration.storage:
+        for name, text in daemon.files:
+            (folder / name).write_text(text)
+        argv = list(daemon.argv)
+        for export in daemon.exports:
+            (folder / export.name).touch()
+            writable = "on" if export.writable else "off"
+            options = f"type=fuse,id={export.name},node-name={export.node},writable={writable}"
+            argv += ["--export", f"{options},mountpoint={folder / export.name},allow-other=on"]
+        done = subprocess.run(
+            [*argv, "--daemonize"],  # returns when the exports are there
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="backslashreplace",
+            check=False,
+        )
+        if done.returncode != 0:
+            words = " / ".join(done.stdout.split("\n")).strip(" /") or done.returncode
+            raise OSError(f"qemu-storage-daemon: {words}")
+    for volume in range(len(configuration.layout.volumes)):
+        export_file = f"{configuration.stage}/{sandbox.export(volume)}"
+        os.chown(export_file, configuration.base_uid, configuration.base_gid)
 
 
 def _enter_subordinate(configuration: Configuration, control: socket.socket) -> int:
@@ -218,7 +227,7 @@ def _supervise(configuration: Configuration, control: socket.socket) -> NoReturn
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
     raw.mount("", "/", "", raw.MS_REC | raw.MS_PRIVATE)
     raw.mount("proc", "/proc", "proc", raw.MS_NOSUID | raw.MS_NODEV | raw.MS_NOEXEC)
-    Supervisor(control, configuration.stage, configuration.uts).serve()
+    Supervisor(control, configuration.stage, configuration.layout, configuration.uts).serve()
     os._exit(0)
 
 

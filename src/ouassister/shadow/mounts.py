@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ouassister.shadow import raw
+from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +27,10 @@ class Sources:
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._descriptors = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in paths}
+
+    def descriptor(self, path: str) -> int:
+        """The descriptor of ``path``."""
+        return self._descriptors[path]
 
     def __getitem__(self, path: str) -> str:
         """A path that leads to ``path`` from inside the tree, while /proc is mounted there."""
@@ -118,6 +123,37 @@ class Bind:
         if self.read_only:
             flags = raw.MS_BIND | raw.MS_REMOUNT | raw.MS_RDONLY | _INERT
             raw.mount("", self.target, "", flags)
+
+
+@dataclass(frozen=True, slots=True)
+class BindPart:
+    """A bind mount of what lies at ``inside`` of a source; no link of the guest's is followed."""
+
+    source: str
+    inside: bytes
+    target: bytes
+    read_only: bool = False
+
+    def describe(self) -> str:
+        """See `Operation`."""
+        inside, target = to_text(self.inside), to_text(self.target)
+        return f"mount --bind {self.source}{inside} {target}{' (read-only)' * self.read_only}"
+
+    def sources(self) -> tuple[str, ...]:
+        """See `Operation`."""
+        return (self.source,)
+
+    def execute(self, sources: Sources) -> None:
+        """See `Operation`."""
+        part = raw.open_part(sources.descriptor(self.source), self.inside)
+        target = os.fsdecode(self.target)
+        try:
+            raw.mount(f"/proc/self/fd/{part}", target, "", raw.MS_BIND)
+        finally:
+            os.close(part)
+        if self.read_only:
+            flags = raw.MS_BIND | raw.MS_REMOUNT | raw.MS_RDONLY | _INERT
+            raw.mount("", target, "", flags)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""System calls that Python's standard library lacks; the only use of ctypes in the project.
+"""System calls that Python's standard library lacks; with libext2fs the only use of ctypes.
 
 Numbers are those of x86-64 (Linux arch/x86/entry/syscalls/syscall_64.tbl); `require_x86_64` is
 called once by who starts a shadow. Every function raises `OSError` with the kernel's errno.
@@ -39,6 +39,9 @@ PR_SET_DUMPABLE: Final = 4
 
 _NR_PIVOT_ROOT: Final = 155
 _NR_SECCOMP: Final = 317
+_NR_OPENAT2: Final = 437
+_RESOLVE_NO_SYMLINKS: Final = 0x04  # include/uapi/linux/openat2.h
+_RESOLVE_BENEATH: Final = 0x08
 _SECCOMP_SET_MODE_FILTER: Final = 1
 _SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 
@@ -70,8 +73,21 @@ def unshare(flags: int) -> None:
 
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
     """Mount a file system; ``OSError.filename`` is the target."""
-    arguments = [item.encode() or None for item in (source, target, fstype)]
+    arguments = [os.fsencode(item) or None for item in (source, target, fstype)]
     _check(_libc.mount(*arguments, ctypes.c_ulong(flags), data.encode() or None), target)
+
+
+def open_part(folder: int, inside: bytes) -> int:
+    """Open what lies below a folder as a place (O_PATH); a symbolic link on the way is an error.
+
+    Args:
+        folder: Descriptor.
+        inside: Path from there, with or without a leading slash.
+    """
+    how = struct.pack("<QQQ", os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH)
+    path = inside.lstrip(b"/") or b"."
+    result = _libc.syscall(_NR_OPENAT2, folder, path, how, ctypes.c_size_t(len(how)))
+    return _check(result, os.fsdecode(inside))
 
 
 def umount(target: str, flags: int = 0) -> None:

@@ -17,6 +17,7 @@ from ouassister.shadow.mounts import enter_tree
 from ouassister.shadow.syscalls.filter import build_filter
 
 if TYPE_CHECKING:
+    from ouassister.disk.layout import Layout
     from ouassister.model import Uts
 
 _SET_UP_FAILED: Final = 125
@@ -41,7 +42,7 @@ class Program:
     output: str | None
 
 
-def run(program: Program, stage: str, uts: Uts, channel: socket.socket) -> NoReturn:
+def run(program: Program, stage: str, layout: Layout, uts: Uts, channel: socket.socket) -> NoReturn:
     """Run ``program`` and exit with its status; called in a child of the supervisor.
 
     What goes wrong before the program starts is told on ``channel``.
@@ -56,7 +57,7 @@ def run(program: Program, stage: str, uts: Uts, channel: socket.socket) -> NoRet
         _fail(channel, error)
     first = os.fork()
     if first == 0:
-        _become_init(program, stage, uts, channel, output)
+        _become_init(program, stage, layout, uts, channel, output)
     channel.send(f"pid {first}".encode())
     channel.close()
     _pid, status = os.waitpid(first, 0)
@@ -64,7 +65,12 @@ def run(program: Program, stage: str, uts: Uts, channel: socket.socket) -> NoRet
 
 
 def _become_init(
-    program: Program, stage: str, uts: Uts, channel: socket.socket, output: int | None
+    program: Program,
+    stage: str,
+    layout: Layout,
+    uts: Uts,
+    channel: socket.socket,
+    output: int | None,
 ) -> NoReturn:
     """Build the tree, start the program, reap until it ends; the rest dies with this process."""
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -72,9 +78,9 @@ def _become_init(
         raw.sethostname(uts.nodename.encode("utf-8", "surrogateescape"))
         raw.setdomainname(uts.domainname.encode("utf-8", "surrogateescape"))
         operations = sandbox.tree(
-            stage, network=program.network, package_cache=program.package_cache
+            stage, layout, network=program.network, package_cache=program.package_cache
         )
-        enter_tree(f"{stage}/{sandbox.MERGED}", operations)
+        enter_tree(f"{stage}/{sandbox.merged(0)}", operations)
         if not program.network:
             _loopback_up()
         _skip_guest_pids()

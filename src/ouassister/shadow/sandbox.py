@@ -6,18 +6,20 @@ namespace of the shadow only and goes away with its last process.
 
 from __future__ import annotations
 
-from typing import Final
+import os
+from typing import TYPE_CHECKING, Final
 
-from ouassister.shadow.mounts import Bind, Devices, Folder, Operation, Resolver, Tmpfs
+from ouassister.disk.storage import volume_name
+from ouassister.shadow.mounts import Bind, BindPart, Devices, Folder, Operation, Resolver, Tmpfs
+
+if TYPE_CHECKING:
+    from ouassister.disk.layout import Layout
 
 STAGES: Final = ("/mnt", "/media", "/srv", "/opt")  # FHS 3.0: always there, never needed here
 
-EXPORT: Final = "export/root"  # the guest's root file system as one file, served by QEMU
-LOWER: Final = "lower"  # … mounted
-MERGED: Final = "merged"  # … with the union layer over it
-WORK: Final = "work"  # the run's folder on the host: union layer, output
-UPPER: Final = "work/upper"
-OVERLAY_WORK: Final = "work/overlay"
+EXPORTS: Final = "export"  # each of the guest's file systems as one file, served by QEMU
+WORK: Final = "work"  # the run's folder on the host: union layers, output
+UNFLUSHED: Final = "work/unflushed"  # see ouassister.disk.handover
 EXCERPT: Final = "work/excerpt"  # of the package lists, for the run itself
 CACHE: Final = "cache"  # kept between runs: package lists and archives
 TOOLS: Final = "tools"  # recorders
@@ -30,15 +32,56 @@ SEARCH_PATH: Final = (
 )
 
 
-def tree(stage: str, *, network: bool, package_cache: bool) -> tuple[Operation, ...]:
-    """Mounts of one run, in order.
+def export(volume: int) -> str:
+    """The file that a volume is served as."""
+    return f"{EXPORTS}/{volume_name(volume)}"
+
+
+def unflushed(volume: int) -> str:
+    """What the guest's memory holds of it and its disk does not."""
+    return f"{UNFLUSHED}/{volume_name(volume)}"
+
+
+def lower(volume: int) -> str:
+    """Where it is mounted."""
+    return f"lower/{volume}"
+
+
+def upper(volume: int) -> str:
+    """Its union layer."""
+    return f"{WORK}/upper/{volume}"
+
+
+def overlay_work(volume: int) -> str:
+    """What overlayfs needs beside it."""
+    return f"{WORK}/overlay/{volume}"
+
+
+def merged(volume: int) -> str:
+    """Where it is mounted with the union layer over it."""
+    return f"merged/{volume}"
+
+
+def tree(
+    stage: str, layout: Layout, *, network: bool, package_cache: bool
+) -> tuple[Operation, ...]:
+    """Mounts of one run, in order; the root is there already.
 
     Args:
         stage: Where the stage lies on the host.
+        layout: Where the guest's file systems stand.
         network: The host's network is visible; its resolver goes along.
         package_cache: apt's lists and cache are the kept ones instead of the guest's.
     """
     operations: list[Operation] = [
+        BindPart(f"{stage}/{merged(place.volume)}", place.root, place.target, place.read_only)
+        for place in layout.places[1:]
+    ]
+    for target in layout.memory:
+        operations.append(Tmpfs(os.fsdecode(target), 0o1777))
+    for target in layout.covers:
+        operations.append(Tmpfs(os.fsdecode(target), 0o555, read_only=True))
+    operations += [
         Tmpfs("/sys", 0o555, read_only=True),  # the host's would be a lie
         Devices(),
         Tmpfs("/run"),

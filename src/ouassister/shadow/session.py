@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ouassister import codec
+from ouassister.disk.layout import Layout
+from ouassister.disk.storage import Daemon
 from ouassister.errors import (
     DeadlineError,
     HostNotReadyError,
     InternalError,
-    OUassisterError,
     UnsupportedGuestError,
     UpdaterError,
-    WorkDiskFullError,
+    from_code,
 )
 from ouassister.model import Uts
 from ouassister.shadow import ids, raw, sandbox
@@ -42,13 +43,8 @@ _BASE_ENVIRONMENT: Final = {
     "LC_ALL": "C.UTF-8",
     "TERM": "dumb",
 }
-_ERRORS: Final[dict[str, type[OUassisterError]]] = {
-    "host": HostNotReadyError,
-    "file-system": UnsupportedGuestError,
-    "work-disk-full": WorkDiskFullError,
-    "updater-failed": UpdaterError,
-    "unsupported-guest": UnsupportedGuestError,
-}
+# What the supervisor and the keeper call it; errors of `call` have their own codes.
+_KINDS: Final = {"host": HostNotReadyError.code, "file-system": UnsupportedGuestError.code}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +52,13 @@ class ShadowSpec:
     """What a shadow is made of.
 
     ``work`` and ``cache`` are folders of ours, below a private one.
-    ``storage_daemon`` serves ``export_node``, a private copy of the guest's root file system.
+    ``storage`` serves private copies of the volumes of ``layout``.
     """
 
     work: Path
     cache: Path
-    storage_daemon: tuple[str, ...]
-    export_node: str
+    storage: tuple[Daemon, ...]
+    layout: Layout
     uts: Uts
     avoid: tuple[Path, ...]  # host files that must stay reachable
 
@@ -80,6 +76,15 @@ class Shadow:
         self._lines = control.makefile("rb")
         self._tools = tools
         self.spec = spec
+
+    def mount(self) -> None:
+        """Mount the volumes as they are now; programs can run then.
+
+        Raises:
+            UnsupportedGuestError: One of them cannot be mounted.
+            HostNotReadyError: The host refuses a mount.
+        """
+        self._ask(op="mount")
 
     def run(
         self,
@@ -159,10 +164,19 @@ class Shadow:
         The module was named to `launch`. Paths inside are those of
         `ouassister.shadow.sandbox`.
         """
-        return self._ask(op="call", module=module, function=function, argument=argument)
+        return self.finish(self.begin(module, function, argument))
+
+    def begin(self, module: str, function: str, argument: object) -> int:
+        """Start a `call` that goes on beside others, and beside programs."""
+        call: int = self._ask(op="begin", module=module, function=function, argument=argument)
+        return call
+
+    def finish(self, call: int) -> Any:  # noqa: ANN401 - JSON
+        """Wait for what was begun, and return what it returned."""
+        return self._ask(op="finish", call=call)
 
     def await_ready(self, identity: ids.Ids, keeper: int) -> None:
-        """Wait until the tree is mounted."""
+        """Wait until the volumes are served."""
         while self._hear()["event"] != "ready":
             ids.map_for_user(keeper, identity)
             self._control.sendall(b"m")
@@ -192,7 +206,8 @@ class Shadow:
             raise InternalError("the shadow ended without a word")
         message: dict[str, Any] = json.loads(line)
         if message["event"] == "error":
-            raise _ERRORS.get(message["kind"], InternalError)(message["message"])
+            kind = _KINDS.get(message["kind"], message["kind"])
+            raise from_code(kind, message["message"])
         return message
 
 
@@ -231,9 +246,10 @@ def launch(preload: Sequence[str]) -> Iterator[Launch]:
 def open_shadow(launched: Launch, spec: ShadowSpec) -> Iterator[Shadow]:
     """Build the shadow in a launched keeper; it lasts until the launch ends.
 
+    The volumes are served as files, and nothing is mounted yet (`Shadow.mount`).
+
     Raises:
         HostNotReadyError: The host lacks a tool, or refuses a namespace or mount.
-        UnsupportedGuestError: The guest's root file system cannot be mounted.
     """
     identity = ids.choose()
     for folder in (spec.shared, spec.cache):
@@ -250,8 +266,8 @@ def open_shadow(launched: Launch, spec: ShadowSpec) -> Iterator[Shadow]:
             cache=str(spec.cache),
             tools=tools,
             resolver=Path("/etc/resolv.conf").read_text(errors="replace"),
-            storage_daemon=spec.storage_daemon,
-            export_node=spec.export_node,
+            storage=spec.storage,
+            layout=spec.layout,
             uts=spec.uts,
         )
         launched.control.sendall(json.dumps(codec.to_value(configuration)).encode() + b"\n")

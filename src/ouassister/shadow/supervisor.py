@@ -23,6 +23,7 @@ from ouassister.shadow.syscalls.notify import Handler, serve_one
 from ouassister.shadow.syscalls.uts import uname_handlers
 
 if TYPE_CHECKING:
+    from ouassister.disk.layout import Layout
     from ouassister.model import Uts
 
 _MAX_REQUEST: Final = 1 << 20
@@ -56,22 +57,19 @@ class SupervisorError(Exception):
 class Supervisor:
     """The loop. One request at a time; notifications of running programs in between."""
 
-    def __init__(self, control: socket.socket, stage: str, uts: Uts) -> None:
+    def __init__(self, control: socket.socket, stage: str, layout: Layout, uts: Uts) -> None:
         self._control = control
         self._stage = stage
+        self._layout = layout
         self._uts = uts
         self._handlers: dict[tuple[bool, int], Handler] = uname_handlers(uts)
+        self._calls: dict[int, int] = {}  # pid, and where its answer comes from
         self._buffer = b""
 
     def serve(self) -> None:
-        """Mount, say so, and serve until the host's side closes the socket."""
+        """Say that the volumes are served, and answer until the host's side closes the socket."""
         os.chdir(self._stage)
-        try:
-            self._mount_root()
-            self._say(event="ready")
-        except SupervisorError as error:
-            self._say(event="error", kind=error.kind, message=str(error))
-            return
+        self._say(event="ready")
         while (request := self._receive()) is not None:
             try:
                 self._say(event="done", result=self._handle(request))
@@ -80,33 +78,40 @@ class Supervisor:
 
     def _handle(self, request: dict[str, Any]) -> object:
         match request["op"]:
+            case "mount":
+                self._mount()
+                return None
             case "run":
                 return self._run(request)
-            case "call":
-                return self._call(request)
+            case "begin":
+                return self._begin(request)
+            case "finish":
+                return self._finish(request["call"])
         raise SupervisorError("internal", f"unknown request {request['op']!r}")
 
     # --- the tree ---
 
-    def _mount_root(self) -> None:
-        """Replay the journal on the private copy, mount it read-only, lay the union over it.
-
-        fuse2fs replays no journal on a read-only mount, and a writable one would age the tree.
-        """
-        # e2fsck(8): 0 clean, 1 errors corrected; -E journal_only replays and checks no more.
-        replay = _output(["e2fsck", "-E", "journal_only", "-y", sandbox.EXPORT])
-        if replay.returncode not in (0, 1):
-            raise SupervisorError("file-system", f"journal replay: {_tail(replay.stdout)}")
-        mounted = _output([_FUSE2FS, sandbox.EXPORT, sandbox.LOWER, "-o", ",".join(_MOUNT_OPTIONS)])
-        if mounted.returncode != 0:
-            raise SupervisorError("file-system", f"fuse2fs: {_tail(mounted.stdout)}")
-        layers = f"lowerdir={sandbox.LOWER},upperdir={sandbox.UPPER},workdir={sandbox.OVERLAY_WORK}"
-        try:
-            raw.mount(
-                "overlay", sandbox.MERGED, "overlay", 0, f"{layers},userxattr,volatile,xino=off"
-            )
-        except OSError as error:
-            raise SupervisorError("host", f"overlayfs over fuse2fs: {error.strerror}") from error
+    def _mount(self) -> None:
+        """Mount each volume read-only, and lay its union layer over it."""
+        for number, volume in enumerate(self._layout.volumes):
+            if volume.fstype == "vfat":
+                _copy_vfat(number)
+                continue
+            _mount_ext4(number)
+            layers = f"lowerdir={sandbox.lower(number)},upperdir={sandbox.upper(number)}"
+            options = f"{layers},workdir={sandbox.overlay_work(number)}"
+            try:
+                raw.mount(
+                    "overlay",
+                    sandbox.merged(number),
+                    "overlay",
+                    0,
+                    f"{options},userxattr,volatile,xino=off",
+                )
+            except OSError as error:
+                raise SupervisorError(
+                    "host", f"overlayfs over fuse2fs: {error.strerror}"
+                ) from error
 
     # --- programs ---
 
@@ -123,7 +128,7 @@ class Supervisor:
         if child == 0:
             ours.close()
             self._control.close()
-            runner.run(program, self._stage, self._uts, theirs)
+            runner.run(program, self._stage, self._layout, self._uts, theirs)
         theirs.close()
         deadline = time.monotonic() + request["timeout_s"]
         try:
@@ -191,8 +196,8 @@ class Supervisor:
 
     # --- functions of ours that must see the guest's owners ---
 
-    def _call(self, request: dict[str, Any]) -> object:
-        """Run ``module.function(argument)`` in a child; its result or its error comes back.
+    def _begin(self, request: dict[str, Any]) -> int:
+        """Start ``module.function(argument)`` in a child; what comes of it is for `_finish`.
 
         The module was imported before privileges went, since its file may be unreadable here.
         """
@@ -204,11 +209,16 @@ class Supervisor:
                 json.dump(_guarded_call(request), pipe)
             os._exit(0)
         os.close(writer)
-        with open(reader, "rb") as pipe:  # noqa: PTH123 - a descriptor
+        self._calls[child] = reader
+        return child
+
+    def _finish(self, child: int) -> object:
+        """Wait for a child; its result or its error comes back."""
+        with open(self._calls.pop(child), "rb") as pipe:  # noqa: PTH123 - a descriptor
             answer = pipe.read()
         os.waitpid(child, 0)
         if not answer:
-            raise SupervisorError("internal", f"{request['function']} died")
+            raise SupervisorError("internal", "a function of ours died")
         reply = json.loads(answer)
         if "error" in reply:
             raise SupervisorError(reply["error"]["kind"], reply["error"]["message"])
@@ -228,6 +238,34 @@ class Supervisor:
         line, _, self._buffer = self._buffer.partition(b"\n")
         request: dict[str, Any] = json.loads(line)
         return request
+
+
+def _mount_ext4(volume: int) -> None:
+    options = ",".join(_MOUNT_OPTIONS)
+    mounted = _output([_FUSE2FS, sandbox.export(volume), sandbox.lower(volume), "-o", options])
+    if mounted.returncode != 0:
+        raise SupervisorError("file-system", f"fuse2fs: {_tail(mounted.stdout)}")
+
+
+def _copy_vfat(volume: int) -> None:
+    """Copy a FAT file system out with mtools; it is shown read-only.
+
+    Nothing there has an inode number that would be the same in the guest, so that a change could
+    not be held against what it replaces.
+    """
+    copy = sandbox.upper(volume)
+    command = ["mcopy", "-i", sandbox.export(volume), "-s", "-p", "-m", "-n", "-Q", "::/*", copy]
+    copied = _output(command)
+    if copied.returncode != 0 and not _is_empty_vfat(volume):
+        raise SupervisorError("file-system", f"mcopy: {_tail(copied.stdout)}")
+    flags = raw.MS_BIND | raw.MS_REMOUNT | raw.MS_RDONLY | raw.MS_NOSUID | raw.MS_NODEV
+    raw.mount(copy, sandbox.merged(volume), "", raw.MS_BIND)
+    raw.mount("", sandbox.merged(volume), "", flags)
+
+
+def _is_empty_vfat(volume: int) -> bool:
+    listed = _output(["mdir", "-i", sandbox.export(volume), "-b", "::/"])
+    return listed.returncode == 0 and not listed.stdout.strip()
 
 
 def _guarded_call(request: dict[str, Any]) -> dict[str, object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +24,8 @@ _SETTINGS = (
 )
 # Options that say how to check an index; others (Architectures, Languages...) are the host's own.
 _KEPT = ("check-valid-until", "check-date", "valid-until-max", "valid-until-min", "trusted")
+_POCKETS = ("-updates", "-security", "/updates")
+_BARE = ("sid", "unstable")  # have no updates and no security archive of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,15 @@ class Source:
         return "\n".join(lines) + "\n"
 
 
-def host_sources(suite: str, root: Path = _ETC_APT) -> str:
+def host_sources(suite: str, root: Path = _ETC_APT, *, extra: str = "") -> str:
     """The host's sources of a Debian suite, with its updates and security, as deb822.
 
+    A mirror carries every release: where the host's apt knows only another one, its mirrors and
+    keys are taken for the suite as well. ``extra`` is one more suite of the same release, such
+    as its backports.
+
     Raises:
-        HostNotReadyError: The host has none.
+        HostNotReadyError: The host has no Debian mirror.
     """
     found: list[Source] = []
     for path in [root / "sources.list", *sorted((root / "sources.list.d").glob("*"))]:
@@ -61,17 +67,24 @@ def host_sources(suite: str, root: Path = _ETC_APT) -> str:
             found += _one_line(text)
         elif path.suffix == ".sources":
             found += _deb822(text)
-    wanted = {suite, f"{suite}-updates", f"{suite}-security", f"{suite}/updates"}
-    kept: list[Source] = []
-    for source in found:
-        suites = tuple(name for name in source.suites if name in wanted)
-        components = tuple(name for name in source.components if name == "main")
-        uri = _resolve(source.uri)
-        if suites and components and _is_debian(uri, source.signed_by):
-            kept.append(Source(uri, suites, components, _key(source.signed_by), source.options))
-    if not any(suite in source.suites for source in kept):
+    debian = [
+        replace(source, uri=uri, components=("main",), signed_by=_key(source.signed_by))
+        for source in found
+        if "main" in source.components and _is_debian(uri := _resolve(source.uri), source.signed_by)
+    ]
+    known = [name for source in debian for name in source.suites if re.fullmatch("[a-z]+", name)]
+    if not known:
         message = f"apt of this host has no Debian source for {suite}"
         raise HostNotReadyError(message, hint=f"add a Debian mirror of {suite} to /etc/apt")
+    host = suite if suite in known else known[0]
+    pockets = [""] if suite in _BARE else ["", *_POCKETS]
+    kept: list[Source] = []
+    for source in debian:
+        suites = [suite + pocket for pocket in pockets if host + pocket in source.suites]
+        if extra and extra not in suites and host in source.suites:
+            suites.append(extra)
+        if suites:
+            kept.append(replace(source, suites=tuple(suites)))
     return "\n".join(source.stanza() for source in dict.fromkeys(kept))
 
 

@@ -38,7 +38,6 @@ _PACKAGES = (
     "openssh-server",
     "qemu-guest-agent",
     "nginx-light",
-    "linux-image-cloud-amd64",
     "iproute2",
     # networkd would drop the address as soon as the gate closes the link; ifupdown, Debian's
     # default on servers, keeps it.
@@ -47,14 +46,27 @@ _PACKAGES = (
     "apt",
     "ca-certificates",
 )
+# debootstrap, and with it Debian's installer, merges /usr of these; later ones do so themselves.
+_SPLIT_USR = ("bullseye",)
+_MERGE_USR = (
+    'for d in bin sbin lib lib32 lib64 libx32; do mkdir -p "$1/usr/$d" && ln -s "usr/$d" "$1/$d"'
+    " || exit 1; done"
+)
+_UNKNOWN_KEY = "NO_PUBKEY"  # as apt says it
 _INTERFACES = "auto lo\niface lo inet loopback\n\nauto eth0\niface eth0 inet dhcp\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What goes into an image."""
+    """What goes into an image.
+
+    ``kernel`` is the flavour of Debian's kernel, "cloud-amd64" or "amd64"; ``kernel_suite`` is
+    where it comes from: "trixie-backports", say, or the newest of the release when empty.
+    """
 
     suite: str = "bookworm"
+    kernel: str = "cloud-amd64"
+    kernel_suite: str = ""
     hostname: str = "web1"
     packages: tuple[str, ...] = _PACKAGES
     disk_mib: int = 4096
@@ -89,7 +101,7 @@ def build_image(
         HostNotReadyError: A tool, a mirror or a right is missing.
     """
     recipe = recipe or Recipe()
-    sources = host_sources(recipe.suite)
+    sources = host_sources(recipe.suite, extra=recipe.kernel_suite)
     settings = host_settings()
     key = hashlib.sha256(canonical((_BUILDER, recipe, sources, settings))).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
@@ -125,8 +137,13 @@ def _build(
     source_file = work / "guest.sources"
     source_file.write_text(sources)
     progress(f"guest: installing Debian {recipe.suite} with mmdebstrap")
+    image = f"linux-image-{recipe.kernel}"
+    if recipe.kernel_suite:
+        image += f"/{recipe.kernel_suite}"
     command = ["mmdebstrap", "--variant=minbase", "--mode=root", "--format=directory"]
-    command.append(f"--include={','.join(recipe.packages)}")
+    command.append(f"--include={','.join((*recipe.packages, image))}")
+    if recipe.suite in _SPLIT_USR:
+        command.append(f"--setup-hook={_MERGE_USR}")
     command += [f"--aptopt={line}" for line in settings]
     _run([*command, recipe.suite, str(tree), str(source_file)], work)
     _configure(tree, recipe)
@@ -154,7 +171,8 @@ def _configure(tree: Path, recipe: Recipe) -> None:
     (etc / "hostname").write_text(f"{recipe.hostname}\n")
     (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {recipe.hostname}\n")
     (etc / "fstab").write_text("LABEL=root / ext4 errors=remount-ro 0 1\n")
-    (etc / "network" / "interfaces").write_text(_INTERFACES)
+    if "ifupdown" in recipe.packages:
+        (etc / "network" / "interfaces").write_text(_INTERFACES)
     # Empty: systemd writes a new one at the first boot (machine-id(5)).
     (etc / "machine-id").write_text("")
     # mmdebstrap copies the host's; dhclient writes the guest's own.
@@ -180,11 +198,19 @@ def _run(command: Sequence[str], folder: Path, *, stdin: str = "") -> None:
     except FileNotFoundError as error:
         raise HostNotReadyError(f"{command[0]} is not installed") from error
     except subprocess.CalledProcessError as error:
-        lines = log.read_text(errors="replace").strip().splitlines()[-3:]
-        message = f"{command[0]} ended with status {error.returncode}: {'; '.join(lines)}"
-        raise HostNotReadyError(
-            message, hint="check the mirrors and the room on the disk"
-        ) from error
+        raise failure(command[0], error.returncode, log.read_text(errors="replace")) from error
+
+
+def failure(tool: str, status: int, log: str) -> HostNotReadyError:
+    """Tell from a tool's output why it failed; mmdebstrap's last words do not say what apt met."""
+    lines = log.strip().splitlines()
+    causes = [line for line in lines if line.startswith(("E: ", "Err:"))][:2] or lines[-3:]
+    hint = "check the mirrors and the room on the disk"
+    if _UNKNOWN_KEY in log:
+        # A release gets the keys of the next ones by updates of this package; the signatures of
+        # the mirror are checked in any case.
+        hint = "upgrade debian-archive-keyring on this host: it lacks the keys of the suite"
+    return HostNotReadyError(f"{tool} ended with status {status}: {'; '.join(causes)}", hint=hint)
 
 
 @contextlib.contextmanager

@@ -56,12 +56,14 @@ def make_suspended(
     memory_mib: int = 512,
     machine: str = "pc",
     storage: str = "virtio-blk",
+    web: bool = True,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> Path:
     """Boot an overlay of the image until it serves, suspend it; return its ``vm.toml``.
 
     ``storage`` is the bus of its disk, and of the medium that is plugged in later: "virtio-blk",
-    or "virtio-scsi", where plugging in costs the guest neither PCI nor ACPI work.
+    or "virtio-scsi", where plugging in costs the guest neither PCI nor ACPI work. Without ``web``
+    the image has no web server to wait for.
 
     A folder where this was done before, with the same image and hardware, is left as it is.
 
@@ -85,7 +87,7 @@ def make_suspended(
         progress(f"guest: booting with {accelerator}")
         vm = qemu.start(vmtoml.load(draft))
         try:
-            wait_ready(vm, timeout_s=_BOOT_S)
+            wait_ready(vm, timeout_s=_BOOT_S, web=web)
             progress("guest: ready; suspending it")
             vm.suspend()
         except BaseException:
@@ -165,8 +167,8 @@ def guest_run(
     return result
 
 
-def wait_ready(vm: RunningVM, *, timeout_s: float) -> None:
-    """Wait until systemd has settled and nginx answers through the forwarded port.
+def wait_ready(vm: RunningVM, *, timeout_s: float, web: bool = True) -> None:
+    """Wait until systemd has settled and, with ``web``, nginx answers through the forwarded port.
 
     Raises:
         DeadlineError: One of them did not happen in time.
@@ -177,7 +179,8 @@ def wait_ready(vm: RunningVM, *, timeout_s: float) -> None:
     settled = guest_run(vm, _SETTLED, timeout_s=end - time.monotonic(), check=False)
     if settled.exit_status != 0:
         raise StateError(f"a unit of the guest failed at boot: {settled.stdout[-300:]!r}")
-    http_get(vm, timeout_s=max(end - time.monotonic(), 1))
+    if web:
+        http_get(vm, timeout_s=max(end - time.monotonic(), 1))
     # A sleeper of some hours has long written its boot back; so has this one.
     guest_run(vm, "sync", timeout_s=60)
 

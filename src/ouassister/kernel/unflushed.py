@@ -1,0 +1,208 @@
+"""What the kernel holds of an ext4 file system and the disk does not, in the file system's terms.
+
+Three things make the disk whole:
+
+* Blocks of the device. Every change of metadata goes through buffers of the block device, under
+  the journal. From its first change on and until its last state is at home on the disk, a buffer
+  carries ``BH_JBD`` (jbd2_journal_add_journal_head .. __journal_remove_journal_head), is dirty, or
+  is locked for its way there. All others are what the disk says, or leftovers of blocks that
+  belong to file data by now: these must not be written. (The page's dirty bit is no help: the
+  journal keeps it clear until a transaction is committed.)
+* Pages of files, which carry a mark in the page cache's tree until they are on the disk, mapped
+  and written through included: the first store to a clean page of a shared mapping faults and
+  marks it (mm/memory.c, ``do_wp_page``; mm/mmap.c, ``vma_wants_writenotify``). With data=journal
+  the journal keeps the mark clear, and ``BH_JBD`` on the page's own buffers tells.
+* Size and times of inodes: delayed allocation leaves the size on the disk behind until the blocks
+  exist (``i_disksize``), and lazytime the times.
+
+Everything else in an inode is copied to its buffer with each change (ext4_mark_inode_dirty), so
+that inodes and cached directory entries are there to be compared with the result.
+
+Source: Linux v6.1 ``fs/jbd2/{transaction,commit,checkpoint,journal}.c``,
+``fs/ext4/{inode,page-io}.c``, ``fs/ext4/ext4.h`` (``EXT4_MOUNT_JOURNAL_DATA``,
+``EXT4_JOURNAL_DATA_FL``).
+"""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ouassister.errors import CorruptGuestError, UnsupportedGuestError
+from ouassister.kernel.cached_inodes import CachedFileSystem, CachedInode, InodeCache
+from ouassister.kernel.fields import Fields, offset
+from ouassister.kernel.modules import module_types
+from ouassister.kernel.pagecache import PageCache
+from ouassister.kernel.program import guest_reads
+
+if TYPE_CHECKING:
+    from ouassister.kernel.pagecache import CachedPage
+    from ouassister.kernel.program import Kernel
+
+_MOUNT_DATA_FLAGS: Final = 0xC00
+_MOUNT_JOURNAL_DATA: Final = 0x400
+_JOURNAL_DATA_FL: Final = 0x4000
+_MAX_INODE: Final = 0xFFFF_FFFF
+# The driver of ext4 serves ext3, too; that of ext2 does not keep inodes and buffers in step.
+_FSTYPES: Final = ("ext4", "ext3")
+
+
+class Piece(NamedTuple):
+    """Bytes in memory that belong at an offset of a file or of a device."""
+
+    offset: int
+    size: int
+    physical: int
+
+
+@dataclass(slots=True)
+class Unflushed:
+    """One ext4 file system, as memory knows it.
+
+    Attributes:
+        file_system: Which one.
+        device: Blocks of the device.
+        inodes: All inodes that are cached.
+        files: Pieces of files, by inode number; files that nobody can open any more are left out.
+        names: Cached directory entries: directory's inode, name, inode or 0 for none.
+    """
+
+    file_system: CachedFileSystem
+    device: list[Piece] = field(default_factory=list)
+    inodes: list[CachedInode] = field(default_factory=list)
+    files: dict[int, list[Piece]] = field(default_factory=dict)
+    names: list[tuple[int, bytes, int]] = field(default_factory=list)
+
+
+def collect(kernel: Kernel) -> list[Unflushed]:
+    """Find what memory holds of each mounted ext4 file system.
+
+    Raises:
+        UnsupportedGuestError: This kernel is laid out otherwise.
+        CorruptGuestError: Its memory contradicts itself.
+    """
+    kernel.symbols.learn(("super_blocks", "vmemmap_base"))
+    cache, inodes = PageCache(kernel), InodeCache(kernel)
+    journalling = _Journalling(kernel)
+    found = []
+    for one in inodes.file_systems():
+        if one.fstype in _FSTYPES:
+            with guest_reads(f"reading what is unflushed on {one.label}"):
+                found.append(_collect(one, cache, inodes, journalling))
+    return found
+
+
+def _collect(
+    one: CachedFileSystem, cache: PageCache, inodes: InodeCache, journalling: _Journalling
+) -> Unflushed:
+    result = Unflushed(one)
+    for page in cache.pages(one.device_head, marked=False):
+        result.device += _unwritten(cache, page, whole=bool(page.flags & cache.dirty))
+    numbers: dict[int, int] = {}
+    whole_fs = journalling.of(one)
+    for inode in inodes.inodes(one):
+        if not 0 < inode.number <= _MAX_INODE:
+            raise CorruptGuestError(f"an inode of {one.label} has number {inode.number}")
+        numbers[inode.address] = inode.number
+        result.inodes.append(inode)
+        if not inode.pages or not inode.links or not _has_data(inode.mode):
+            continue
+        if whole_fs or journalling.inode(inode):
+            pieces = _journalled(cache, inode)
+        elif inode.marks:
+            pieces = []
+            for page in cache.pages(inode.head, marked=True):
+                pieces += _unwritten(cache, page, whole=True)
+        else:
+            continue
+        if pieces:
+            if inode.number in result.files:
+                raise CorruptGuestError(f"inode {inode.number} of {one.label} is there twice")
+            result.files[inode.number] = pieces
+    for inode in result.inodes:
+        if stat.S_ISDIR(inode.mode) and inode.links:
+            for name, child in inodes.children(inode):
+                number = numbers.get(child, 0)
+                if child and not number:
+                    continue  # just being made or torn down
+                result.names.append((inode.number, name, number))
+    return result
+
+
+def _has_data(mode: int) -> bool:
+    # Long symbolic links were in the page cache before 6493792d3299 ("ext4: convert symlink
+    # external data block mapping to bdev", v5.19).
+    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+
+
+def _unwritten(cache: PageCache, page: CachedPage, *, whole: bool) -> list[Piece]:
+    """Return the parts of a page that are not on the disk.
+
+    Args:
+        cache: The page cache.
+        page: The page.
+        whole: What to say of a page without buffers.
+    """
+    if not page.buffers:
+        return [Piece(page.position, page.size, page.physical)] if whole else []
+    pieces: list[Piece] = []
+    wanted, uptodate = cache.buffer_unwritten, cache.buffer_uptodate
+    for buffer in cache.buffers(page):
+        if not (buffer.state & wanted and buffer.state & uptodate):
+            continue
+        start = page.position + buffer.offset
+        last = pieces[-1] if pieces else None
+        if last and last.offset + last.size == start:
+            pieces[-1] = Piece(last.offset, last.size + buffer.size, last.physical)
+        else:
+            pieces.append(Piece(start, buffer.size, page.physical + buffer.offset))
+    return pieces
+
+
+def _journalled(cache: PageCache, inode: CachedInode) -> list[Piece]:
+    pieces = []
+    for page in cache.pages(inode.head, marked=False):
+        pieces += _unwritten(cache, page, whole=bool(page.flags & cache.dirty))
+    return pieces
+
+
+class _Journalling:
+    """Tells whose data goes through the journal: of a whole file system, or of one file.
+
+    Where the kernel keeps no types of ext4, everything counts as if it did: more is looked at.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._known = False
+        self._by_operations: dict[int, bool] = {}
+        try:
+            types = kernel.types
+            if types.struct("ext4_sb_info") is None:
+                types = module_types(kernel, "ext4")
+            sb_info, inode_info = types.struct("ext4_sb_info"), types.struct("ext4_inode_info")
+            if sb_info is None or inode_info is None:
+                return
+            with guest_reads("reading the layout of ext4"):
+                self._info = Fields(kernel, "struct super_block", "s_fs_info")
+                self._options = Fields(kernel, sb_info, "s_mount_opt")
+                self._flags = Fields(kernel, inode_info, "i_flags")
+                self._vfs_inode = offset(kernel, inode_info, "vfs_inode")
+            self._known = True
+        except UnsupportedGuestError:
+            return
+
+    def of(self, one: CachedFileSystem) -> bool:
+        if not self._known:
+            return True
+        (info,) = self._info.read(one.address)
+        (options,) = self._options.read(info)
+        return bool(options & _MOUNT_DATA_FLAGS == _MOUNT_JOURNAL_DATA)
+
+    def inode(self, inode: CachedInode) -> bool:
+        # An inode's operations change with its flag (ext4_set_aops): one inode speaks for all.
+        known = self._by_operations.get(inode.operations)
+        if known is None:
+            (flags,) = self._flags.read(inode.address - self._vfs_inode)
+            known = self._by_operations[inode.operations] = bool(flags & _JOURNAL_DATA_FL)
+        return known
