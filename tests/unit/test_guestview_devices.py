@@ -218,6 +218,13 @@ def test_locks_of_both_layouts(core: bool) -> None:
     assert (found.start, found.end) == (10, None)
 
 
+def test_lock_of_an_open_file_is_no_processs() -> None:
+    guest = guest_with_locks(core=True)
+    hang(guest, guest.put("file_lock", c__flc_flags=0x401, c__flc_pid=42) + 8)
+    (found,) = read_held_locks(guest.kernel, cast("FileNames", Names()))
+    assert (found.kind, found.pid, found.path) == ("ofd", -1, b"")
+
+
 def test_locks_that_lead_in_circles_are_corrupt() -> None:
     guest = guest_with_locks(core=True)
     lock = guest.put("file_lock", c__flc_flags=2)

@@ -44,7 +44,8 @@ class SysctlGuest(FakeGuest):
         self.struct("ctl_table_set", ("dir", "ctl_dir"))
         self.struct("ctl_table_root", ("default_set", "ctl_table_set"))
         self.struct("net", ("sysctls", "ctl_table_set"))
-        self.struct("pid_namespace", ("level", "I"))
+        for name in ("pid_namespace", "user_namespace", "ipc_namespace"):
+            self.struct(name, ("level", "I"))
         self.variables = {"proc_dointvec": INT, "proc_dostring": STRING,
                           "sysctl_table_root": self.put("ctl_table_root"),
                           "init_net": self.put("net")}  # fmt: skip
@@ -79,6 +80,15 @@ def test_sysctl_values_by_their_handlers() -> None:
     guest.entry(below, b"secret", mode=0o100200, data=numbers, maxlen=4, proc_handler=INT)
     assert guest.values() == {
         "kernel.pair": b"-1\t7", "kernel.name": b"oua", "kernel.a/b": None}  # fmt: skip
+
+
+def test_sysctl_of_a_byte_may_have_been_an_int() -> None:
+    guest = SysctlGuest()
+    guest.variables |= {"proc_dou8vec_minmax": 0x400, "proc_dobool": 0x500}
+    word = guest.place(guest.new(8), "i", -3)
+    for name, size, handler in ((b"byte", 1, 0x400), (b"int", 4, 0x400), (b"flag", 4, 0x500)):
+        guest.entry(guest.top, name, data=word, maxlen=size, mode=READABLE, proc_handler=handler)
+    assert guest.values() == {"byte": b"253", "int": b"-3", "flag": b"1"}
 
 
 @pytest.mark.parametrize(

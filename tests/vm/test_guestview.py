@@ -368,7 +368,7 @@ def test_sockets(seen: Seen) -> None:
 
 # Counters, and what the asking itself changes.
 _VOLATILE = re.compile(
-    r"fs\.(dentry-state|inode-nr|inode-state|file-nr|aio-nr)|kernel\.(ns_last_pid|random\..*"
+    r"kernel\.sched_domain\..*|fs\.(dentry-state|inode-nr|inode-state|file-nr|aio-nr)|kernel\.(ns_last_pid|random\..*"
     r"|perf_event_max_sample_rate|pty\.nr)|net\.netfilter\.nf_conntrack_count"
 )
 

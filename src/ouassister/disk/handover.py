@@ -161,6 +161,8 @@ class HandOver:
         """Yield directory, name and inode of each cached entry; 0 where there is no such file."""
         at, data = 0, self._names
         while at < len(data):
+            if len(data) - at < _NAME.size:
+                raise InternalError("a name in the hand-over from memory is cut short")
             directory, inode, length = _NAME.unpack_from(data, at)
             at += _NAME.size
             name = data[at : at + length]

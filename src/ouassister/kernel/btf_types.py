@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from drgn import TypeKindSet
 
 _MAX_DEPTH: Final = 64
+_MAX_MEMBERS: Final = 1 << 16  # of a structure, those of anonymous members included
+_WRAPPERS: Final = (Kind.TYPEDEF, Kind.VOLATILE, Kind.CONST, Kind.RESTRICT, Kind.TYPE_TAG)
 _SIGNED, _BOOL = 1, 4  # BTF_INT_*; CHAR (2) is not told apart by drgn
 
 _KINDS: Final = {
@@ -50,6 +52,7 @@ class BtfTypes:
         self._prog = prog
         self.btf = btf
         self._types: dict[int, Type] = {}
+        self._members: dict[int, int] = {}  # of structures, by type id
         self._depth = 0
         self._enumerators: dict[str, tuple[int, int]] | None = None
 
@@ -126,7 +129,7 @@ class BtfTypes:
             case Kind.ARRAY:
                 return prog.array_type(self.type(record.words[0]), record.words[2])
             case Kind.STRUCT | Kind.UNION:
-                return self._compound(record)
+                return self._compound(type_id, record)
             case Kind.ENUM | Kind.ENUM64:
                 return self._enum(record)
             case Kind.FWD:
@@ -157,9 +160,10 @@ class BtfTypes:
             return self._prog.bool_type(record.name, size)
         return self._prog.int_type(record.name, size, bool(encoding & _SIGNED))
 
-    def _compound(self, record: Record) -> Type:
+    def _compound(self, own_id: int, record: Record) -> Type:
         make = self._prog.struct_type if record.kind is Kind.STRUCT else self._prog.union_type
         members = []
+        total = record.count
         for at in range(0, record.count * 3, 3):
             name, type_id, place = record.words[at : at + 3]
             bits = 0
@@ -170,10 +174,25 @@ class BtfTypes:
             label = self.btf.name(name) or None
             if label is None:
                 # drgn looks for names through anonymous members without a bound, so these are
-                # decoded now: a structure that contains itself ends at our depth limit.
+                # decoded now: a structure that contains itself ends at our depth limit, and one
+                # that holds another twice, which does the same, and so on, at this one.
                 self.type(type_id)
+                total += self._members_of(type_id)
+                if total > _MAX_MEMBERS:
+                    raise CorruptGuestError(
+                        f"BTF {record.name} has more than {_MAX_MEMBERS} members"
+                    )
             members.append(TypeMember(self._member(type_id, bits), label, place))
+        self._members[own_id] = total
         return make(record.name or None, record.size_or_type, members)
+
+    def _members_of(self, type_id: int) -> int:
+        while type_id not in self._members:
+            record = self.btf.record(type_id) if type_id else None
+            if record is None or record.kind not in _WRAPPERS:
+                return 0
+            type_id = record.size_or_type  # its end was reached when it was made
+        return self._members[type_id]
 
     def _member(self, type_id: int, bits: int) -> Callable[[], Type | Object]:
         if bits:

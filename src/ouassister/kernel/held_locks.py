@@ -69,7 +69,9 @@ def read_held_locks(kernel: Kernel, names: FileNames) -> tuple[HeldLock, ...]:
                     HeldLock(
                         kind=kind,
                         write=lock_type == _F_WRLCK,
-                        pid=GuestPid(pid if pid < 1 << 31 else pid - (1 << 32)),
+                        # Who set one that belongs to an open file does not matter (as in
+                        # locks_translate_pid).
+                        pid=GuestPid(-1 if kind == "ofd" or pid >= 1 << 31 else pid),
                         path=path,
                         major=device >> _MINOR_BITS,
                         minor=device & ((1 << _MINOR_BITS) - 1),

@@ -69,8 +69,10 @@ def open_guest(save: SaveFile) -> Guest:
         UnsupportedStateError: Memory whose layout cannot be proven.
     """
     problems: list[OUassisterError] = []
-    for memory in save.candidates():
-        for note in itertools.islice(vmcoreinfo.find(memory), _MAX_NOTES):
+    candidates = save.candidates()
+    notes = vmcoreinfo.Notes(candidates[0])
+    for memory in candidates:
+        for note in itertools.islice(notes.find(memory), _MAX_NOTES):
             try:
                 image, degraded = _prove(save, Image(memory, note))
                 return Guest(Kernel(image), degraded)

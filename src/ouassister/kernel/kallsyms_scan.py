@@ -13,6 +13,7 @@ markers, token table, token index, each aligned to 8; one marker per 256 names).
 
 from __future__ import annotations
 
+import itertools
 import struct
 from array import array
 from typing import TYPE_CHECKING, Final
@@ -33,6 +34,8 @@ _CHUNK: Final = 1 << 20
 _MAX_IMAGE: Final = 128 << 20
 _MAX_MARKERS_BYTES: Final = 64 << 10  # of four million symbols
 _MAX_TOKENS_BYTES: Final = 16 << 10
+_MAX_NAMES_BYTES: Final = 16 << 20  # of a million symbols; 5.10 has two hundred thousand
+_MAX_CANDIDATES: Final = 64
 _MAX_BLOCK: Final = 256 * 129  # bytes of 256 names
 _PER_MARKER: Final = 256
 _INDEX: Final = struct.Struct("<256H")
@@ -46,7 +49,7 @@ def find_tables(virtual: VirtualMemory, note: Vmcoreinfo) -> dict[str, int]:
     """
     start, end = note.symbol("_stext"), note.symbol("init_uts_ns")
     if start is not None and end is not None and start < end <= start + _MAX_IMAGE:
-        for digits in _find_back(virtual, start, end):
+        for digits in itertools.islice(_find_back(virtual, start, end), _MAX_CANDIDATES):
             found = _tables(virtual, digits)
             if found is not None:
                 return found
@@ -94,7 +97,7 @@ def _tables(virtual: VirtualMemory, digits: int) -> dict[str, int] | None:
             return None
         table, index = tokens
         markers, last, count, first_block = _markers(virtual, table)
-        if count < 2:
+        if count < 2 or last > _MAX_NAMES_BYTES:
             return None
         names = _names(virtual, markers, last, count, first_block)
     except (NotMappedError, PageAbsentError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from typing import TYPE_CHECKING, Final
 
 from drgn import (
@@ -88,6 +89,10 @@ def guest_reads(what: str) -> Iterator[None]:
         if "has no member" not in text and "could not find" not in text:
             raise
         raise UnsupportedGuestError(f"this kernel is laid out otherwise: {text}",
+                                    context=what) from error  # fmt: skip
+    except (TypeError, ValueError, OverflowError, struct.error) as error:
+        # A hostile type table gives any member any type: structures where numbers are, no size.
+        raise UnsupportedGuestError(f"this kernel's types are not what they were: {error}",
                                     context=what) from error  # fmt: skip
 
 

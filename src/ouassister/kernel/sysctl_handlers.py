@@ -36,7 +36,7 @@ _BY_KIND: Final = {
         addrconf_sysctl_addr_gen_mode addrconf_sysctl_disable addrconf_sysctl_disable_policy
         addrconf_sysctl_force_forwarding addrconf_sysctl_forward
         addrconf_sysctl_ignore_routes_with_linkdown addrconf_sysctl_mtu addrconf_sysctl_proxy_ndp
-        bpf_stats_handler bpf_unpriv_handler compaction_proactiveness_sysctl_handler
+        bpf_unpriv_handler compaction_proactiveness_sysctl_handler
         devinet_conf_proc devinet_sysctl_forward dirty_background_ratio_handler dirty_ratio_handler
         dirty_writeback_centisecs_handler dirtytime_interval_handler flow_limit_table_len_sysctl
         ftrace_enable_sysctl ipv4_doint_and_flush lowmem_reserve_ratio_sysctl_handler
@@ -48,7 +48,7 @@ _BY_KIND: Final = {
         proc_dointvec_minmax_bpf_restricted proc_dointvec_minmax_coredump
         proc_dointvec_minmax_sysadmin proc_dointvec_minmax_warn_RT_change proc_ipc_dointvec
         proc_ipc_dointvec_minmax proc_ipc_dointvec_minmax_orphans proc_tfo_blackhole_detect_timeout
-        proc_watchdog_thresh sched_rr_handler sched_rt_handler stack_trace_sysctl
+        sched_rr_handler sched_rt_handler stack_trace_sysctl
         sysctl_min_slab_ratio_sysctl_handler sysctl_min_unmapped_ratio_sysctl_handler
         timer_migration_handler tracepoint_printk_sysctl watermark_scale_factor_sysctl_handler
         yama_dointvec_minmax""",
@@ -61,7 +61,8 @@ _BY_KIND: Final = {
     Kind.BOOL: "proc_dobool",
     Kind.U8: "ipv4_fwd_update_priority proc_dou8vec_minmax proc_fib_multipath_hash_policy"
     " proc_rt6_multipath_hash_policy",
-    Kind.STRING: "devkmsg_sysctl_set_loglvl proc_do_uts_string proc_dostring proc_dostring_coredump",
+    Kind.STRING: "devkmsg_sysctl_set_loglvl proc_do_uts_string proc_dostring"
+    " proc_dostring_coredump",
     Kind.UUID: "proc_do_uuid",
     Kind.JIFFIES: "laptop_mode_handler neigh_proc_dointvec_jiffies proc_dointvec_jiffies",
     Kind.MS_JIFFIES: "neigh_proc_dointvec_ms_jiffies neigh_proc_dointvec_ms_jiffies_positive"

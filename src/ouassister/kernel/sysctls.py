@@ -33,13 +33,22 @@ _MAX_VALUE: Final = 4096
 _S_IFMT, _S_IFDIR, _S_IFLNK = 0o170000, 0o040000, 0o120000
 
 _SIZES: Final = {
-    Kind.INT: 4, Kind.UINT: 4, Kind.LONG: 8, Kind.BOOL: 1, Kind.U8: 1,
+    Kind.INT: 4, Kind.UINT: 4, Kind.LONG: 8, Kind.U8: 1,
     Kind.JIFFIES: 4, Kind.MS_JIFFIES: 4, Kind.USER_JIFFIES: 4,
 }  # fmt: skip
 _SIGNED: Final = (Kind.INT, Kind.JIFFIES, Kind.MS_JIFFIES, Kind.USER_JIFFIES)
 _PER_SECOND: Final = {Kind.JIFFIES: 1, Kind.MS_JIFFIES: 1000, Kind.USER_JIFFIES: 100}
 _HZ: Final = (100, 250, 300, 1000)  # kernel/Kconfig.hz
 _SECOND: Final = 1_000_000_000
+# Tables that a namespace of init has for itself, beside the network's: variable, type, member.
+# ipc: 1f5c135ee509 ("ipc: Store ipc sysctls in the ipc namespace", v5.19), before in the common
+# ones; pid: v6.14.
+_SETS: Final = (
+    ("init_user_ns", "user_namespace", "set"),
+    ("init_ipc_ns", "ipc_namespace", "ipc_set"),
+    ("init_ipc_ns", "ipc_namespace", "mq_set"),
+    ("init_pid_ns", "pid_namespace", "set"),
+)
 
 
 class Sysctls:
@@ -54,7 +63,7 @@ class Sysctls:
         self._left = _MAX_ENTRIES
         others = [name for name, _, _ in VARIABLES.values()]
         kernel.symbols.learn((*HANDLERS, *others, "sysctl_table_root", "init_net",
-                              "init_pid_ns", "jiffies_64"))  # fmt: skip
+                              "jiffies_64", *(name for name, _, _ in _SETS)))  # fmt: skip
         self._handlers: dict[int, Kind] = {
             address: kind
             for name, kind in HANDLERS.items()
@@ -87,9 +96,11 @@ class Sysctls:
                 + offset(kernel, "struct ctl_table_root", "default_set.dir"),
                 variable(kernel, "init_net") + offset(kernel, "struct net", "sysctls.dir"),
             ]
-            if has_member(kernel, "struct pid_namespace", "set"):
-                top = variable(kernel, "init_pid_ns")
-                tops.append(top + offset(kernel, "struct pid_namespace", "set.dir"))
+            for name, kind, member in _SETS:
+                if has_member(kernel, f"struct {kind}", member):
+                    tops.append(
+                        variable(kernel, name) + offset(kernel, f"struct {kind}", f"{member}.dir")
+                    )
             for top in tops:
                 for one in self._directory(top, "", 0, set()):
                     found.setdefault(one.name, one)
@@ -148,6 +159,10 @@ class Sysctls:
         if not 0 < size <= _MAX_VALUE:
             raise UnsupportedGuestError(f"it has {size} bytes")
         raw = self._kernel.virtual.read(VirtAddr(data), size)
+        if kind is Kind.U8 and size == _SIZES[Kind.INT]:
+            kind = Kind.INT  # as these were before they became smaller (v5.13 to v5.14)
+        if kind is Kind.BOOL:  # its table may give it the size of an int (proc_dobool)
+            return b"%d" % (raw[0] != 0)
         if kind is Kind.STRING:
             return raw.partition(b"\0")[0]
         width = _SIZES[kind]

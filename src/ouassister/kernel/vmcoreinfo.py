@@ -79,14 +79,32 @@ def parse(raw: bytes, address: PhysAddr) -> Vmcoreinfo | None:
     return note
 
 
-def find(memory: PhysicalMemory) -> Iterator[Vmcoreinfo]:
-    """Yield the notes in memory that parse; at most a few do."""
-    for address in memory.find(_NEEDLE):
-        if address % _PAGE:
-            continue
-        try:
-            note = parse(memory.read(address, _PAGE), address)
-        except PageAbsentError:
-            continue
-        if note is not None:
-            yield note
+class Notes:
+    """The notes in a save; it is searched once, however many layouts are tried.
+
+    Args:
+        memory: Its memory in any layout.
+    """
+
+    def __init__(self, memory: PhysicalMemory) -> None:
+        self._more = memory.occurrences(_NEEDLE)
+        self._known: list[tuple[bytes, int]] = []
+
+    def find(self, memory: PhysicalMemory) -> Iterator[Vmcoreinfo]:
+        """Yield the notes that parse, where a layout has them; at most a few do."""
+        for name, offset in self._places():
+            if offset % _PAGE:
+                continue
+            for address in memory.addresses(name, offset):
+                try:
+                    note = parse(memory.read(address, _PAGE), address)
+                except PageAbsentError:
+                    continue
+                if note is not None:
+                    yield note
+
+    def _places(self) -> Iterator[tuple[bytes, int]]:
+        yield from list(self._known)
+        for place in self._more:
+            self._known.append(place)
+            yield place

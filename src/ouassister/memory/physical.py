@@ -146,6 +146,14 @@ class PhysicalMemory:
     def find(self, needle: bytes, limit: int = 1 << 16) -> Iterator[PhysAddr]:
         """Yield the addresses of ``needle`` in stored pages, in the save file's order.
 
+        See `occurrences`.
+        """
+        for name, offset in self.occurrences(needle, limit):
+            yield from self.addresses(name, offset)
+
+    def occurrences(self, needle: bytes, limit: int = 1 << 16) -> Iterator[tuple[bytes, int]]:
+        """Yield name and offset of the block where ``needle`` is; the same in every layout.
+
         A match has to lie within one page. At most ``limit`` occurrences in the file are
         looked at, matches or not.
         """
@@ -158,9 +166,10 @@ class PhysicalMemory:
                         return
                     place = pages.locate(position)
                     if place is not None and place[1] + len(needle) <= PAGE_SIZE:
-                        yield from self._addresses(name, place[0] * PAGE_SIZE + place[1])
+                        yield name, place[0] * PAGE_SIZE + place[1]
 
-    def _addresses(self, name: bytes, offset: int) -> Iterator[PhysAddr]:
+    def addresses(self, name: bytes, offset: int) -> Iterator[PhysAddr]:
+        """Yield where this layout has a byte of a block."""
         for one in self.segments:
             inside = offset - one.block_offset
             if one.block.name == name and 0 <= inside < one.size_bytes:
