@@ -125,31 +125,6 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True)
-class FileLock:
-    """A POSIX, OFD or BSD lock on a file that is cached."""
-
-    path: bytes
-    kind: str  # "posix", "flock"
-    pid: GuestPid
-    write: bool
-
-
-@dataclass(frozen=True, slots=True)
-class CachedFile:
-    """What the kernel's caches say about one path; ``inode`` 0 is a negative dentry (no such file).
-
-    ``dirty`` is true when pages wait for write-back or the inode itself does.
-    """
-
-    path: bytes
-    inode: int
-    mode: int
-    size: int
-    mtime_ns: int
-    dirty: bool
-
-
-@dataclass(frozen=True, slots=True)
 class GuestView:
     """What the sleeping kernel knows. Everything in it comes from the save file alone."""
 
@@ -161,8 +136,6 @@ class GuestView:
     memory_bytes: int
     tasks: tuple[Task, ...]
     mounts: tuple[Mount, ...]
-    locks: tuple[FileLock, ...]
-    database: tuple[CachedFile, ...]  # cached files of the package manager's database
     degraded: tuple[str, ...] = ()  # what this kernel does not tell, by name
     # None: not asked for (see Subject), or named in ``degraded``.
     maps: tuple[ProcessMaps, ...] | None = None

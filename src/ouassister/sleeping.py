@@ -89,7 +89,7 @@ def open_sleeping(
                     )
             guest = kernel.open_guest(save)
             subjects = _subjects(config) | want
-            view = kernel.look(guest, save, want=subjects)
+            view = kernel.look(guest, save, subjects)
             if not subjects >= _DISKS and needs_devices(view.mounts):
                 view = kernel.GuestReader(guest).fill(view, _DISKS)
             layout = make_layout(view)

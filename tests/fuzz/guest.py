@@ -18,16 +18,18 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from unittest.mock import patch
 
 from tests.fuzz import mutate
 from tests.fuzz.engine import Target
 
 from ouassister.errors import OUassisterError
 from ouassister.guest_model import Subject
-from ouassister.kernel import unflushed
+from ouassister.kernel import dentries, unflushed
+from ouassister.kernel.flushed import unflushed_part
 from ouassister.kernel.introspect import Guest, look, open_guest
 from ouassister.kernel.reader import GuestReader
-from ouassister.memory import PhysicalMemory, open_save, save
+from ouassister.memory import PhysicalMemory, open_save
 from ouassister.state.data import MappedFile
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from ouassister.memory import SaveFile
     from ouassister.model import PhysAddr
 
-_ROOTS: Final = (b"/var/lib/dpkg",)
 _PAGE: Final = 4096
 _TYPES: Final = ("task_struct", "list_head", "mount", "dentry", "inode", "super_block", "file",
                  "mm_struct", "xa_node", "page", "vm_area_struct", "maple_node")  # fmt: skip
@@ -80,7 +81,7 @@ class Walkers(Target):
         path: A save file of a real guest, in a format that is not compressed.
     """
 
-    cpu_s = 30
+    cpu_s = 30.0
     memory_mib = 1024
 
     def __init__(self, path: Path) -> None:
@@ -91,19 +92,16 @@ class Walkers(Target):
             mapped.append(_map_private(path))
             return mapped[-1]
 
-        original, save.map_file = save.map_file, map_file
-        try:
+        with patch("ouassister.memory.save.map_file", map_file):
             self._save: SaveFile = open_save(path)
-        finally:
-            save.map_file = original
         self._file = mapped[0]
         self._guest = open_guest(self._save)
         self._walks: dict[str, Callable[[Guest], object]] = {
-            "open": lambda _guest: look(open_guest(self._save), self._save, _ROOTS),
-            "types": lambda _guest: look(
-                open_guest(self._save), self._save, _ROOTS, frozenset(Subject)
-            ),
-            "look": lambda guest: look(guest, self._save, _ROOTS),
+            "open": lambda _guest: look(open_guest(self._save), self._save),
+            "types": lambda _guest: look(open_guest(self._save), self._save, frozenset(Subject)),
+            "look": lambda guest: look(guest, self._save),
+            "dentries": self._dentries,
+            "flushed": self._flushed,
             "unflushed": lambda guest: unflushed.collect(guest.kernel),
             "export": self._export,
             "memory": self._memory,
@@ -118,7 +116,16 @@ class Walkers(Target):
     # --- walks -----------------------------------------------------------------------------
 
     def _subject(self, guest: Guest, subject: Subject) -> None:
-        look(guest, self._save, want=frozenset((subject,)))
+        look(guest, self._save, frozenset((subject,)))
+
+    def _dentries(self, guest: Guest) -> None:
+        _mount, root = GuestReader(guest).namespace.root
+        for path, entry in dentries.below(guest.kernel, root, b"/"):
+            assert entry.address_, path
+
+    def _flushed(self, guest: Guest) -> None:
+        for one in GuestReader(guest).block_devices.all:
+            unflushed_part(guest.kernel, one.major, one.minor)
 
     def _export(self, guest: Guest) -> None:
         reader = GuestReader(guest)

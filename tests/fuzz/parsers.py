@@ -87,6 +87,7 @@ class Save(FileTarget):
 
     @staticmethod
     def _read(layouts: list[PhysicalMemory]) -> None:
+        notes = vmcoreinfo.Notes(layouts[0])
         for memory in layouts:
             for segment in memory.segments:
                 end = min(segment.size_bytes, _MAX_PAGES * _PAGE)
@@ -95,10 +96,10 @@ class Save(FileTarget):
                         memory.read(PhysAddr(segment.address + at), 16)
                     except OUassisterError:
                         continue
-            for _ in vmcoreinfo.find(memory):
-                pass
-            for _ in itertools.islice(memory.find(b"\x41" * 8), 1000):
-                pass
+            for note in notes.find(memory):
+                note.symbol("_stext")
+            for address in itertools.islice(memory.find(b"\x41" * 8), 1000):
+                assert memory.read(address, 8) == b"\x41" * 8
 
 
 class Types(FileTarget):

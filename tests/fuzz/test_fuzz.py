@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pytest
 from tests.conftest import need
@@ -22,9 +22,6 @@ from tests.fuzz.engine import CORPUS
 from tests.fuzz.parsers import TARGETS
 
 from ouassister.provider import vmtoml
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT: Final = Path(__file__).parents[2]
 WORK: Final = ROOT / "build" / "fuzz"
@@ -35,30 +32,31 @@ SHARES: Final = {"save": 0.2, "guest": 0.5} | dict.fromkeys(TARGETS.keys() - {"s
 _SLACK_S: Final = 240  # to start, and for one case that takes too long, on a busy machine
 
 
-class Ended(Exception):
+class EndedError(Exception):
     """A worker found something."""
 
 
 def work(target: str, *options: str, seconds: float = 0, folder: Path = WORK) -> dict[str, Any]:
     """Run one worker; return its tally."""
     command = [sys.executable, "-m", "tests.fuzz", target, "--work", str(folder), *options]
+    command += ["--seconds", str(seconds)]
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=seconds + _SLACK_S
         )
     except subprocess.TimeoutExpired as error:
-        raise Ended(f"{target} sleeps; its case is {folder / target}.case") from error
+        raise EndedError(f"{target} sleeps; its case is {folder / target}.case") from error
     if done.returncode:
         how = signal.Signals(-done.returncode).name if done.returncode < 0 else "an exception"
         again = shlex.join([*command, "--replay", f"{folder / target}.case"])
-        raise Ended(f"{how}, seed {SEED}; again: {again}\n{done.stderr[-4000:]}")
+        raise EndedError(f"{how}, seed {SEED}; again: {again}\n{done.stderr[-4000:]}")
     tally: dict[str, Any] = json.loads(done.stdout)
     return tally
 
 
 def fuzz(target: str, *options: str) -> None:
     seconds = SHARES[target] * SECONDS
-    tally = work(target, "--seed", SEED, "--seconds", str(seconds), *options, seconds=seconds)
+    tally = work(target, "--seed", SEED, *options, seconds=seconds)
     print(target, tally)
     assert tally["cases"] > 0
 
@@ -92,18 +90,19 @@ def test_corpus_is_read_or_refused(target: str, tmp_path: Path) -> None:
     assert tally["cases"] > tally["refused"], "no seed is read: what is damaged then?"
 
 
-def traps() -> Iterator[tuple[str, str]]:
-    yield "raises", "IndexError"
-    yield "confesses", "InternalError"
-    yield "hangs", "SIGPROF"
-    yield "swells", "MemoryError"
-    yield "crashes", "SIGSEGV"
+TRAPS: Final = {
+    "raises": "IndexError",
+    "confesses": "InternalError",
+    "hangs": "SIGPROF",
+    "swells": "MemoryError",
+    "crashes": "SIGSEGV",
+}
 
 
 @pytest.mark.host
-@pytest.mark.parametrize(("trap", "said"), traps())
+@pytest.mark.parametrize(("trap", "said"), TRAPS.items())
 def test_broken_limit_is_told_with_its_case(trap: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(Ended, match=f"(?s){said}.*trap-{trap}.case|trap-{trap}.case.*{said}"):
+    with pytest.raises(EndedError, match=f"(?s){said}.*trap-{trap}.case|trap-{trap}.case.*{said}"):
         work(f"trap-{trap}", folder=tmp_path)
     assert (tmp_path / f"trap-{trap}.case").read_bytes().isdigit()
 
@@ -112,7 +111,7 @@ def test_broken_limit_is_told_with_its_case(trap: str, said: str, tmp_path: Path
 def test_cases_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     cases = []
     for seed in ("1", "1", "2"):
-        with pytest.raises(Ended):
+        with pytest.raises(EndedError):
             work("trap-raises", "--seed", seed, folder=tmp_path)
         cases.append((tmp_path / "trap-raises.case").read_bytes())
     assert cases[0] == cases[1] != cases[2]

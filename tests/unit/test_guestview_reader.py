@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 VIEW = GuestView(
     uts=Uts("Linux", "web1", "6.1.0", "#1", "x86_64", "(none)"), boot_id="", suspended_at_s=0,
-    uptime_s=0, cpus=1, memory_bytes=0, tasks=(), mounts=(), locks=(), database=(),
+    uptime_s=0, cpus=1, memory_bytes=0, tasks=(), mounts=(),
 )  # fmt: skip
 HOSTILE = b"\x1b[31m\nevil"
 

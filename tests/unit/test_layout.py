@@ -38,8 +38,6 @@ def view(*mounts: Mount, **more: object) -> GuestView:
         memory_bytes=1 << 29,
         tasks=(),
         mounts=mounts,
-        locks=(),
-        database=(),
         **more,  # type: ignore[arg-type]
     )
 

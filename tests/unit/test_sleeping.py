@@ -57,8 +57,6 @@ CLEAN = GuestView(
     memory_bytes=1 << 29,
     tasks=(SYSTEMD,),
     mounts=(ROOT, PROC),
-    locks=(),
-    database=(),
     held_locks=(lock(b"/run/systemd/private", "flock", 1),),
 )
 

@@ -86,7 +86,7 @@ def seen(suspended: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     tree = folder / "tree"
     tree.mkdir()
     with open_save(config.save) as save:
-        view = introspect(save, (b"/var/lib/dpkg",), frozenset(Subject))
+        view = introspect(save, frozenset(Subject))
         reader = GuestReader(open_guest(save))
         (probe,) = (t.pid for t in view.tasks if t.cmdline[-1:] == (b"/root/probe.pl",))
         memory = reader.memory(probe)

@@ -77,8 +77,6 @@ def _lines(name: str, view: GuestView) -> list[str]:
         for m in view.mounts
     ]
     lines += [table(mounts, "  "), *_devices(view), *_network(view)]
-    dirty = sum(file.dirty for file in view.database)
-    lines += ["", f"package database: {len(view.database)} cached paths, {dirty} unflushed"]
     if view.held_locks:
         lines += ["", "locks"]
         lines += [
@@ -86,9 +84,6 @@ def _lines(name: str, view: GuestView) -> list[str]:
             + (f"pid {lock.pid}" if lock.pid > 0 else "of an open file")
             for lock in view.held_locks
         ]
-    elif view.locks:
-        lines.append("locks")
-        lines += [f"  {to_text(lock.path)}: {lock.kind}, pid {lock.pid}" for lock in view.locks]
     lines += [f"not told by this kernel: {what}" for what in view.degraded]
     return lines
 

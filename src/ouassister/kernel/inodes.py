@@ -1,7 +1,7 @@
-"""What a cached inode says: its times, and whether its latest state is on disk.
+"""What a cached inode says: its times, and whether it waits for write-back.
 
 Source: Linux v6.1 ``include/linux/fs.h`` (``struct inode``, ``I_DIRTY_*``),
-``include/linux/xarray.h`` (``XA_FLAGS_*``), ``fs/fs-writeback.c``. Times are plain integers since
+``fs/fs-writeback.c``. Times are plain integers since
 3aa63a569c64 ("fs: switch timespec64 fields in inode to discrete integers", v6.11), and were
 renamed by 13bc24457850 ("fs: rename i_ctime field to __i_ctime", v6.6) and 12cd44023651 ("fs:
 rename inode i_atime and i_mtime fields", v6.7).
@@ -17,13 +17,10 @@ from drgn import TypeKind
 if TYPE_CHECKING:
     from drgn import Object, Type
 
-    from ouassister.kernel.ext4 import Ext4
-
 _SECOND: Final = 1_000_000_000
-# Page cache marks lie above the array's own flags (XA_FLAGS_ACCOUNT is the highest, bit 5).
-# Where exactly depends on __GFP_BITS_SHIFT, which differs between kernels and configurations;
-# any mark at all means dirty, under write-back, or on the way there.
-_XA_MARKS_SHIFT: Final = 6
+# The highest bit of i_ctime_nsec says that somebody asked for it (I_CTIME_QUERIED, 4e40eff0b573
+# "fs: add infrastructure for multigrain timestamps", v6.13).
+_NANOSECONDS: Final = (1 << 31) - 1
 _DIRTY_NAMES: Final = ("I_DIRTY_SYNC", "I_DIRTY_DATASYNC", "I_DIRTY_PAGES")
 
 
@@ -37,22 +34,8 @@ def time_ns(inode: Object, which: str) -> int:
         except LookupError:
             time = inode.member_(f"i_{which}")
         seconds, nanoseconds = time.tv_sec, time.tv_nsec
-    value: int = seconds.value_() * _SECOND + nanoseconds.value_()
+    value: int = seconds.value_() * _SECOND + (nanoseconds.value_() & _NANOSECONDS)
     return value
-
-
-def is_dirty(inode: Object, ext4: Ext4) -> bool:
-    """Tell whether some of an inode's state is in memory alone.
-
-    So it is while pages wait for write-back, or while its last change is not committed to the
-    journal; on anything but ext4, while the inode itself waits for write-back.
-    """
-    if inode.i_mapping.i_pages.xa_flags.value_() >> _XA_MARKS_SHIFT:
-        return True
-    committed = ext4.committed(inode)
-    if committed is not None:
-        return not committed
-    return awaits_writing(inode)
 
 
 def awaits_writing(inode: Object) -> bool:

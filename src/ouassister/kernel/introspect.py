@@ -5,7 +5,6 @@ Source: the modules it calls; each cites its own.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -17,14 +16,12 @@ from ouassister.errors import (
     UnsupportedGuestError,
     UnsupportedStateError,
 )
-from ouassister.kernel import dentries, e820, mounts, system, tasks, vmcoreinfo
-from ouassister.kernel.ext4 import Ext4
-from ouassister.kernel.locks import read_locks
+from ouassister.kernel import e820, mounts, system, tasks, vmcoreinfo
 from ouassister.kernel.program import Image, Kernel
 from ouassister.kernel.reader import GuestReader
 from ouassister.kernel.time import Clocks, read_clocks
 from ouassister.kernel.uts import read_uts
-from ouassister.model import CachedFile, FileLock, GuestView
+from ouassister.model import GuestView
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,31 +111,22 @@ def _prove(save: SaveFile, image: Image) -> tuple[Image, list[str]]:
     return proven, []
 
 
-def introspect(
-    save: SaveFile, database_roots: tuple[bytes, ...], want: frozenset[Subject] = frozenset()
-) -> GuestView:
+def introspect(save: SaveFile, want: frozenset[Subject] = frozenset()) -> GuestView:
     """Read what the sleeping kernel knows.
 
     Args:
         save: The open save file.
-        database_roots: Directories of the package manager's database; what is cached below
-            them, and the locks on it, is part of the view.
-        want: What else the view shall contain; it takes its time.
+        want: What the view shall contain beside the basics; each takes its time.
 
     Raises:
         UnsupportedGuestError: The kernel cannot be read at all.
         CorruptGuestError: The guest's memory contradicts itself.
         PageAbsentError: A page that is needed was never saved.
     """
-    return look(open_guest(save), save, database_roots, want)
+    return look(open_guest(save), save, want)
 
 
-def look(
-    guest: Guest,
-    save: SaveFile,
-    database_roots: tuple[bytes, ...] = (),
-    want: frozenset[Subject] = frozenset(),
-) -> GuestView:
+def look(guest: Guest, save: SaveFile, want: frozenset[Subject] = frozenset()) -> GuestView:
     """`introspect` for a kernel that was found already."""
     kernel = guest.kernel
     processes = tasks.leaders(kernel)
@@ -147,22 +135,6 @@ def look(
         raise CorruptGuestError("the guest has no process 1")
     namespace = mounts.read_namespace(kernel, init)
     clocks = guest.ask("clock", lambda: read_clocks(kernel), _NO_CLOCK)
-    journal = Ext4(kernel, clocks.realtime_offset_ns)
-    database: list[CachedFile] = []
-    locks: list[FileLock] = []
-
-    def look_below(root: bytes) -> None:
-        top = dentries.lookup(kernel, namespace, root)
-        if top is not None:
-            for path, dentry in dentries.below(kernel, top, root):
-                database.append(dentries.describe(path, dentry, journal))
-                locks.extend(read_locks(kernel, path, dentry))
-
-    for root in database_roots:
-        guest.ask("package database", functools.partial(look_below, root), None)
-    guest.degraded += [
-        f"uncommitted changes: {name}: {why}" for name, why in journal.unread.items()
-    ]
     view = GuestView(
         uts=read_uts(kernel),
         boot_id=guest.ask("boot id", lambda: system.boot_id(kernel), ""),
@@ -172,8 +144,6 @@ def look(
         memory_bytes=save.ram_bytes,
         tasks=tasks.read_tasks(kernel, processes),
         mounts=mounts.read_mounts(namespace),
-        locks=tuple(locks),
-        database=tuple(sorted(database, key=lambda file: file.path)),
         degraded=tuple(guest.degraded),
     )
     return GuestReader(guest).fill(view, want) if want else view

@@ -61,7 +61,15 @@ GLOBALS: Final = {
     "sysctl_bootid": "unsigned char [16]",
     "timekeeper_data": "struct tk_data [1]",
 }
-_OTHERS: Final = ("__start_BTF", "__stop_BTF", "e820_table_firmware", "linux_banner", "tk_core")
+_OTHERS: Final = (
+    "__start_BTF",
+    "__stop_BTF",
+    "e820_table_firmware",
+    "linux_banner",
+    "tk_core",
+    "super_blocks",
+    "vmemmap_base",
+)
 
 
 @contextlib.contextmanager

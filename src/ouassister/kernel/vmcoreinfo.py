@@ -79,6 +79,11 @@ def parse(raw: bytes, address: PhysAddr) -> Vmcoreinfo | None:
     return note
 
 
+def find(memory: PhysicalMemory) -> Iterator[Vmcoreinfo]:
+    """Yield the notes in memory that parse."""
+    return Notes(memory).find(memory)
+
+
 class Notes:
     """The notes in a save; it is searched once, however many layouts are tried.
 

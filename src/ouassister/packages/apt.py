@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from ouassister.model import Request
     from ouassister.shadow.session import Shadow
 
-DATABASE: Final = b"/var/lib/dpkg"
 # In the order in which apt takes them (apt pkgcache lock, then dpkg's frontend protocol).
 LOCKS: Final = (
     b"/var/lib/dpkg/lock-frontend",

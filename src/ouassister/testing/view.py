@@ -47,7 +47,7 @@ def build_view(vm_toml: Path, folder: Path, target: bytes = b"/") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     memory, image = folder / "unflushed", folder / "view.img"
     with open_save(config.save) as save:
-        mount = _mount(kernel.introspect(save, ()).mounts, target)
+        mount = _mount(kernel.introspect(save).mounts, target)
         for one in collect(kernel.open_guest(save).kernel):
             if (one.file_system.major, one.file_system.minor) == (mount.major, mount.minor):
                 handover.write(memory, one, save.memory)
