@@ -2,6 +2,8 @@
 # make test   all tests, those that boot a guest included
 # make check  format, lint, types and the fast tests
 # make view-test SEEDS=n   the view of n random guests against what they say when they wake up
+# make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
+# make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make bench  time and memory of inspect, beside volatility3 on the same guests
 #
 # Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
@@ -39,6 +41,15 @@ RELEASES := bookworm bullseye trixie
 view-test: .venv/ready
 	$(ROOT) env VIEW_SEEDS=$(SEEDS) VIEW_RELEASES="$(RELEASES)" \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v --durations=0 tests/view $(PYTEST)
+
+kernel-test: .venv/ready
+	$(ROOT) env OUASSISTER_KERNELS=all \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_kernels.py $(PYTEST)
+
+SECONDS := 60
+fuzz: .venv/ready
+	$(ROOT) env FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -s tests/fuzz $(PYTEST)
 
 # volatility3 has a licence of its own: a virtual environment of the bench alone.
 bench: .venv/ready build/bench-venv/ready
@@ -92,4 +103,4 @@ lock:
 clean:
 	rm -rf build .venv $(APPLIER)
 
-.PHONY: demo test check view-test bench applier guest-tests deps lock clean
+.PHONY: demo test check view-test kernel-test fuzz bench applier guest-tests deps lock clean

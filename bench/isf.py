@@ -1,5 +1,7 @@
 """A symbol file for volatility3, from what the guest's own memory says of its kernel.
 
+Usage: ``python -m bench.isf SAVE TARGET``.
+
 The format is volatility3's "intermediate symbol format", version 6.2.0 (its
 schemas/schema-6.2.0.json). Addresses in it are those of a kernel that was not moved by KASLR.
 """
@@ -8,6 +10,8 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
@@ -17,8 +21,6 @@ from ouassister.kernel.btf import Btf, Kind
 from ouassister.memory import open_save
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ouassister.kernel.btf import Record
 
 _Json = dict[str, Any]
@@ -56,7 +58,9 @@ def export(save_file: Path, target: Path) -> None:
         shift = int(kernel.note.text.split(b"KERNELOFFSET=")[1].split()[0], 16)
         banner_at = kernel.symbols.address("linux_banner")
         assert banner_at is not None  # noqa: S101
-        banner = kernel.virtual.read(banner_at, 512).partition(b"\0")[0] + b"\0"
+        # Without its end, so that the copy in the kernel's log fits as well: where the banner
+        # itself lies across two pages, volatility3 does not find it in a file of QEMU's format.
+        banner = kernel.virtual.read(banner_at, 512).partition(b"\0")[0].rstrip()
         symbols: _Json = {}
         for symbol in kernel.prog.symbols():
             moved = symbol.address >= _TEXT
@@ -214,3 +218,7 @@ def _number(size: int, encoding: int, name: str) -> _Json:
         "kind": kind,
         "endian": "little",
     }
+
+
+if __name__ == "__main__":
+    export(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -58,6 +58,8 @@ def open_sleeping(
     config: VmConfig,
     want: frozenset[Subject] = frozenset(),
     unflushed: Callable[[int], Path] | None = None,
+    *,
+    tree: bool = True,
 ) -> Iterator[Sleeping]:
     """Open the saved VM; nothing of it is written.
 
@@ -66,6 +68,8 @@ def open_sleeping(
         want: What the view contains beside the basics.
         unflushed: Names a file for each volume, where what memory holds of it and the disk does
             not is put (`ouassister.disk.handover`); without it, that is not collected.
+        tree: Lay out the file systems of its tree; without it, ``layout`` and ``disks`` are empty,
+            and a guest whose tree cannot be laid out can still be looked at.
 
     Raises:
         RunningVMError: It runs, or some process has its disk open for writing.
@@ -90,9 +94,9 @@ def open_sleeping(
             guest = kernel.open_guest(save)
             subjects = _subjects(config) | want
             view = kernel.look(guest, save, subjects)
-            if not subjects >= _DISKS and needs_devices(view.mounts):
+            if tree and not subjects >= _DISKS and needs_devices(view.mounts):
                 view = kernel.GuestReader(guest).fill(view, _DISKS)
-            layout = make_layout(view)
+            layout = make_layout(view) if tree else Layout((), ())
             if unflushed is not None:
                 _hand_over(guest.kernel, save, layout, unflushed)
     yield Sleeping(config, view, binding.result(), layout, _match(config, view, layout))

@@ -191,7 +191,7 @@ class Walkers(Target):
 
     def make(self, random: Random) -> bytes:
         """See `Target`: a walk, and what is written where before it."""
-        name = random.choice(list(self._walks))
+        name = random.choice([*self._walks, *["types"] * 6])
         places = self._places[name]
         changes: dict[int, str] = {}
         for _ in range(random.choice((1, 1, 1, 2, 4))):

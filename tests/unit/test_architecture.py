@@ -56,7 +56,17 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     | {"changeset", "disk", "doctor", "pipeline", "provider", "sleeping", "store", "testing"}
     | {"timeline"},
     "cli": BASE
-    | {"changeset", "demo", "doctor", "interrupts", "pipeline", "provider", "shadow", "sleeping"}
+    | {
+        "changeset",
+        "demo",
+        "doctor",
+        "interrupts",
+        "packages",
+        "pipeline",
+        "provider",
+        "shadow",
+        "sleeping",
+    }
     | {"state", "store", "timeline"},
     "__main__": frozenset(("cli",)),
     "__init__": frozenset(),

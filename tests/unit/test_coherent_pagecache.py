@@ -31,6 +31,7 @@ class Fake:
         cache = object.__new__(PageCache)
         cache._read = lambda address, size: self.memory[address][:size]
         cache._budget = budget
+        cache._nodes = 100
         cache._page_size, cache._vmemmap = 64, VMEMMAP
         cache._node = struct.Struct("<B39x64Q3Q")
         cache._private = PRIVATE

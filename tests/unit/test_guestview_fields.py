@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
 import pytest
 from tests.unit.fake_guest import SIZE, FakeGuest
 
 from ouassister.errors import CorruptGuestError, UnsupportedGuestError
-from ouassister.kernel.fields import Fields, constant, has_member, offset, read_string, variable
+from ouassister.kernel.fields import (
+    Fields,
+    constant,
+    has_member,
+    labels,
+    offset,
+    read_string,
+    variable,
+)
 from ouassister.kernel.percpu import each_cpu
 from ouassister.kernel.program import guest_reads
 from ouassister.kernel.xarray import XArrays
+
+if TYPE_CHECKING:
+    from drgn import Type
 
 
 def test_members_come_in_the_order_they_are_named() -> None:
@@ -127,3 +141,11 @@ def test_xarray_with_more_nodes_than_memory_is_corrupt() -> None:
         head = node(guest, shift, dict.fromkeys(range(64), head))
     with pytest.raises(CorruptGuestError, match="more nodes than there is memory"):
         list(reader.entries(head))
+
+
+def test_enumeration_without_a_name_is_a_lookup_error() -> None:
+    kind = SimpleNamespace(enumerators=(SimpleNamespace(name="I_NEW", value=8),))
+    known = labels(cast("Type", kind))
+    assert known["I_NEW"] == 8
+    with pytest.raises(LookupError, match="could not find enumerator I_FREEING"):
+        known["I_FREEING"]

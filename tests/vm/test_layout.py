@@ -19,8 +19,9 @@ from tests.vm import guestview_guest
 from tests.vm.repository import Package, Repository, build
 from tests.vm.world import NOTHING, World, leftovers
 
-from ouassister.disk import matching
+from ouassister.disk import layout, matching
 from ouassister.disk.matching import Image
+from ouassister.errors import UnsupportedGuestError
 from ouassister.provider import qemu, sockets, vmtoml
 from ouassister.sleeping import open_sleeping
 from ouassister.testing import clone as make_clone
@@ -143,12 +144,12 @@ def world_of_many(many: Path, tmp_path: Path) -> Iterator[World]:
 def test_disks_are_told_apart_and_volumes_followed(world_of_many: World) -> None:
     with open_sleeping(world_of_many.config) as sleeping:
         disks = {name: image.path.name for name, image in sleeping.disks.items()}
-        layout = sleeping.layout
+        told = sleeping.layout
     config = world_of_many.config
     by_node = {disk.node: disk.path.name for disk in config.disks}
     assert disks == {"vda": by_node["disk0"], "vdb": by_node["disk2"], "vdc": by_node["disk3"]}
-    places = {place.target: layout.volumes[place.volume].device for place in layout.places}
-    data = layout.volumes[layout.locate(b"/opt/x")[0]]
+    places = {place.target: told.volumes[place.volume].device for place in told.places}
+    data = told.volumes[told.locate(b"/opt/x")[0]]
     assert places[b"/boot"] == "vdb1"
     assert places[b"/boot/efi"] == "vdb2"
     assert places[b"/opt"] == places[b"/srv/data"] == data.device
@@ -157,7 +158,17 @@ def test_disks_are_told_apart_and_volumes_followed(world_of_many: World) -> None
         ("vdc", 20 * MIB),
         ("vdb", 4 * MIB),
     ]
-    assert layout.memory == (b"/srv/memory",)
+    assert told.memory == (b"/srv/memory",)
+
+
+def test_guest_whose_tree_cannot_be_laid_out_can_be_looked_at(
+    world_of_many: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "READABLE", frozenset(("xfs",)))
+    with pytest.raises(UnsupportedGuestError, match="is ext4, not"):
+        open_sleeping(world_of_many.config).__enter__()
+    with open_sleeping(world_of_many.config, tree=False) as sleeping:
+        assert any(mount.target == b"/boot/efi" for mount in sleeping.view.mounts)
 
 
 def test_update_reaches_every_file_system(world_of_many: World) -> None:

@@ -59,6 +59,8 @@ def test_install_in_progress_is_told_and_refused(midway: World) -> None:
     owners = {lock["path"]: lock["pid"] for lock in view["held_locks"]}
     assert owners["/var/lib/dpkg/lock-frontend"] == pids["/usr/bin/apt-get"]
     assert owners["/var/lib/dpkg/lock"] == pids["/usr/bin/dpkg"]
+    working = {one["package"]: one["step"] for one in view["package_manager"] if one["step"]}
+    assert working == {"oua-middle": "postinst"}
     script = next(t for t in view["tasks"] if "oua-middle.postinst" in " ".join(t["cmdline"]))
     assert script["parent"] == pids["/usr/bin/dpkg"]
 

@@ -9,6 +9,7 @@ from ouassister import codec
 from ouassister.cli.common import Result, add_vm, find_vm
 from ouassister.cli.inspect_lists import LISTS
 from ouassister.model import Subject
+from ouassister.packages.activity import activity
 from ouassister.sleeping import open_sleeping
 from ouassister.store.database import Store
 from ouassister.text import size, table, to_text
@@ -41,12 +42,14 @@ def run(arguments: argparse.Namespace) -> Result:
         config = find_vm(store, arguments.vm)
     lists = tuple(LISTS) if arguments.all else tuple(dict.fromkeys(arguments.lists or ()))
     want = _ALWAYS | {LISTS[name][0] for name in lists}
-    with open_sleeping(config, want) as sleeping:
+    with open_sleeping(config, want, tree=False) as sleeping:
         view = sleeping.view
     lines = _lines(config.name, view)
     for name in lists:
         lines += ["", name.replace("-", " "), *LISTS[name][1](view)]
-    return 0, codec.to_value(view), "\n".join(lines)
+    value = codec.to_value(view)
+    value["package_manager"] = codec.to_value(activity(view))
+    return 0, value, "\n".join(lines)
 
 
 def _lines(name: str, view: GuestView) -> list[str]:
@@ -77,6 +80,9 @@ def _lines(name: str, view: GuestView) -> list[str]:
         for m in view.mounts
     ]
     lines += [table(mounts, "  "), *_devices(view), *_network(view)]
+    for one in activity(view):
+        what = f" the {one.step} of {one.package or 'a package'}" if one.step else ""
+        lines.append(f"package manager at work: {one.program} (pid {one.pid}){what}")
     if view.held_locks:
         lines += ["", "locks"]
         lines += [

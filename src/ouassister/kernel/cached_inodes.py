@@ -19,7 +19,7 @@ from drgn import TypeKind, sizeof
 
 from ouassister.errors import CorruptGuestError
 from ouassister.kernel import walk
-from ouassister.kernel.fields import Fields, has_member, offset, read_word, variable
+from ouassister.kernel.fields import Fields, has_member, labels, offset, read_word, variable
 from ouassister.kernel.program import guest_reads
 from ouassister.model import VirtAddr
 from ouassister.text import to_text
@@ -256,7 +256,7 @@ def _state_bits(kind: Type) -> tuple[int, int]:
     the number tells: 32 bits since "fs: reorder i_state bits" (v6.12), a long until then.
     """
     if kind.kind == TypeKind.ENUM:
-        values = {one.name: one.value for one in kind.enumerators or ()}
+        values = labels(kind)
         return sum(values[name] for name in _NEW_OR_GOING), values["I_DIRTY_TIME"]
     return (0x01 | 0x1C0 if sizeof(kind) == 4 else 0x08 | 0x70), 1 << 11
 

@@ -149,7 +149,9 @@ def _format(kind: Type) -> str:
         kind = kind.type
     if kind.kind not in (TypeKind.INT, TypeKind.BOOL):
         raise TypeError(f"no number: {kind.type_name()}")
-    code = _INTEGERS[kind.size or 0]
+    code = _INTEGERS.get(kind.size or 0)
+    if code is None:
+        raise TypeError(f"no number of {kind.size} bytes")
     return code.upper() if kind.kind == TypeKind.BOOL or not kind.is_signed else code
 
 
@@ -157,3 +159,16 @@ def _plain(kind: Type) -> Type:
     while kind.kind == TypeKind.TYPEDEF:
         kind = kind.type
     return kind
+
+
+class Labels(dict[str, int]):
+    """Values of an enumeration by name; a name that it lacks is a LookupError of drgn's kind."""
+
+    def __missing__(self, name: str) -> int:
+        """Raise for a name that this kernel does not have."""
+        raise LookupError(f"could not find enumerator {name}")
+
+
+def labels(kind: Type) -> Labels:
+    """Return the values of an enumeration."""
+    return Labels({one.name: one.value for one in kind.enumerators or ()})

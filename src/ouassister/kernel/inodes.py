@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 from drgn import TypeKind
 
+from ouassister.kernel.fields import labels
+
 if TYPE_CHECKING:
     from drgn import Object, Type
 
@@ -55,6 +57,6 @@ def _dirty_bits(kind: Type) -> int:
     none of the three is unused or says that the inode is being written; a long at 0 to 2.
     """
     if kind.kind == TypeKind.ENUM:
-        values = {one.name: one.value for one in kind.enumerators or ()}
+        values = labels(kind)
         return sum(values[name] for name in _DIRTY_NAMES)
     return 0x78 if kind.size == 4 else 0x07

@@ -33,6 +33,9 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _MAX_NOTES: Final = 16  # VMCOREINFO look-alikes to try
+# A guest of 512 MiB or 4 GiB takes 33 thousand reads; one with many files in tmpfs more.
+_MIN_READS: Final = 4 << 20
+_BYTES_PER_READ: Final = 1024
 _NO_CLOCK: Final = Clocks(0, 0, None)
 
 
@@ -128,6 +131,11 @@ def introspect(save: SaveFile, want: frozenset[Subject] = frozenset()) -> GuestV
 
 def look(guest: Guest, save: SaveFile, want: frozenset[Subject] = frozenset()) -> GuestView:
     """`introspect` for a kernel that was found already."""
+    with guest.kernel.virtual.bounded(_MIN_READS + save.ram_bytes // _BYTES_PER_READ):
+        return _look(guest, save, want)
+
+
+def _look(guest: Guest, save: SaveFile, want: frozenset[Subject]) -> GuestView:
     kernel = guest.kernel
     processes = tasks.leaders(kernel)
     init = processes.get(1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from drgn import sizeof
 
 from ouassister.errors import CorruptGuestError
-from ouassister.kernel.fields import Fields, offset, read_word, variable
+from ouassister.kernel.fields import Fields, labels, offset, read_word, variable
 from ouassister.kernel.program import guest_reads
 from ouassister.model import VirtAddr
 
@@ -28,6 +28,7 @@ PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
 _INTERNAL: Final = 2  # the two low bits of an entry; 0: pointer, 1 and 3: value
 _NODES_ABOVE: Final = 4096  # internal entries below are siblings and the like
+_SMALLEST_NODE: Final = 512  # 64 pointers
 _MAX_INDEX: Final = 1 << 51  # MAX_LFS_FILESIZE
 _MAX_FOLIO_PAGES: Final = 1 << 11  # MAX_PAGECACHE_ORDER is 11 with 2 MiB huge pages (v6.12)
 
@@ -81,6 +82,7 @@ class PageCache:
         self._read = kernel.virtual.read
         # No page is in two files: whoever walks more pages than there are walks in circles.
         self._budget = kernel.memory.size_bytes >> PAGE_SHIFT
+        self._nodes = kernel.memory.size_bytes // _SMALLEST_NODE  # and no node in two trees
         with guest_reads("reading the layout of the page cache"):
             self._page_size = sizeof(kernel.type("struct page"))
             self._vmemmap = read_word(kernel, variable(kernel, "vmemmap_base"))
@@ -88,8 +90,8 @@ class PageCache:
             self._buffer = Fields(kernel, "struct buffer_head", "b_state", "b_this_page",
                                   "b_blocknr", "b_size")  # fmt: skip
             self._layout_of_nodes()
-            flag = _labels(kernel, "enum pageflags")
-            state = _labels(kernel, "enum bh_state_bits")
+            flag = labels(kernel.type("enum pageflags"))
+            state = labels(kernel.type("enum bh_state_bits"))
         self.uptodate = 1 << flag["PG_uptodate"]
         self.dirty = 1 << flag["PG_dirty"] | 1 << flag["PG_writeback"]
         self._private = 1 << flag["PG_private"]
@@ -127,6 +129,9 @@ class PageCache:
 
     def _below(self, node: int, first: int, above: int, marked: bool) -> Iterator[CachedPage]:
         """Yield what is below a node that starts at page ``first``."""
+        self._nodes -= 1
+        if self._nodes < 0:
+            raise CorruptGuestError("the page cache has more nodes than there is memory")
         shift, *rest = self._node.unpack(self._read(VirtAddr(node), self._node.size))
         if shift >= above or shift % 6:
             raise CorruptGuestError(f"a node of the page cache at {node:#x} has shift {shift}")
@@ -189,7 +194,3 @@ def _page_fields(kernel: Kernel) -> Fields:
             except (AttributeError, LookupError):
                 continue
     raise AttributeError("struct page has no member flags")
-
-
-def _labels(kernel: Kernel, name: str) -> dict[str, int]:
-    return {label.name: label.value for label in kernel.type(name).enumerators or ()}

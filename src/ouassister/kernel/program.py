@@ -72,6 +72,9 @@ _OTHERS: Final = (
 )
 
 
+_DRGN_LACKS: Final = ("has no member", "could not find", "does not have a")
+
+
 @contextlib.contextmanager
 def guest_reads(what: str) -> Iterator[None]:
     """Turn what drgn and our finders raise into errors of ours; ``what`` is being read.
@@ -93,8 +96,8 @@ def guest_reads(what: str) -> Iterator[None]:
                                     context=what) from error  # fmt: skip
     except (AttributeError, LookupError) as error:
         text = str(error)
-        # drgn's words for a missing member and a missing type; anything else is our own defect
-        if "has no member" not in text and "could not find" not in text:
+        # drgn's words for a missing member, type or length; anything else is our own defect
+        if not any(words in text for words in _DRGN_LACKS):
             raise
         raise UnsupportedGuestError(f"this kernel is laid out otherwise: {text}",
                                     context=what) from error  # fmt: skip

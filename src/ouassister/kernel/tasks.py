@@ -28,6 +28,8 @@ _TASK_REPORT: Final = 0x7F
 _STATE_CHARS: Final = "RSDTtXZP"  # by the highest set bit of state & TASK_REPORT
 _UNINTERRUPTIBLE, _NOLOAD = 2, 0x400
 _MAX_CMDLINE_BYTES: Final = 128 << 10  # MAX_ARG_STRLEN; longer ones are cut
+_MAX_CMDLINES_BYTES: Final = 256 << 20  # of all processes
+_PER_ARGUMENT: Final = 48  # what Python adds to each
 _PAGE_SIZE: Final = 4096
 
 
@@ -48,8 +50,18 @@ def leaders(kernel: Kernel) -> dict[int, Object]:
 
 def read_tasks(kernel: Kernel, tasks: dict[int, Object]) -> tuple[Task, ...]:
     """Describe each process."""
+    described = []
+    left = _MAX_CMDLINES_BYTES
     with guest_reads("reading the list of processes"):
-        return tuple(_task(kernel, tasks[pid]) for pid in sorted(tasks))
+        for pid in sorted(tasks):
+            task = _task(kernel, tasks[pid])
+            left -= sum(map(len, task.cmdline)) + len(task.cmdline) * _PER_ARGUMENT
+            if left < 0:
+                raise CorruptGuestError(
+                    f"the command lines of processes take more than {_MAX_CMDLINES_BYTES} bytes"
+                )
+            described.append(task)
+    return tuple(described)
 
 
 def _task(kernel: Kernel, task: Object) -> Task:

@@ -9,6 +9,7 @@ Source: ``mknod(2)``, ``symlinkat(2)``, ``setxattr(2)``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ouassister.kernel.tmpfs import TmpfsReader
 
 _PERMISSIONS: Final = 0o7777
+_NOBODY: Final = 0xFFFF_FFFF  # INVALID_UID, INVALID_GID
 _DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -136,7 +138,14 @@ class TmpfsExport:
             return False
         file = os.open(name, _NEW_FILE, 0o600, dir_fd=parent)
         try:
-            os.ftruncate(file, node.size)
+            try:
+                os.ftruncate(file, node.size)
+            except OSError as error:
+                if error.errno not in (errno.EFBIG, errno.EINVAL):
+                    raise
+                os.unlink(name, dir_fd=parent)
+                self._left_out.append(f"{to_text(node.path)}: it has {node.size} bytes")
+                return False
             for extent in self._reader.content(inode):
                 if not isinstance(extent.data, bytes):
                     raise CorruptGuestError(f"{to_text(node.path)} is not as it was described")
@@ -147,12 +156,17 @@ class TmpfsExport:
 
     def _finish(self, node: TmpfsNode, parent: int, name: bytes) -> None:
         """Set owner, mode, attributes and times, in the order in which none undoes another."""
+        if self._owners and _NOBODY in (node.uid, node.gid):  # chown(2) would change nothing
+            raise CorruptGuestError(f"{to_text(node.path)} of a tmpfs belongs to nobody")
         if self._owners:
             os.chown(name, node.uid, node.gid, dir_fd=parent, follow_symlinks=False)
         if not stat.S_ISLNK(node.mode):
             self._attributes(node, parent, name)
             os.chmod(name, node.mode & _PERMISSIONS, dir_fd=parent)
-        os.utime(name, ns=(node.atime_ns, node.mtime_ns), dir_fd=parent, follow_symlinks=False)
+        try:
+            os.utime(name, ns=(node.atime_ns, node.mtime_ns), dir_fd=parent, follow_symlinks=False)
+        except OverflowError:
+            self._left_out.append(f"{to_text(node.path)}: its times")
 
     def _attributes(self, node: TmpfsNode, parent: int, name: bytes) -> None:
         if not node.xattrs:

@@ -44,6 +44,8 @@ _MOUNT_DATA_FLAGS: Final = 0xC00
 _MOUNT_JOURNAL_DATA: Final = 0x400
 _JOURNAL_DATA_FL: Final = 0x4000
 _MAX_INODE: Final = 0xFFFF_FFFF
+_MIN_READS: Final = 4 << 20
+_SMALLEST: Final = 64  # bytes: a struct page; a buffer head, an entry and an inode are larger
 # The driver of ext4 serves ext3, too; that of ext2 does not keep inodes and buffers in step.
 _FSTYPES: Final = ("ext4", "ext3")
 
@@ -83,6 +85,12 @@ def collect(kernel: Kernel) -> list[Unflushed]:
         CorruptGuestError: Its memory contradicts itself.
     """
     kernel.symbols.learn(("super_blocks", "vmemmap_base"))
+    # Inodes, entries, nodes, pages and buffers: each is at least so large, and read once.
+    with kernel.virtual.bounded(_MIN_READS + kernel.memory.size_bytes // _SMALLEST):
+        return _collect_all(kernel)
+
+
+def _collect_all(kernel: Kernel) -> list[Unflushed]:
     cache, inodes = PageCache(kernel), InodeCache(kernel)
     journalling = _Journalling(kernel)
     found = []

@@ -6,12 +6,16 @@ Source: Intel SDM volume 3A, section 4.5 (4-level and 5-level paging); Linux
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import TYPE_CHECKING, Final
 
+from ouassister.errors import CorruptGuestError
 from ouassister.model import PhysAddr, VirtAddr
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ouassister.memory.physical import PhysicalMemory
 
 PAGE_SIZE: Final = 4096
@@ -48,8 +52,28 @@ class VirtualMemory:
         self._root = root & _FRAME
         self._top = 12 + 9 * (levels - 1)
         self._bits = 12 + 9 * levels
+        self._left: int | None = None  # reads, where they are counted
         self._pages: dict[int, int] = {}
         self._tables: dict[int, tuple[int, ...]] = {}
+
+    @contextlib.contextmanager
+    def bounded(self, reads: int) -> Iterator[None]:
+        """Within, allow so many reads and no more: what a hostile guest may cost.
+
+        Structures may be shared, and lists of lists be as long as their product; whatever way is
+        found to make a walk long, it ends here.
+
+        Args:
+            reads: How many; within another bound the smaller one holds.
+        """
+        before = self._left
+        self._left = granted = reads if before is None else min(reads, before)
+        try:
+            yield
+        finally:
+            left, self._left = self._left, before
+            if before is not None:
+                self._left = before - (granted - left)
 
     def translate(self, address: int) -> PhysAddr:
         """Return the physical address behind a virtual one.
@@ -80,7 +104,13 @@ class VirtualMemory:
         Raises:
             NotMappedError: Some byte is not mapped.
             PageAbsentError: Some byte, or a page table, was never saved.
+            CorruptGuestError: No more reads are left, within `bounded`.
         """
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise CorruptGuestError("the guest's kernel leads from one thing to another"
+                                        " without end")  # fmt: skip
         within = address & 0xFFF
         if within + size <= PAGE_SIZE:
             return self._physical.read(self.translate(address), size)

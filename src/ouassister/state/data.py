@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TRIM_BYTES: Final = 64 << 20  # of the file that stay mapped at most while it is scanned
 GAP: Final = -1
 _BACKWARDS: Final = 1 << 20
+_GAP_BYTES: Final = 1 << 20
 
 
 class Data(Protocol):
@@ -94,8 +95,8 @@ class Stretches:
         self._starts = starts
         self._places = places
         self._size = size
-        # Untouched anonymous memory reads as zeros and costs nothing.
-        self._gap = mmap.mmap(-1, max(self._gaps(), 1))
+        # A gap is as long as a hostile file says: it is read in pieces of this one.
+        self._gap = mmap.mmap(-1, _GAP_BYTES)
 
     def __len__(self) -> int:
         """See `Data`."""
@@ -122,18 +123,18 @@ class Stretches:
         index = bisect.bisect_right(self._starts, position) - 1
         start, place = self._starts[index], self._places[index]
         if place == GAP:
-            return self._gap, 0, self._end(index) - position
+            return self._gap, 0, min(self._end(index) - position, _GAP_BYTES)
         return self._file, place + position - start, self._end(index) - position
 
     def _end(self, index: int) -> int:
         return self._starts[index + 1] if index + 1 < len(self._starts) else self._size
 
-    def _gaps(self) -> int:
-        """The length of the longest one."""
-        return max(
-            (self._end(i) - self._starts[i] for i, at in enumerate(self._places) if at == GAP),
-            default=0,
-        )
+    def _gap_at(self, position: int) -> tuple[int, int]:
+        """Return start and end of the gap at a position; nothing when there is none."""
+        index = bisect.bisect_right(self._starts, position) - 1
+        if self._places[index] != GAP:
+            return position, position
+        return self._starts[index], self._end(index)
 
     def search(self, needle: bytes, start: int, end: int) -> Iterator[int]:
         """See `Data`."""
@@ -142,7 +143,9 @@ class Stretches:
         while start < end:
             file, place, count = self.extent(start)
             count = min(count, end - start, TRIM_BYTES)
-            found = file.find(needle, place, place + count)
+            empty = min(self._gap_at(start)[1], end) - start if any(needle) else 0
+            found = -1 if empty > 0 else file.find(needle, place, place + count)
+            count = max(count, empty)
             while found >= 0:
                 yield start + found - place
                 found = file.find(needle, found + 1, place + count)
@@ -162,9 +165,14 @@ class Stretches:
     def last(self, needle: bytes, start: int, end: int) -> int:
         """See `Data`."""
         stop = end
-        while stop - start >= len(needle):
+        more = len(needle) - 1
+        while stop > start:
             begin = max(start, stop - _BACKWARDS)
-            found = self[begin : min(stop + len(needle) - 1, end)].rfind(needle)
+            first, behind = self._gap_at(stop - 1)
+            if any(needle) and max(first, start) < stop and behind >= min(stop + more, end):
+                stop = max(first, start)  # nothing starts in here
+                continue
+            found = self[begin : min(stop + more, end)].rfind(needle)
             if found >= 0:
                 return begin + found
             stop = begin
