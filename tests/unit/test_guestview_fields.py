@@ -149,3 +149,13 @@ def test_enumeration_without_a_name_is_a_lookup_error() -> None:
     assert known["I_NEW"] == 8
     with pytest.raises(LookupError, match="could not find enumerator I_FREEING"):
         known["I_FREEING"]
+
+
+def test_member_of_a_number_is_unsupported() -> None:
+    guest = FakeGuest()
+    guest.struct("one", ("a", "I"))
+    with (
+        pytest.raises(UnsupportedGuestError, match="laid out otherwise"),
+        guest_reads("reading the layout of one"),
+    ):
+        Fields(guest.kernel, "struct one", "a.b")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,22 +13,12 @@ from tests.vm.repository import Repository, build
 from tests.vm.world import World
 
 from ouassister.provider import qemu, sockets, vmtoml
-from ouassister.testing import build_image, guest_run, make_suspended
 from ouassister.testing import clone as make_clone
+from ouassister.testing import guest_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-CACHE = Path(__file__).parents[2] / "build" / "guests"
-
-
-@pytest.fixture(scope="session")
-def suspended() -> Path:
-    """The ``vm.toml`` of a suspended guest. Read only: work on a clone."""
-    for tool in ("qemu-system-x86_64", "qemu-img", "mmdebstrap", "mke2fs", "sfdisk"):
-        need(tool)
-    image = build_image(CACHE, progress=print)
-    return make_suspended(image, CACHE / f"{image.disk.parent.name}-suspended", progress=print)
+    from pathlib import Path
 
 
 @pytest.fixture

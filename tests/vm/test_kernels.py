@@ -11,7 +11,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.vm.conftest import CACHE
+from tests.conftest import GUESTS
 
 from ouassister.guest_model import Subject
 from ouassister.kernel import introspect, kallsyms_scan
@@ -108,7 +108,7 @@ class Told:
 @pytest.fixture(scope="module", params=_asked())
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """One kernel's guest, at work and then suspended: what it said, and what its memory says."""
-    image = build_image(CACHE, _KERNELS[request.param], progress=print)
+    image = build_image(GUESTS, _KERNELS[request.param], progress=print)
     asleep = make_suspended(image, image.disk.parent / "suspended", web=False, progress=print)
     folder = tmp_path_factory.mktemp(request.param)
     config = vmtoml.load(make_clone(asleep, folder / "vm"))

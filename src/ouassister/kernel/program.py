@@ -72,7 +72,12 @@ _OTHERS: Final = (
 )
 
 
-_DRGN_LACKS: Final = ("has no member", "could not find", "does not have a")
+_DRGN_LACKS: Final = (
+    "has no member",
+    "could not find",
+    "does not have a",
+    "'_drgn.Object' object has no attribute",  # a member of what is no structure
+)
 
 
 @contextlib.contextmanager
