@@ -78,7 +78,7 @@ class Guest:
     sleeping: Sleeping
     shadow: Shadow
     folder: Path
-    proofs: tuple[int, ...]  # calls that go on: is the view what the sleeping kernel knows?
+    proofs: list[int]  # calls that go on: is the view what the sleeping kernel knows?
 
     def prove(self, timeline: Timeline) -> None:
         """Wait for the proof that the view is true; nothing may leave the run before.
@@ -86,9 +86,11 @@ class Guest:
         Raises:
             CorruptGuestError: It is not.
         """
+        if not self.proofs:
+            return
         with timeline.phase("prove the view"):
-            for proof in self.proofs:
-                self.shadow.finish(proof)
+            while self.proofs:
+                self.shadow.finish(self.proofs.pop())
 
     def identity(self) -> Identity:
         """Whose disk it is."""
@@ -140,9 +142,14 @@ def open_guest(
             ]
             for view in views:
                 shadow.call(_COHERENT, "apply", view)
-            proofs = tuple(shadow.begin(_PROOF, "prove", view) for view in views)
+            proofs = [shadow.begin(_PROOF, "prove", view) for view in views]
             shadow.mount()
-        yield Guest(sleeping, shadow, folder, proofs)
+        guest = Guest(sleeping, shadow, folder, proofs)
+        try:
+            yield guest
+        except OUassisterError:
+            guest.prove(timeline)  # a view that is not true explains any other failure
+            raise
 
 
 def plan(

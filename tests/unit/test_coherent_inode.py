@@ -127,3 +127,14 @@ def test_device_numbers_are_read_in_both_forms(old: int, new: int, device: int) 
     assert raw_inode.difference(raw, inode) == ""
     told = raw_inode.difference(raw, inode._replace(device=device + 1))
     assert told.startswith("device")
+
+
+def test_time_that_was_being_set_does_not_count() -> None:
+    ahead = FILE._replace(ctime_ns=9 * SECOND, mtime_ns=9 * SECOND)
+    assert raw_inode.difference(on_disk(FILE), ahead, since=8 * SECOND) == ""
+    assert raw_inode.difference(on_disk(FILE), ahead).startswith("ctime")
+    assert raw_inode.difference(on_disk(FILE), ahead, since=10 * SECOND).startswith("ctime")
+    behind = FILE._replace(ctime_ns=3 * SECOND)  # the disk knows of a later change
+    assert raw_inode.difference(on_disk(FILE), behind, since=0).startswith("ctime")
+    other = ahead._replace(links=2)
+    assert raw_inode.difference(on_disk(FILE), other, since=0).startswith("links")

@@ -33,7 +33,7 @@ _QUIET: Final = (
 )
 ROOT_TREES: Final = ("/var/tmp/view", "/usr/share/doc")  # noqa: S108 - of the guest
 # Where something may have changed lately. Elsewhere a sum does (manifest.c), but for one seed.
-LIVELY: Final = ("./etc/", "./var/", "./root/", "./home/", "./usr/share/doc/")
+LIVELY: Final = ("./etc/", "./tree/", "./var/", "./root/", "./home/", "./usr/share/doc/")
 
 
 @dataclass(frozen=True)

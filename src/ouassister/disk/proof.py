@@ -55,11 +55,16 @@ def prove(argument: dict[str, Any]) -> dict[str, Any]:
     return {"inodes": inodes, "names": names}
 
 
+def is_own(inode: int) -> bool:
+    """Tell whether an inode is one of the file system's own, the root directory aside."""
+    return inode < _FIRST_USUAL_INODE and inode != _ROOT
+
+
 def _compare_inodes(ext4: Ext4, handover: HandOver) -> int:
     wrong: list[str] = []
     count = 0
     for inode in sorted(handover.inodes, key=lambda one: one.number):
-        if not inode.links or (inode.number < _FIRST_USUAL_INODE and inode.number != _ROOT):
+        if not inode.links or is_own(inode.number):
             continue  # deleted, or the file system's own
         raw = ext4.inode(inode.number)
         if raw_inode.flags(raw) & raw_inode.EA_INODE_FL:

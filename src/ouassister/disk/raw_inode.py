@@ -29,7 +29,9 @@ def flags(raw: bytearray) -> int:
     return value
 
 
-def difference(raw: bytearray, inode: Inode, *, late: bool = False) -> str:
+def difference(
+    raw: bytearray, inode: Inode, *, late: bool = False, since: int | None = None
+) -> str:
     """Tell what of an inode on the disk differs from memory.
 
     Args:
@@ -37,6 +39,8 @@ def difference(raw: bytearray, inode: Inode, *, late: bool = False) -> str:
         inode: The same in memory.
         late: What the kernel may be late with does not count: times of a lazy inode, and a size
             that delayed allocation will make larger.
+        since: A time that memory has set then or later, and the disk has not, does not count
+            either: what sets it was under way.
 
     Returns:
         Name and both values; empty when they agree.
@@ -46,7 +50,8 @@ def difference(raw: bytearray, inode: Inode, *, late: bool = False) -> str:
             continue
         if late and name == "size" and stat.S_ISREG(inode.mode) and theirs < ours:
             continue
-        if late and name in ("atime", "ctime", "mtime") and inode.lazy:
+        is_time = name in ("atime", "ctime", "mtime")
+        if is_time and ((late and inode.lazy) or (since is not None and theirs < ours >= since)):
             continue
         return f"{name} {ours} in memory, {theirs} in the view"
     return ""
