@@ -100,5 +100,5 @@ def test_disk_of_another_time_is_refused(clones: Callable[[], Path], tmp_path: P
     save = vmtoml.load(other).save
     save.unlink()
     save.symlink_to(vmtoml.load(changed).save)
-    with pytest.raises(CorruptGuestError, match="disk and memory of the guest do not"):
+    with pytest.raises(CorruptGuestError):
         build_view(other, tmp_path / "view")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.vm.world import NOTHING, World, leftovers
 
-from ouassister.provider import qemu, vmtoml
+from ouassister.provider import qemu
 from ouassister.testing import guest_run
 from ouassister.testing.suspended import overlay
 
@@ -139,14 +139,23 @@ def test_work_disk_that_is_full_is_named_and_left_clean(world: World, tmp_path: 
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_disk_of_another_moment_is_refused(world: World, suspended: Path) -> None:
-    """The save file remembers packages that this older disk never had."""
+def test_disk_that_is_not_what_memory_remembers_is_refused(world: World, tmp_path: Path) -> None:
+    """Somebody wrote to the disk of the sleeping guest: modes of programs that run there."""
     (disk,) = world.config.disks
-    (older,) = vmtoml.load(suspended).disks
+    raw = tmp_path / "written.raw"
+    convert = ["qemu-img", "convert", "-f", disk.format, "-O", "raw", str(disk.path), str(raw)]
+    subprocess.run(convert, check=True)
+    programs = ("systemd/systemd", "systemd/systemd-journald", "systemd/systemd-logind")
+    lines = [f"set_inode_field /usr/lib/{name} mode 0100700" for name in programs]
+    lines += [f"set_inode_field /usr/sbin/{name} mode 0100700" for name in ("nginx", "sshd")]
+    (tmp_path / "commands").write_text("\n".join(lines) + "\n")
+    write = ["debugfs", "-w", "-f", str(tmp_path / "commands"), f"{raw}?offset={1 << 20}"]
+    subprocess.run(write, check=True, capture_output=True)
     disk.path.unlink()
-    overlay(disk.path, older.path, older.format)
-    done = world.run("update")
+    overlay(disk.path, raw, "raw")
+    done = world.run("update", "--install", "oua-extra")
     assert (done.status, done.code) == (20, "state-corrupt-guest"), done
+    assert "mode" in done.value["error"]["message"]
     assert leftovers(world.home) == NOTHING
     shown = world.run("run", "--", "true")
     assert (shown.status, shown.code) == (20, "state-corrupt-guest"), shown
