@@ -16,7 +16,8 @@ from ouassister.disk import coherent, handover, proof, raw_inode
 from ouassister.disk.libext2fs import Ext4, Super
 from ouassister.errors import CorruptGuestError, UnsupportedGuestError
 from ouassister.kernel.cached_inodes import CachedFileSystem, CachedInode
-from ouassister.kernel.unflushed import Piece, Unflushed
+from ouassister.kernel.pagecache import Piece
+from ouassister.kernel.unflushed import Unflushed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,17 +56,22 @@ class Ram:
 class Sleeper:
     """A file system on a disk, and what its kernel remembers."""
 
-    def __init__(self, folder: Path, options: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, options: tuple[str, ...], link: str = "") -> None:
         self.folder, self.image, self.ram = folder, folder / "image", Ram()
         tree = folder / "tree"
         (tree / "dir").mkdir(parents=True)
         (tree / "dir" / "file").write_bytes(b"x" * 5000)
         (tree / "empty").touch()
+        if link:
+            (tree / "link").symlink_to(link)
         os.truncate(self._new("image"), 16 << 20)
         command = [need("mke2fs"), "-q", "-t", "ext4", *options, "-d", str(tree), str(self.image)]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         self.found = Unflushed(self._system())
-        self.number = {name: self._number(name) for name in ("dir", "dir/file", "empty")}
+        self.number = {
+            name: self._number(name)
+            for name in ("dir", "dir/file", "empty", *["link"] * bool(link))
+        }
         for number in (ROOT, *self.number.values()):
             self.found.inodes.append(self._inode(number))
         self.found.names += [
@@ -116,6 +122,11 @@ class Sleeper:
         pieces = self.found.files.setdefault(self.number[name], [])
         pieces.append(Piece(offset, len(data), self.ram.put(data)))
 
+    def clean(self, name: str, offset: int, data: bytes) -> None:
+        """Let memory have what the disk should have, too."""
+        pieces = self.found.clean.setdefault(self.number[name], [])
+        pieces.append(Piece(offset, len(data), self.ram.put(data)))
+
     def apply(self) -> dict[str, Any]:
         path = self.folder / "unflushed"
         path.unlink(missing_ok=True)
@@ -142,8 +153,64 @@ def usual(tmp_path: Path) -> Sleeper:
 def test_nothing_in_memory_changes_nothing(sleeper: Sleeper) -> None:
     done = sleeper.apply()
     assert (done["blocks"], done["bytes"], done["inodes"], done["orphans"]) == (0, 0, 0, False)
-    assert done["proof"] == {"inodes": 4, "names": 4}
+    assert done["proof"] == {"inodes": 4, "names": 4, "pages": 0}
     assert sleeper.content("dir/file") == b"x" * 5000
+
+
+def test_clean_pages_are_what_the_files_hold(sleeper: Sleeper) -> None:
+    sleeper.clean("dir/file", 0, b"x" * 4096)
+    sleeper.clean("dir/file", 4096, b"x" * 904)
+    assert sleeper.apply()["proof"]["pages"] == 2
+
+
+@pytest.mark.parametrize(
+    ("offset", "data"), [(0, b"x" * 4095 + b"y"), (4096, b"y" * 904), (4096, b"x" * 905)]
+)
+def test_disk_of_an_earlier_moment_is_told_by_a_clean_page(
+    sleeper: Sleeper, offset: int, data: bytes
+) -> None:
+    """All of its metadata is what memory says; the data was written back since."""
+    sleeper.clean("dir/file", offset, data)
+    told = f"inode {sleeper.number['dir/file']}: data at {offset:#x}"
+    with pytest.raises(CorruptGuestError, match=told):
+        sleeper.apply()
+
+
+def test_block_is_zero_behind_the_target_of_a_link(tmp_path: Path) -> None:
+    """Linux 5.10 keeps it in a page of the link; what an older file left is behind it."""
+    sleeper = Sleeper(tmp_path, LAYOUTS["usual"], link="t" * 100)
+    block = int(sleeper.debugfs("blocks /link").split()[0])
+    with sleeper.image.open("r+b") as file:
+        file.seek(block * 4096)
+        file.write(b"old" * 1000)
+    sleeper.dirty("link", 0, b"n" * 100 + b"old" * 1332)
+    sleeper.apply()
+    data = sleeper.image.read_bytes()[block * 4096 : (block + 1) * 4096]
+    assert data == (b"n" * 100).ljust(4096, b"\0")
+    assert sleeper.debugfs("stat /link").count("Size: 100") == 1
+
+
+def test_page_of_a_file_wins_over_an_old_block_of_the_device(usual: Sleeper) -> None:
+    """A file outgrew its inode: its first block is in the device's cache, as it was then."""
+    block = int(usual.debugfs("blocks /dir/file").split()[0])
+    other = (block + 1) * 4096
+    usual.found.device += [Piece(block * 4096, 4096, usual.ram.put(b"old!" * 1024))]
+    number = usual.number["dir/file"]
+    usual.found.first[number] = Piece(0, 4096, usual.ram.put(b"new!" * 1024))
+    usual.clean("dir/file", 0, b"new!" * 1024)
+    usual.apply()
+    assert usual.content("dir/file") == b"new!" * 1024 + b"x" * 904
+    assert usual.image.read_bytes()[other : other + 904] == b"x" * 904
+
+
+def test_first_page_is_written_over_a_block_of_the_device_alone(sleeper: Sleeper) -> None:
+    """Nothing was laid where the file lies, or it has no block: the disk stays as it is."""
+    for name, data in (("dir/file", b"n" * 4096), ("empty", b"n")):
+        number = sleeper.number[name]
+        sleeper.found.first[number] = Piece(0, len(data), sleeper.ram.put(data))
+    sleeper.apply()
+    assert sleeper.content("dir/file") == b"x" * 5000
+    assert "Size: 0" in sleeper.debugfs("stat /empty")
 
 
 def test_data_without_blocks_gets_blocks_and_its_size(sleeper: Sleeper) -> None:

@@ -9,7 +9,8 @@ import pytest
 from ouassister.disk import handover
 from ouassister.errors import InternalError, PageAbsentError
 from ouassister.kernel.cached_inodes import CachedFileSystem, CachedInode
-from ouassister.kernel.unflushed import Piece, Unflushed
+from ouassister.kernel.pagecache import Piece
+from ouassister.kernel.unflushed import Unflushed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +42,8 @@ def sample() -> Unflushed:
         inodes=[INODE],
         files={12: [Piece(4096, 8192, 3 * 4096)]},
         names=[(2, b"name", 12), (2, b"\xff" * 255, 0)],
+        first={12: Piece(0, 10, 6 * 4096)},
+        clean={12: [Piece(0, 20, 7 * 4096), Piece(4096, 30, 8 * 4096)]},
     )
 
 
@@ -56,6 +59,12 @@ def test_everything_arrives(tmp_path: Path) -> None:
         (place,) = opened.files
         assert (place.inode, place.offset, place.size) == (12, 4096, 8192)
         assert b"".join(opened.read(place)) == b"\3" * 4096 + b"\4" * 4096
+        (place,) = opened.first
+        assert (place.inode, place.offset, b"".join(opened.read(place))) == (12, 0, b"\6" * 10)
+        assert [(one.offset, b"".join(opened.read(one))) for one in opened.clean] == [
+            (0, b"\7" * 20),
+            (4096, b"\x08" * 30),
+        ]
         (inode,) = opened.inodes
         for name in ("number", "mode", "uid", "gid", "links", "size", "generation", "lazy"):
             assert getattr(inode, name) == getattr(INODE, name)
@@ -92,10 +101,19 @@ def test_other_file_is_refused(tmp_path: Path) -> None:
         handover.HandOver(path)
 
 
+def test_size_that_no_file_has_is_refused(tmp_path: Path) -> None:
+    one = sample()
+    one.inodes = [INODE._replace(size=-1)]
+    handover.write(tmp_path / "unflushed", one, Ram())
+    with pytest.raises(InternalError, match="size -1"):
+        handover.HandOver(tmp_path / "unflushed")
+
+
 def test_name_that_is_cut_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "unflushed"
     one = sample()
     one.device, one.files, one.inodes, one.names = [], {}, [], [(2, b"name", 12)]
+    one.first, one.clean = {}, {}
     handover.write(path, one, Ram())
     raw = bytearray(path.read_bytes())
     raw[-5] = 200  # the length of the name

@@ -10,8 +10,7 @@ import pytest
 from ouassister.errors import CorruptGuestError
 from ouassister.kernel import unflushed
 from ouassister.kernel.cached_inodes import CachedFileSystem, CachedInode, InodeCache
-from ouassister.kernel.pagecache import Buffer, CachedPage, PageCache
-from ouassister.kernel.unflushed import Piece
+from ouassister.kernel.pagecache import Buffer, CachedPage, PageCache, Piece
 
 SB, LIST, SIBLING, ALIAS, CHILDREN = 0x1000, 0x10, 0x20, 0x30, 0x40
 SYSTEM = CachedFileSystem(SB, "ext4", 254, 1, bytes(16), 4096, 0, "vda1")
@@ -180,3 +179,50 @@ def test_page_without_buffers_counts_as_a_whole_where_it_is_marked() -> None:
 
 def cast_cache(states: tuple[int, ...]) -> PageCache:
     return Cache(states)  # type: ignore[return-value]
+
+
+class Files:
+    """A page cache of one page for each head, and the inodes of a file system."""
+
+    uptodate, dirty, locked, buffer_uptodate = UPTODATE, DIRTY, 16, UPTODATE
+    buffer_unwritten = DIRTY | JOURNALLED
+
+    def __init__(self, *inodes: CachedInode, state: int = UPTODATE) -> None:
+        self._inodes, self._state = inodes, state
+
+    def pages(self, head: int, *, marked: bool) -> list[CachedPage]:
+        assert not marked
+        return [CachedPage(0, 4096, 0x70000, UPTODATE, buffers=1)] if head else []
+
+    def buffers(self, page: CachedPage) -> list[Buffer]:
+        return [Buffer(0, page.size, self._state, 0)]
+
+    def inodes(self, _one: CachedFileSystem) -> tuple[CachedInode, ...]:
+        return self._inodes
+
+    def of(self, _one: CachedFileSystem) -> bool:
+        return False
+
+    def inode(self, _one: CachedInode) -> bool:
+        return False
+
+
+def collected(files: Files) -> unflushed.Unflushed:
+    one: Any = files
+    return unflushed._collect(one, SYSTEM, one, one, one)
+
+
+def test_page_of_a_link_is_unflushed_while_the_journal_has_an_eye_on_it() -> None:
+    """It carries no mark, as with data=journal."""
+    link = inode(12, mode=0o120777, pages=1, head=1, size=100)
+    found = collected(Files(link, state=UPTODATE | JOURNALLED))
+    assert found.files == {12: [Piece(0, 4096, 0x70000)]}
+    assert collected(Files(link)).files == {}
+    file = inode(12, pages=1, head=1, size=100)
+    assert collected(Files(file, state=UPTODATE | JOURNALLED)).files == {}
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 60])
+def test_size_that_no_file_has_is_refused(size: int) -> None:
+    with pytest.raises(CorruptGuestError, match=f"inode 12 of vda1 has size {size}"):
+        collected(Files(inode(12, size=size)))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 BUILD: Final = Path(__file__).parents[2] / "build"
+# Kernels go from the security archive of a release that is not supported any more.
+KERNELS: Final = {"bullseye": "bullseye"}
 TOOLS: Final = ("qemu-system-x86_64", "qemu-img", "mmdebstrap", "mke2fs", "e2fsck", "fuse2fs")
 
 
@@ -44,7 +46,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         for tool in (*TOOLS, "make", "musl-gcc"):
             need(tool)
         subprocess.run(["make", "-s", "-C", str(Path(__file__).parent)], check=True)
-        image = build_image(BUILD / "guests", Recipe(suite=release), progress=print)
+        recipe = Recipe(suite=release, kernel_suite=KERNELS.get(release, ""))
+        image = build_image(BUILD / "guests", recipe, progress=print)
         folder = BUILD / "guests" / f"{image.disk.parent.name}-suspended"
         suspended = make_suspended(image, folder, progress=print)
         return rig.prepare(suspended, tmp_path_factory.mktemp(release) / "base", rig.EXTRAS)

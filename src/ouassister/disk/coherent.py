@@ -16,6 +16,7 @@ e2fsprogs 1.47
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +29,7 @@ from ouassister.disk.proof import e2fsck, is_own, refuse
 from ouassister.errors import CorruptGuestError, UnsupportedGuestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from ouassister.disk.handover import Place
 
@@ -67,6 +68,7 @@ def apply(argument: dict[str, Any]) -> dict[str, Any]:
             _refuse_unknown(ext4, handover)
             _empty_journal(ext4, image)
             _write_files(ext4, handover)
+            _write_first(ext4, handover)
             changed = _settle_inodes(ext4, handover)
             _list_orphans(ext4, handover)
             ext4.count_free()
@@ -151,7 +153,7 @@ def _be32(raw: bytearray, offset: int) -> int:
 
 def _write_files(ext4: Ext4, handover: HandOver) -> None:
     """Write the pages of files up to each file's size: behind it they are zero."""
-    sizes = {inode.number: inode.size for inode in handover.inodes}
+    inodes = {inode.number: inode for inode in handover.inodes}
     for number, places in groupby(handover.files, key=lambda place: place.inode):
         raw = ext4.inode(number)
         if raw_inode.flags(raw) & raw_inode.ENCRYPT_FL:
@@ -159,16 +161,56 @@ def _write_files(ext4: Ext4, handover: HandOver) -> None:
                 f"inode {number} is encrypted and has unflushed data",
                 hint="resume the VM, run 'sync' in it and save it again",
             )
-        ext4.write(number, _pieces(handover, places, sizes.get(number, 0)))
+        inode = inodes.get(number)
+        size = inode.size if inode else 0
+        if inode and stat.S_ISLNK(inode.mode):
+            # The block has to be zero behind the target (e2fsck/pass1.c, its check of links).
+            block = ext4.block_size
+            ext4.write(number, _pieces(handover, places, size, -(-size // block) * block))
+            raw = ext4.inode(number)
+            raw_inode.set_size(raw, size)
+            ext4.set_inode(number, raw)
+        else:
+            ext4.write(number, _pieces(handover, places, size, size))
 
 
-def _pieces(handover: HandOver, places: Iterator[Place], size: int) -> Iterator[tuple[int, bytes]]:
+def _pieces(
+    handover: HandOver, places: Iterator[Place], size: int, end: int
+) -> Iterator[tuple[int, bytes]]:
+    """Yield what is below ``size``, with zeros behind it up to ``end``."""
     for place in places:
         at = place.offset
         for data in handover.read(place):
-            if at < size:
-                yield at, data[: size - at]
+            if at < end:
+                yield at, data[: max(0, size - at)].ljust(len(data), b"\0")[: end - at]
             at += len(data)
+
+
+def _write_first(ext4: Ext4, handover: HandOver) -> None:
+    """Where a block was laid that is a file's first one by now, the file's own page is newer."""
+    laid = _Blocks(handover.device, ext4.block_size)
+    for place in handover.first:
+        flags = raw_inode.flags(ext4.inode(place.inode))
+        if flags & (raw_inode.ENCRYPT_FL | raw_inode.INLINE_DATA_FL):
+            continue
+        block = ext4.block(place.inode, 0)
+        if not block or block not in laid:
+            continue
+        data = b"".join(handover.read(place))[: ext4.block_size]
+        ext4.write(place.inode, iter([(0, data)]))
+
+
+class _Blocks:
+    """Which blocks of a device are covered by places."""
+
+    def __init__(self, places: Iterable[Place], block_size: int) -> None:
+        self._covered: set[int] = set()
+        for place in places:
+            first = place.offset // block_size
+            self._covered.update(range(first, -(-(place.offset + place.size) // block_size)))
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._covered
 
 
 def _settle_inodes(ext4: Ext4, handover: HandOver) -> int:

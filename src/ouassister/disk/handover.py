@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from ouassister.kernel.unflushed import Piece, Unflushed
+    from ouassister.kernel.pagecache import Piece
+    from ouassister.kernel.unflushed import Unflushed
 
-_MAGIC: Final = b"OUAview\x01"
-_HEADER: Final = struct.Struct("<8s16sIIIIQ")
+_MAGIC: Final = b"OUAview\x02"
+_HEADER: Final = struct.Struct("<8s16sIIIIIIQ")
 _DEVICE: Final = struct.Struct("<QQ")
 _FILE: Final = struct.Struct("<IQQ")
 _INODE: Final = struct.Struct("<IHIIIIqIqqq?")
@@ -71,6 +72,9 @@ def write(path: Path, unflushed: Unflushed, memory: Memory) -> int:
     """
     device = unflushed.device
     files = [(number, piece) for number, some in unflushed.files.items() for piece in some]
+    first = [*unflushed.first.items()]
+    clean = [(number, piece) for number, some in unflushed.clean.items() for piece in some]
+    pieces = (*files, *first, *clean)
     names = b"".join(
         _NAME.pack(directory, inode, len(name)) + name for directory, name, inode in unflushed.names
     )
@@ -78,10 +82,11 @@ def write(path: Path, unflushed: Unflushed, memory: Memory) -> int:
         os.fchmod(out.fileno(), 0o644)  # subordinate ids read it; the folder above is private
         out.write(
             _HEADER.pack(_MAGIC, unflushed.file_system.uuid, unflushed.file_system.block_size,
-                         len(device), len(files), len(unflushed.inodes), len(names))
+                         len(device), len(files), len(first), len(clean), len(unflushed.inodes),
+                         len(names))
         )  # fmt: skip
         out.write(b"".join(_DEVICE.pack(piece.offset, piece.size) for piece in device))
-        out.write(b"".join(_FILE.pack(inode, piece.offset, piece.size) for inode, piece in files))
+        out.write(b"".join(_FILE.pack(inode, piece.offset, piece.size) for inode, piece in pieces))
         out.write(
             b"".join(
                 _INODE.pack(one.number, one.mode, one.uid, one.gid, one.links, one.device, one.size,
@@ -92,7 +97,7 @@ def write(path: Path, unflushed: Unflushed, memory: Memory) -> int:
         )  # fmt: skip
         out.write(names)
         _copy(out, device, memory)
-        _copy(out, (piece for _, piece in files), memory)
+        _copy(out, (piece for _, piece in pieces), memory)
         return out.tell()
 
 
@@ -111,6 +116,8 @@ class HandOver:
         block_size: As the kernel uses it.
         device: Blocks of the device.
         files: Parts of files.
+        first: The first page of files, for blocks of the device that turn out to be theirs.
+        clean: Parts of files that the disk has already.
         inodes: All inodes that were cached.
 
     Raises:
@@ -129,33 +136,40 @@ class HandOver:
             raise
 
     def _load(self) -> None:
-        (magic, self.uuid, self.block_size, devices, files, inodes,
+        (magic, self.uuid, self.block_size, devices, files, first, clean, inodes,
          names) = _HEADER.unpack(self._file.read(_HEADER.size))  # fmt: skip
         if magic != _MAGIC:
             raise InternalError("the hand-over from memory is no such file")
         self._file.seek(0, 2)
         end = self._file.tell()
         at = _HEADER.size
-        tables = devices * _DEVICE.size + files * _FILE.size + inodes * _INODE.size + names
+        pieces = files + first + clean
+        tables = devices * _DEVICE.size + pieces * _FILE.size + inodes * _INODE.size + names
         if at + tables > end:
             raise InternalError("the hand-over from memory is cut short")
         self._file.seek(at)
         raw_devices = self._file.read(devices * _DEVICE.size)
-        raw_files = self._file.read(files * _FILE.size)
+        raw_files = self._file.read(pieces * _FILE.size)
         raw_inodes = self._file.read(inodes * _INODE.size)
         self._names = self._file.read(names)
         at += tables
         self.device: list[Place] = []
-        self.files: list[Place] = []
+        parts: list[Place] = []
         for offset, size in _DEVICE.iter_unpack(raw_devices):
             self.device.append(Place(0, offset, size, at))
             at += size
         for inode, offset, size in _FILE.iter_unpack(raw_files):
-            self.files.append(Place(inode, offset, size, at))
+            parts.append(Place(inode, offset, size, at))
             at += size
         if at != end:
             raise InternalError(f"the hand-over from memory has {end} bytes, not {at}")
+        self.files = parts[:files]
+        self.first = parts[files : files + first]
+        self.clean = parts[files + first :]
         self.inodes = [*map(Inode._make, _INODE.iter_unpack(raw_inodes))]
+        for inode in self.inodes:
+            if inode.size < 0:
+                raise InternalError(f"inode {inode.number} in the hand-over has size {inode.size}")
 
     def names(self) -> Iterator[tuple[int, bytes, int]]:
         """Yield directory, name and inode of each cached entry; 0 where there is no such file."""

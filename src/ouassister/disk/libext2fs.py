@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Self
 from ouassister.errors import CorruptGuestError, HostNotReadyError, UnsupportedGuestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -58,6 +58,7 @@ class _Library:
         self.file_open = self._get("file_open", p, n, i, p)
         self.file_seek = self._get("file_llseek", p, q, i, p)
         self.file_write = self._get("file_write", p, ctypes.c_char_p, ctypes.c_uint, p)
+        self.file_read = self._get("file_read", p, p, ctypes.c_uint, p)
         self.file_close = self._get("file_close", p)
         self.bmap = self._get("bmap2", p, n, p, p, i, q, p, p)
         self.dir_iterate = self._get("dir_iterate2", p, n, i, p, _ENTRY, p)
@@ -239,6 +240,27 @@ class Ext4:
             self._lib.file_close(file)
             raise
         self._check(self._lib.file_close(file), what)
+
+    def read(self, inode: int, places: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Read bytes of a file: for each offset and size what is there, shorter at its end.
+
+        Raises:
+            CorruptGuestError: The file's extents are damaged.
+        """
+        what = f"reading inode {inode}"
+        file = ctypes.c_void_p()
+        self._check(self._lib.file_open(self._fs, inode, 0, ctypes.byref(file)), what)
+        done = ctypes.c_uint()
+        found = []
+        try:
+            for offset, size in places:
+                self._check(self._lib.file_seek(file, offset, 0, None), what)
+                buffer = ctypes.create_string_buffer(size)
+                self._check(self._lib.file_read(file, buffer, size, ctypes.byref(done)), what)
+                found.append(buffer.raw[: done.value])
+        finally:
+            self._lib.file_close(file)
+        return found
 
     def entries(self, directory: int) -> dict[bytes, int]:
         """Read a directory; the checksums of its blocks are verified.

@@ -1,9 +1,11 @@
 """Is a view what the sleeping kernel knows? Nothing is trusted before this says so.
 
 Called in the sandbox, after `ouassister.disk.coherent`; reads only, so that the view may be in use
-meanwhile. Three independent witnesses: every inode that the kernel has cached lies on the disk with
-the same attributes; every directory entry that it has cached, or knows to be absent, is so; and
-e2fsck finds nothing. libext2fs verifies checksums as it reads.
+meanwhile. Four independent witnesses: every inode that the kernel has cached lies on the disk with
+the same attributes; every directory entry that it has cached, or knows to be absent, is so; a
+sample of pages that the kernel calls clean is what the files hold; and e2fsck finds nothing.
+libext2fs verifies checksums as it reads. The pages tell a disk of an earlier moment, all of whose
+later metadata is still in memory.
 
 Source: Linux v6.1 ``include/linux/dcache.h`` (negative dentries); ``fs/ext4/ext4.h``
 (``EXT4_FIRST_INO``), ``fs/ext4/xattr.c`` (``ext4_xattr_inode_set_ref``); e2fsck(8).
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,7 +41,7 @@ def prove(argument: dict[str, Any]) -> dict[str, Any]:
         argument: ``image`` and ``handover``, as for `ouassister.disk.coherent.apply`.
 
     Returns:
-        ``inodes`` and ``names``: how many were compared.
+        ``inodes``, ``names`` and ``pages``: how many were compared.
 
     Raises:
         CorruptGuestError: It is not what memory says, or not sound; the message says where.
@@ -49,10 +52,11 @@ def prove(argument: dict[str, Any]) -> dict[str, Any]:
         with Ext4(image, writable=False) as ext4:
             inodes = _compare_inodes(ext4, handover)
             names = _compare_names(ext4, handover)
+            pages = _compare_pages(ext4, handover)
     finally:
         handover.close()
     e2fsck(image, "-fn", good=(0,))
-    return {"inodes": inodes, "names": names}
+    return {"inodes": inodes, "names": names, "pages": pages}
 
 
 def is_own(inode: int) -> bool:
@@ -87,6 +91,23 @@ def _compare_names(ext4: Ext4, handover: HandOver) -> int:
                 f"{to_text(name)} in directory {directory}: {known} in memory, {found} in the view"
             )
         count += 1
+    refuse(wrong)
+    return count
+
+
+def _compare_pages(ext4: Ext4, handover: HandOver) -> int:
+    wrong: list[str] = []
+    count = 0
+    for number, places in groupby(handover.clean, key=lambda place: place.inode):
+        if raw_inode.flags(ext4.inode(number)) & raw_inode.ENCRYPT_FL:
+            continue
+        pieces = [(place.offset, b"".join(handover.read(place))) for place in places]
+        found = ext4.read(number, [(offset, len(data)) for offset, data in pieces])
+        for (offset, ours), theirs in zip(pieces, found, strict=True):
+            if ours != theirs:
+                wrong.append(f"inode {number}: data at {offset:#x}")
+                break
+        count += len(pieces)
     refuse(wrong)
     return count
 

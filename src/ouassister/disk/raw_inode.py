@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from ouassister.disk.handover import Inode
 
-ENCRYPT_FL, EA_INODE_FL, CASEFOLD_FL = 0x800, 0x20_0000, 0x4000_0000
+ENCRYPT_FL, EA_INODE_FL = 0x800, 0x20_0000
+INLINE_DATA_FL, CASEFOLD_FL = 0x1000_0000, 0x4000_0000
 _GOOD_OLD_SIZE: Final = 128
 _SECOND: Final = 1_000_000_000
 _SIZE, _DTIME, _LINKS, _FLAGS, _BLOCKS, _SIZE_HIGH = 0x04, 0x14, 0x1A, 0x20, 0x28, 0x6C
@@ -60,8 +61,7 @@ def difference(
 def settle(raw: bytearray, inode: Inode) -> None:
     """Set what the kernel may be late with: size and times."""
     if stat.S_ISREG(inode.mode):
-        struct.pack_into("<I", raw, _SIZE, inode.size & 0xFFFF_FFFF)
-        struct.pack_into("<I", raw, _SIZE_HIGH, inode.size >> 32)
+        set_size(raw, inode.size)
     for name, place, extra in _TIMES:
         seconds, nanoseconds = divmod(_time_of(inode, name), _SECOND)
         low = (seconds + (1 << 31)) % (1 << 32) - (1 << 31)
@@ -74,6 +74,12 @@ def size(raw: bytearray) -> int:
     """Return ``i_size``."""
     low, high = (struct.unpack_from("<I", raw, at)[0] for at in (_SIZE, _SIZE_HIGH))
     return int(low | high << 32)
+
+
+def set_size(raw: bytearray, value: int) -> None:
+    """Set ``i_size``."""
+    struct.pack_into("<I", raw, _SIZE, value & 0xFFFF_FFFF)
+    struct.pack_into("<I", raw, _SIZE_HIGH, value >> 32)
 
 
 def is_orphan(raw: bytearray) -> bool:

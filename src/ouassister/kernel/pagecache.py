@@ -33,6 +33,14 @@ _MAX_INDEX: Final = 1 << 51  # MAX_LFS_FILESIZE
 _MAX_FOLIO_PAGES: Final = 1 << 11  # MAX_PAGECACHE_ORDER is 11 with 2 MiB huge pages (v6.12)
 
 
+class Piece(NamedTuple):
+    """Bytes in memory that belong at an offset of a file or of a device."""
+
+    offset: int
+    size: int
+    physical: int
+
+
 class CachedPage(NamedTuple):
     """A page, or a folio of several: where in the file it belongs and where its bytes are.
 
@@ -69,6 +77,7 @@ class PageCache:
     Attributes:
         dirty: Bits of ``CachedPage.flags`` that say: not yet on the disk.
         uptodate: Bit that says: all of the page was read or written.
+        locked: Bit that says: somebody is at work on the page.
         buffer_uptodate: Bit of ``Buffer.state``.
         buffer_unwritten: Bits of ``Buffer.state`` that say: not yet on the disk, or on its way.
         buffer_journalled: Bit that says: a journal has an eye on it.
@@ -93,6 +102,7 @@ class PageCache:
             flag = labels(kernel.type("enum pageflags"))
             state = labels(kernel.type("enum bh_state_bits"))
         self.uptodate = 1 << flag["PG_uptodate"]
+        self.locked = 1 << flag["PG_locked"]
         self.dirty = 1 << flag["PG_dirty"] | 1 << flag["PG_writeback"]
         self._private = 1 << flag["PG_private"]
         self.buffer_uptodate = 1 << state["BH_Uptodate"]

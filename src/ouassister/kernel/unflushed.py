@@ -16,46 +16,37 @@ Three things make the disk whole:
   exist (``i_disksize``), and lazytime the times.
 
 Everything else in an inode is copied to its buffer with each change (ext4_mark_inode_dirty), so
-that inodes and cached directory entries are there to be compared with the result.
+that inodes and cached directory entries are there to be compared with the result. So are pages of
+files that are on the disk already: a sample of them, those of the files changed last first.
 
 Source: Linux v6.1 ``fs/jbd2/{transaction,commit,checkpoint,journal}.c``,
-``fs/ext4/{inode,page-io}.c``, ``fs/ext4/ext4.h`` (``EXT4_MOUNT_JOURNAL_DATA``,
-``EXT4_JOURNAL_DATA_FL``).
+``fs/ext4/{inode,inline,page-io}.c``, ``fs/ext4/ext4.h`` (``EXT4_MOUNT_JOURNAL_DATA``,
+``EXT4_JOURNAL_DATA_FL``, ``EXT4_FEATURE_INCOMPAT_INLINE_DATA``).
 """
 
 from __future__ import annotations
 
 import stat
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from ouassister.errors import CorruptGuestError, UnsupportedGuestError
+from ouassister.errors import CorruptGuestError
+from ouassister.kernel import clean_pages
 from ouassister.kernel.cached_inodes import CachedFileSystem, CachedInode, InodeCache
-from ouassister.kernel.fields import Fields, offset
-from ouassister.kernel.modules import module_types
-from ouassister.kernel.pagecache import PageCache
+from ouassister.kernel.journalling import Journalling
+from ouassister.kernel.pagecache import PageCache, Piece
 from ouassister.kernel.program import guest_reads
 
 if TYPE_CHECKING:
     from ouassister.kernel.pagecache import CachedPage
     from ouassister.kernel.program import Kernel
 
-_MOUNT_DATA_FLAGS: Final = 0xC00
-_MOUNT_JOURNAL_DATA: Final = 0x400
-_JOURNAL_DATA_FL: Final = 0x4000
 _MAX_INODE: Final = 0xFFFF_FFFF
+_MAX_SIZE: Final = 1 << 60  # the largest file of ext4 is smaller (EXT4_MAX_LOGICAL_BLOCK)
 _MIN_READS: Final = 4 << 20
 _SMALLEST: Final = 64  # bytes: a struct page; a buffer head, an entry and an inode are larger
 # The driver of ext4 serves ext3, too; that of ext2 does not keep inodes and buffers in step.
 _FSTYPES: Final = ("ext4", "ext3")
-
-
-class Piece(NamedTuple):
-    """Bytes in memory that belong at an offset of a file or of a device."""
-
-    offset: int
-    size: int
-    physical: int
 
 
 @dataclass(slots=True)
@@ -68,6 +59,10 @@ class Unflushed:
         inodes: All inodes that are cached.
         files: Pieces of files, by inode number; files that nobody can open any more are left out.
         names: Cached directory entries: directory's inode, name, inode or 0 for none.
+        clean: Pieces of files that the disk has, too, by inode number: a sample.
+        first: The first piece of each cached file of a file system with ``inline_data``: a file
+            that outgrows its inode leaves an old first block in the device's cache, journalled
+            (ext4_convert_inline_data_nolock), and what is read is the file's page.
     """
 
     file_system: CachedFileSystem
@@ -75,6 +70,8 @@ class Unflushed:
     inodes: list[CachedInode] = field(default_factory=list)
     files: dict[int, list[Piece]] = field(default_factory=dict)
     names: list[tuple[int, bytes, int]] = field(default_factory=list)
+    clean: dict[int, list[Piece]] = field(default_factory=dict)
+    first: dict[int, Piece] = field(default_factory=dict)
 
 
 def collect(kernel: Kernel) -> list[Unflushed]:
@@ -92,17 +89,21 @@ def collect(kernel: Kernel) -> list[Unflushed]:
 
 def _collect_all(kernel: Kernel) -> list[Unflushed]:
     cache, inodes = PageCache(kernel), InodeCache(kernel)
-    journalling = _Journalling(kernel)
+    journalling = Journalling(kernel)
     found = []
     for one in inodes.file_systems():
         if one.fstype in _FSTYPES:
             with guest_reads(f"reading what is unflushed on {one.label}"):
-                found.append(_collect(one, cache, inodes, journalling))
+                found.append(_collect(kernel, one, cache, inodes, journalling))
     return found
 
 
 def _collect(
-    one: CachedFileSystem, cache: PageCache, inodes: InodeCache, journalling: _Journalling
+    kernel: Kernel,
+    one: CachedFileSystem,
+    cache: PageCache,
+    inodes: InodeCache,
+    journalling: Journalling,
 ) -> Unflushed:
     result = Unflushed(one)
     for page in cache.pages(one.device_head, marked=False):
@@ -112,11 +113,13 @@ def _collect(
     for inode in inodes.inodes(one):
         if not 0 < inode.number <= _MAX_INODE:
             raise CorruptGuestError(f"an inode of {one.label} has number {inode.number}")
+        if not 0 <= inode.size < _MAX_SIZE:
+            raise CorruptGuestError(f"inode {inode.number} of {one.label} has size {inode.size}")
         numbers[inode.address] = inode.number
         result.inodes.append(inode)
         if not inode.pages or not inode.links or not _has_data(inode.mode):
             continue
-        if whole_fs or journalling.inode(inode):
+        if whole_fs or stat.S_ISLNK(inode.mode) or journalling.inode(inode):
             pieces = _journalled(cache, inode)
         elif inode.marks:
             pieces = []
@@ -135,6 +138,9 @@ def _collect(
                 if child and not number:
                     continue  # just being made or torn down
                 result.names.append((inode.number, name, number))
+    result.clean = clean_pages.sample(cache, result.inodes)
+    if clean_pages.has_inline_data(kernel, cache, one):
+        result.first = clean_pages.first(cache, result.inodes)
     return result
 
 
@@ -173,44 +179,3 @@ def _journalled(cache: PageCache, inode: CachedInode) -> list[Piece]:
     for page in cache.pages(inode.head, marked=False):
         pieces += _unwritten(cache, page, whole=bool(page.flags & cache.dirty))
     return pieces
-
-
-class _Journalling:
-    """Tells whose data goes through the journal: of a whole file system, or of one file.
-
-    Where the kernel keeps no types of ext4, everything counts as if it did: more is looked at.
-    """
-
-    def __init__(self, kernel: Kernel) -> None:
-        self._known = False
-        self._by_operations: dict[int, bool] = {}
-        try:
-            types = kernel.types
-            if types.struct("ext4_sb_info") is None:
-                types = module_types(kernel, "ext4")
-            sb_info, inode_info = types.struct("ext4_sb_info"), types.struct("ext4_inode_info")
-            if sb_info is None or inode_info is None:
-                return
-            with guest_reads("reading the layout of ext4"):
-                self._info = Fields(kernel, "struct super_block", "s_fs_info")
-                self._options = Fields(kernel, sb_info, "s_mount_opt")
-                self._flags = Fields(kernel, inode_info, "i_flags")
-                self._vfs_inode = offset(kernel, inode_info, "vfs_inode")
-            self._known = True
-        except UnsupportedGuestError:
-            return
-
-    def of(self, one: CachedFileSystem) -> bool:
-        if not self._known:
-            return True
-        (info,) = self._info.read(one.address)
-        (options,) = self._options.read(info)
-        return bool(options & _MOUNT_DATA_FLAGS == _MOUNT_JOURNAL_DATA)
-
-    def inode(self, inode: CachedInode) -> bool:
-        # An inode's operations change with its flag (ext4_set_aops): one inode speaks for all.
-        known = self._by_operations.get(inode.operations)
-        if known is None:
-            (flags,) = self._flags.read(inode.address - self._vfs_inode)
-            known = self._by_operations[inode.operations] = bool(flags & _JOURNAL_DATA_FL)
-        return known
