@@ -58,6 +58,7 @@ class Sleeper:
 
     def __init__(self, folder: Path, options: tuple[str, ...], link: str = "") -> None:
         self.folder, self.image, self.ram = folder, folder / "image", Ram()
+        self.block_size = int(options[options.index("-b") + 1])
         tree = folder / "tree"
         (tree / "dir").mkdir(parents=True)
         (tree / "dir" / "file").write_bytes(b"x" * 5000)
@@ -190,27 +191,23 @@ def test_block_is_zero_behind_the_target_of_a_link(tmp_path: Path) -> None:
     assert sleeper.debugfs("stat /link").count("Size: 100") == 1
 
 
-def test_page_of_a_file_wins_over_an_old_block_of_the_device(usual: Sleeper) -> None:
-    """A file outgrew its inode: its first block is in the device's cache, as it was then."""
-    block = int(usual.debugfs("blocks /dir/file").split()[0])
-    other = (block + 1) * 4096
-    usual.found.device += [Piece(block * 4096, 4096, usual.ram.put(b"old!" * 1024))]
-    number = usual.number["dir/file"]
-    usual.found.first[number] = Piece(0, 4096, usual.ram.put(b"new!" * 1024))
-    usual.clean("dir/file", 0, b"new!" * 1024)
-    usual.apply()
-    assert usual.content("dir/file") == b"new!" * 1024 + b"x" * 904
-    assert usual.image.read_bytes()[other : other + 904] == b"x" * 904
-
-
-def test_first_page_is_written_over_a_block_of_the_device_alone(sleeper: Sleeper) -> None:
-    """Nothing was laid where the file lies, or it has no block: the disk stays as it is."""
-    for name, data in (("dir/file", b"n" * 4096), ("empty", b"n")):
-        number = sleeper.number[name]
-        sleeper.found.first[number] = Piece(0, len(data), sleeper.ram.put(data))
+def test_first_page_of_a_file_wins_over_the_disk(sleeper: Sleeper) -> None:
+    """A file outgrew its inode, and the journal put its first block over a newer one."""
+    number = sleeper.number["dir/file"]
+    size = sleeper.block_size
+    sleeper.found.first[number] = Piece(0, 4096, sleeper.ram.put(b"new!" * 1024))
+    sleeper.clean("dir/file", 0, b"new!" * (size // 4))
     sleeper.apply()
-    assert sleeper.content("dir/file") == b"x" * 5000
-    assert "Size: 0" in sleeper.debugfs("stat /empty")
+    assert sleeper.content("dir/file") == b"new!" * (size // 4) + b"x" * (5000 - size)
+
+
+def test_first_page_of_a_file_without_blocks_changes_nothing(sleeper: Sleeper) -> None:
+    number = sleeper.number["empty"]
+    sleeper.found.first[number] = Piece(0, 4096, sleeper.ram.put(b"n" * 4096))
+    sleeper.apply()
+    told = sleeper.debugfs("stat /empty")
+    assert "Size: 0" in told
+    assert "Blockcount: 0" in told
 
 
 def test_data_without_blocks_gets_blocks_and_its_size(sleeper: Sleeper) -> None:

@@ -29,7 +29,7 @@ from ouassister.disk.proof import e2fsck, is_own, refuse
 from ouassister.errors import CorruptGuestError, UnsupportedGuestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from ouassister.disk.handover import Place
 
@@ -187,30 +187,14 @@ def _pieces(
 
 
 def _write_first(ext4: Ext4, handover: HandOver) -> None:
-    """Where a block was laid that is a file's first one by now, the file's own page is newer."""
-    laid = _Blocks(handover.device, ext4.block_size)
+    """Let the first block of a file be what its page holds; see ``Unflushed.first``."""
     for place in handover.first:
         flags = raw_inode.flags(ext4.inode(place.inode))
         if flags & (raw_inode.ENCRYPT_FL | raw_inode.INLINE_DATA_FL):
             continue
-        block = ext4.block(place.inode, 0)
-        if not block or block not in laid:
-            continue
         data = b"".join(handover.read(place))[: ext4.block_size]
-        ext4.write(place.inode, iter([(0, data)]))
-
-
-class _Blocks:
-    """Which blocks of a device are covered by places."""
-
-    def __init__(self, places: Iterable[Place], block_size: int) -> None:
-        self._covered: set[int] = set()
-        for place in places:
-            first = place.offset // block_size
-            self._covered.update(range(first, -(-(place.offset + place.size) // block_size)))
-
-    def __contains__(self, block: int) -> bool:
-        return block in self._covered
+        if ext4.block(place.inode, 0) and ext4.read(place.inode, [(0, len(data))]) != [data]:
+            ext4.write(place.inode, iter([(0, data)]))
 
 
 def _settle_inodes(ext4: Ext4, handover: HandOver) -> int:

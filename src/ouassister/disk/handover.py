@@ -116,7 +116,7 @@ class HandOver:
         block_size: As the kernel uses it.
         device: Blocks of the device.
         files: Parts of files.
-        first: The first page of files, for blocks of the device that turn out to be theirs.
+        first: The first page of files, where it may be newer than the disk though it is clean.
         clean: Parts of files that the disk has already.
         inodes: All inodes that were cached.
 

@@ -61,11 +61,7 @@ def has_inline_data(kernel: Kernel, cache: PageCache, one: CachedFileSystem) -> 
 
 
 def first(cache: PageCache, inodes: Iterable[CachedInode]) -> dict[int, Piece]:
-    """Take the first page of each file, by inode number.
-
-    Where a file outgrew its inode, the device's cache keeps the first block as it was then, under
-    the journal, while the file's own page goes its way: that is what is read.
-    """
+    """Take the first page of each file, by inode number; see ``Unflushed.first``."""
     found = {}
     for inode in _files(inodes):
         for page in cache.pages(inode.head, marked=False):
