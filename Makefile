@@ -4,6 +4,7 @@
 # make view-test SEEDS=n   the view of n random guests against what they say when they wake up
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
+# make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
 # make bench  time and memory of inspect, beside volatility3 on the same guests
 #
 # Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
@@ -45,6 +46,10 @@ view-test: .venv/ready
 kernel-test: .venv/ready
 	$(ROOT) env OUASSISTER_KERNELS=all \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_kernels.py $(PYTEST)
+
+GUEST := bookworm
+fidelity: .venv/ready $(APPLIER)
+	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) $(PACKAGES)
 
 SECONDS := 60
 fuzz: .venv/ready
@@ -103,4 +108,4 @@ lock:
 clean:
 	rm -rf build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test fuzz bench applier guest-tests deps lock clean
+.PHONY: demo test check view-test kernel-test fidelity fuzz bench applier guest-tests deps lock clean

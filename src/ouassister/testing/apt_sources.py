@@ -48,12 +48,14 @@ class Source:
         return "\n".join(lines) + "\n"
 
 
-def host_sources(suite: str, root: Path = _ETC_APT, *, extra: str = "") -> str:
+def host_sources(
+    suite: str, root: Path = _ETC_APT, *, extra: str = "", updates: bool = True
+) -> str:
     """The host's sources of a Debian suite, with its updates and security, as deb822.
 
     A mirror carries every release: where the host's apt knows only another one, its mirrors and
     keys are taken for the suite as well. ``extra`` is one more suite of the same release, such
-    as its backports.
+    as its backports. Without ``updates`` there is only what was released.
 
     Raises:
         HostNotReadyError: The host has no Debian mirror.
@@ -77,7 +79,7 @@ def host_sources(suite: str, root: Path = _ETC_APT, *, extra: str = "") -> str:
         message = f"apt of this host has no Debian source for {suite}"
         raise HostNotReadyError(message, hint=f"add a Debian mirror of {suite} to /etc/apt")
     host = suite if suite in known else known[0]
-    pockets = [""] if suite in _BARE else ["", *_POCKETS]
+    pockets = [""] if suite in _BARE or not updates else ["", *_POCKETS]
     kept: list[Source] = []
     for source in debian:
         suites = [suite + pocket for pocket in pockets if host + pocket in source.suites]

@@ -52,6 +52,8 @@ _MERGE_USR = (
     'for d in bin sbin lib lib32 lib64 libx32; do mkdir -p "$1/usr/$d" && ln -s "usr/$d" "$1/$d"'
     " || exit 1; done"
 )
+# Where mmdebstrap puts the sources that it was given as a file.
+_SOURCES = "etc/apt/sources.list.d/0000guest.sources"
 _UNKNOWN_KEY = "NO_PUBKEY"  # as apt says it
 _INTERFACES = "auto lo\niface lo inet loopback\n\nauto eth0\niface eth0 inet dhcp\n"
 
@@ -88,13 +90,18 @@ def _quiet(_line: str) -> None:
 
 
 def build_image(
-    cache: Path, recipe: Recipe | None = None, *, progress: Callable[[str], None] = _quiet
+    cache: Path,
+    recipe: Recipe | None = None,
+    *,
+    outdated: bool = False,
+    progress: Callable[[str], None] = _quiet,
 ) -> GuestImage:
     """Return the image of a recipe, built at the first call for it.
 
     Args:
         cache: Folder of built images; a second builder of the same image waits for the first.
         recipe: What goes into it; the standard guest when None.
+        outdated: It has no updates and security fixes yet, though its sources offer them.
         progress: Called with one line per step.
 
     Raises:
@@ -103,7 +110,9 @@ def build_image(
     recipe = recipe or Recipe()
     sources = host_sources(recipe.suite, extra=recipe.kernel_suite)
     settings = host_settings()
-    key = hashlib.sha256(canonical((_BUILDER, recipe, sources, settings))).hexdigest()[:16]
+    first = host_sources(recipe.suite, extra=recipe.kernel_suite, updates=False)
+    made_of = (_BUILDER, recipe, sources, settings, *((first,) if outdated else ()))
+    key = hashlib.sha256(canonical(made_of)).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache.absolute() / f"{recipe.suite}-{key}"
     with locked(cache / f"{folder.name}.lock"):
@@ -111,7 +120,8 @@ def build_image(
             with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as work:
                 made = Path(work, "image")
                 made.mkdir()
-                _build(Path(work), made, recipe, sources, settings, progress)
+                installed = first if outdated else sources
+                _build(Path(work), made, recipe, (installed, sources), settings, progress)
                 made.rename(folder)
     return GuestImage(
         folder / "disk.qcow2",
@@ -126,7 +136,7 @@ def _build(
     work: Path,
     made: Path,
     recipe: Recipe,
-    sources: str,
+    sources: tuple[str, str],  # to install from, and for later
     settings: tuple[str, ...],
     progress: Callable[[str], None],
 ) -> None:
@@ -135,7 +145,7 @@ def _build(
         raise HostNotReadyError(message, hint="run it with sudo")
     tree, raw = work / "tree", work / "disk.raw"
     source_file = work / "guest.sources"
-    source_file.write_text(sources)
+    source_file.write_text(sources[0])
     progress(f"guest: installing Debian {recipe.suite} with mmdebstrap")
     image = f"linux-image-{recipe.kernel}"
     if recipe.kernel_suite:
@@ -146,6 +156,7 @@ def _build(
         command.append(f"--setup-hook={_MERGE_USR}")
     command += [f"--aptopt={line}" for line in settings]
     _run([*command, recipe.suite, str(tree), str(source_file)], work)
+    (tree / _SOURCES).write_text(sources[1])
     _configure(tree, recipe)
     progress("guest: writing the disk")
     (kernel,) = (tree / "boot").glob("vmlinuz-*")

@@ -1,0 +1,128 @@
+"""How two twins differ, apart from what a reviewed list allows."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tests.view.manifest import short
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tests.fidelity.facts import Facts
+    from tests.view.manifest import Node
+
+LIST: Final = Path(__file__).parent / "allowed.toml"
+# Another moment, another order of allocation: of no file the same in two guests.
+_IGNORED: Final = frozenset(("ctime", "inode"))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What may differ, and why. ``columns`` is empty for all of a path, its absence included."""
+
+    paths: tuple[str, ...]
+    columns: frozenset[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The reviewed list."""
+
+    rules: tuple[Rule, ...]
+    lines: tuple[tuple[str, re.Pattern[str], str], ...]  # table, line, reason
+
+
+def load(path: Path = LIST) -> Allowed:
+    """Read the list; every entry must give a reason."""
+    raw = tomllib.loads(path.read_text())
+    rules = [
+        Rule(tuple(one["paths"]), frozenset(one.get("columns", ())), one["reason"])
+        for one in raw["path"]
+    ]
+    lines = [(one["table"], re.compile(one["line"]), one["reason"]) for one in raw.get("line", ())]
+    assert all(one.reason.strip() for one in rules)
+    assert all(reason.strip() for _, _, reason in lines)
+    return Allowed(tuple(rules), tuple(lines))
+
+
+def differences(
+    theirs: Facts, ours: Facts, since_s: float, allowed: Allowed
+) -> tuple[list[str], dict[str, int]]:
+    """Compare the twin that updated itself with the one that was updated in its sleep.
+
+    Args:
+        theirs: Of the twin that updated itself.
+        ours: Of the other.
+        since_s: When both fell asleep. Files whose times are later in both were made by the
+            update: their times say when, and that differs.
+        allowed: See `load`.
+
+    Returns:
+        One line for each difference, and how often each reason of the list was used.
+    """
+    used: dict[str, int] = {}
+    found = [
+        line
+        for path, column, line in _of_paths(theirs, ours, since_s)
+        if not _is_allowed(path, column, allowed, used)
+    ]
+    for name in theirs.tables:
+        one, other = theirs.tables[name], ours.tables[name]
+        for line in sorted(one ^ other):
+            reason = next(
+                (why for table, pattern, why in allowed.lines
+                 if table == name and pattern.search(line)), None,
+            )  # fmt: skip
+            if reason is None:
+                where = "the twin" if line in one else "ours"
+                found.append(f"{name}: only in {where}: {short(line)}")
+            else:
+                used[reason] = used.get(reason, 0) + 1
+    return found, used
+
+
+def _of_paths(theirs: Facts, ours: Facts, since_s: float) -> Iterator[tuple[str, str, str]]:
+    """Yield path, column and words of each difference; no column for a path of one alone."""
+    for path in sorted(theirs.nodes.keys() | ours.nodes.keys()):
+        one, other = theirs.nodes.get(path), ours.nodes.get(path)
+        if one is None or other is None:
+            yield path, "", f"{path}: only in {'ours' if one is None else 'the twin'}"
+            continue
+        for column, their, our in _columns(one, other, since_s):
+            words = f"{path}: {column} is {short(our)} in ours, {short(their)} in the twin"
+            yield path, column, words
+
+
+def _columns(one: Node, other: Node, since_s: float) -> Iterator[tuple[str, str, str]]:
+    for column, their, our in zip(one._fields, one, other, strict=True):
+        if their == our or column in _IGNORED:
+            continue
+        if column == "mtime" and min(float(their), float(our)) > since_s:
+            continue
+        if column in ("size", "links") and one.mode.startswith("4") and other.mode.startswith("4"):
+            continue  # of a directory: how it grew
+        yield column, their, our
+
+
+def _is_allowed(path: str, column: str, allowed: Allowed, used: dict[str, int]) -> bool:
+    for rule in allowed.rules:
+        if rule.columns and column not in rule.columns:
+            continue
+        if any(fnmatch.fnmatchcase(path, pattern) for pattern in rule.paths):
+            used[rule.reason] = used.get(rule.reason, 0) + 1
+            return True
+    return False
+
+
+def report(lines: Iterable[str], most: int = 40) -> str:
+    """The first of them, to read."""
+    every = list(lines)
+    more = [f"... and {len(every) - most} more"] if len(every) > most else []
+    return "\n".join([f"{len(every)} differences", *every[:most], *more])
