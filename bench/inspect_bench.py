@@ -3,7 +3,8 @@
 Usage: ``python -m bench.inspect_bench RESULT``. volatility3 lies in a virtual environment of its
 own (``make bench`` makes it). It is given a symbol file made from the guest's own BTF and kallsyms
 (`bench.isf`; not timed), and guests with page tables of four levels, since it does not know five.
-What it takes on a flat image of the same memory is told as well (writing that is not timed).
+Both run from bytecode, as they do once they are installed. What it takes on a flat image of the
+same memory is told as well (writing that is not timed).
 
 Both must list the same processes, and of disks the same cached files. Its list of cached files is
 made once; all else three times, in turn, and the median counts.
@@ -11,6 +12,7 @@ made once; all else three times, in turn, and the median counts.
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import subprocess
@@ -28,6 +30,7 @@ from ouassister.testing import build_image, make_suspended
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_SOURCE: Final = Path(__file__).parents[1] / "src"
 _BUILD: Final = Path(__file__).parents[1] / "build"
 _VOLATILITY: Final = _BUILD / "bench-venv" / "bin" / "vol"
 _GUESTS: Final = ((512, "pc"), (4096, "q35"))
@@ -151,6 +154,8 @@ def bars(found: dict[str, dict[str, Any]], times: float) -> dict[str, bool]:
 
 def main(result: Path) -> int:
     """Measure every guest; 1 when a bar is missed."""
+    if not compileall.compile_dir(_SOURCE, quiet=1):  # pip has done so with volatility3
+        raise OSError(f"{_SOURCE} cannot be compiled")
     image = build_image(_BUILD / "guests", progress=print)
     image = replace(image, cmdline=f"{image.cmdline} no5lvl")
     found, tomls = {}, []

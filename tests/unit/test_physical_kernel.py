@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+from random import Random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -131,6 +133,61 @@ def test_symbols_are_found_by_name(absolute_percpu: bool) -> None:
         assert table.address(name) == BASE + offset
     for absent in ("nothing", "init_", "task", "init_task2", ""):
         assert table.address(absent) is None
+
+
+def encode(random: Random, tokens: list[bytes], name: bytes) -> bytes:
+    """One of the ways to write a name with these tokens."""
+    codes = b""
+    while name:
+        code = random.choice([c for c, token in enumerate(tokens) if name.startswith(token)])
+        codes += bytes((code,))
+        name = name[len(tokens[code]) :]
+    return codes
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_symbols_are_found_however_they_are_written(seed: int) -> None:
+    """Any cut into tokens, names of one token, the same name twice, and names of many tokens."""
+    random = Random(seed)  # noqa: S311
+    tokens = [b"%c" % code if chr(code) in "TDtd_abcsex" else b"\x01" for code in range(256)]
+    for code in range(200, 256):
+        tokens[code] = bytes(random.choices(b"_abc", k=random.randrange(2, 5)))
+    tokens[199], tokens[198], tokens[197] = b"Tabc", b"tab", b"T_"
+    every = [bytes(random.choices(b"_abc", k=random.randrange(1, 9))) for _ in range(300)]
+    every += [b"abc", b"ab", b"abc" * 60, b"a" * 127, b"_" * 126, b"ab"]
+    every[0] = b"_stext"
+    memory, text = symbol_table(absolute_percpu=False)
+    names = b""
+    for name in every:
+        codes = encode(random, tokens, random.choice((b"T", b"t", b"D", b"d")) + name)
+        length = len(codes)
+        names += bytes((length,) if length < 128 else (length & 0x7F | 0x80, length >> 7)) + codes
+    table, index = b"", []
+    for token in tokens:
+        index.append(len(table))
+        table += token + b"\0"
+    memory.pieces |= {
+        0x1000: struct.pack("<I", len(every)),
+        0x2000: names,
+        0x10000: table.ljust(0x1000, b"\0"),
+        0x20000: struct.pack("<256H", *index),
+        0x30000: struct.pack(f"<{len(every)}i", *range(0, 16 * len(every), 16)),
+        0x2000 + len(names): struct.pack("<Q", BASE),
+    }
+    for key, at in (("token_table", 0x10000), ("token_index", 0x20000), ("offsets", 0x30000)):
+        text = re.sub(rf"(kallsyms_{key}\)=)\w+", rf"\g<1>{at:x}", text)
+    # The next table behind the names tells where they end.
+    found = symbols(
+        memory, re.sub(r"(relative_base\)=)\w+", rf"\g<1>{0x2000 + len(names):x}", text)
+    )
+    want = {name.decode(): BASE + 16 * n for n, name in reversed(list(enumerate(every)))}
+    asked = list(want)
+    random.shuffle(asked)
+    found.learn(asked[: len(asked) // 2])
+    for one in asked:
+        assert found.address(one) == want[one]
+    for absent in ("abcabcabcabc", "b" * 126, "b" * 300, "Tabc", "_stex", "stext"):
+        assert found.address(absent) is None
 
 
 def test_symbols_relative_to_their_own_place_are_found() -> None:

@@ -19,6 +19,7 @@ from ouassister.errors import (
     UnsupportedGuestError,
 )
 from ouassister.guest_model import HeldLock
+from ouassister.looking import look_at
 from ouassister.model import (
     BlockRange,
     Fence,
@@ -114,12 +115,30 @@ def test_kernel_that_does_not_tell_of_locks_is_unsupported(config: VmConfig) -> 
         refuse_unsafe(unread)
 
 
-def test_vm_without_save_file_is_not_suspended(config: VmConfig) -> None:
+def test_frozen_guest_is_not_updated(config: VmConfig) -> None:
+    frozen = replace(sleeping(config), frozen=("vdb1",))
+    with pytest.raises(UnsupportedGuestError, match="vdb1 is frozen") as caught:
+        refuse_unsafe(frozen)
+    assert "fsfreeze -u" in caught.value.hint
+
+
+def opens(config: VmConfig) -> None:
+    open_sleeping(config).__enter__()
+
+
+def looks(config: VmConfig) -> None:
+    look_at(config, frozenset())
+
+
+@pytest.mark.parametrize("refused_by", [opens, looks])
+def test_vm_without_save_file_is_not_suspended(
+    config: VmConfig, refused_by: Callable[[VmConfig], object]
+) -> None:
     with pytest.raises(NotSuspendedError, match=r"has no save file .*web1\.save"):
-        open_sleeping(config).__enter__()
+        refused_by(config)
 
 
-@pytest.mark.parametrize("refused_by", [refuse_running, lambda one: open_sleeping(one).__enter__()])
+@pytest.mark.parametrize("refused_by", [refuse_running, opens, looks])
 def test_listening_qemu_is_running(
     config: VmConfig, monkeypatch: pytest.MonkeyPatch, refused_by: Callable[[VmConfig], object]
 ) -> None:

@@ -67,15 +67,35 @@ def find_vm(store: Store, word: str) -> VmConfig:
     Raises:
         UsageError: It is neither a file nor a known name, or the file is off.
     """
-    path = Path(word)
-    if path.is_dir():
-        path = path / "vm.toml"
-    if "/" in word or path.exists():
+    path = _file(word)
+    if path is not None:
         return vmtoml.load(path)
     for name, source in store.vms():
         if name == word:
             return vmtoml.load(Path(source))
     raise UsageError(f"{word!r} is neither a vm.toml nor a VM from 'ouassister list'")
+
+
+def locate(word: str) -> VmConfig:
+    """`find_vm` for who needs no store: it is opened for a name alone.
+
+    Raises:
+        UsageError: It is neither a file nor a known name, or the file is off.
+    """
+    path = _file(word)
+    if path is not None:
+        return vmtoml.load(path)
+    from ouassister.store.database import Store
+
+    with Store() as store:
+        return find_vm(store, word)
+
+
+def _file(word: str) -> Path | None:
+    path = Path(word)
+    if path.is_dir():
+        path = path / "vm.toml"
+    return path if "/" in word or path.exists() else None
 
 
 def timeline(arguments: argparse.Namespace, store: Store, config: VmConfig) -> Timeline:

@@ -6,12 +6,11 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from ouassister import codec
-from ouassister.cli.common import Result, add_vm, find_vm
+from ouassister.cli.common import Result, add_vm, locate
 from ouassister.cli.inspect_lists import LISTS
+from ouassister.looking import look_at
 from ouassister.model import Subject
 from ouassister.packages.activity import activity
-from ouassister.sleeping import open_sleeping
-from ouassister.store.database import Store
 from ouassister.text import size, table, to_text
 
 if TYPE_CHECKING:
@@ -38,12 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Result:
     """See the module."""
-    with Store() as store:
-        config = find_vm(store, arguments.vm)
+    config = locate(arguments.vm)
     lists = tuple(LISTS) if arguments.all else tuple(dict.fromkeys(arguments.lists or ()))
     want = _ALWAYS | {LISTS[name][0] for name in lists}
-    with open_sleeping(config, want, tree=False) as sleeping:
-        view = sleeping.view
+    view = look_at(config, want)
     lines = _lines(config.name, view)
     for name in lists:
         lines += ["", name.replace("-", " "), *LISTS[name][1](view)]

@@ -93,7 +93,8 @@ def _parser(argv: Sequence[str]) -> argparse.Namespace:
         prog="ouassister", description="Update a suspended virtual machine before it wakes up."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name in VERBS:
+    # One verb need not wait for what the others import.
+    for name in argv[:1] if argv[:1] and argv[0] in VERBS else VERBS:
         module = importlib.import_module(f"ouassister.cli.{name}_verb")
         summary = (module.__doc__ or "").partition("\n")[0]
         verb = verbs.add_parser(name, help=summary, description=summary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from ouassister.shadow.syscalls.table import TABLE
@@ -26,11 +27,20 @@ def run(_arguments: argparse.Namespace) -> Result:
             for row in FORMATS
         ],
         "syscalls": [
-            {"name": row.name, "answer": str(row.answer), "note": row.note} for row in TABLE
+            {
+                "name": row.name,
+                "x86_64": row.x86_64,
+                "i386": row.i386,
+                "answer": str(row.answer),
+                "errno": errno.errorcode[row.errno] if row.errno else None,
+                "in_part": bool(row.when),
+                "note": row.note,
+            }
+            for row in TABLE
         ],
     }
     saves = [("SAVED BY", "SUPPORT", "NOTE")]
     saves += [(row.title, str(row.support), row.note) for row in FORMATS]
     calls = [("SYSTEM CALL", "ANSWER", "NOTE")]
-    calls += [(row.name, str(row.answer), row.note) for row in TABLE]
+    calls += [(row.name, row.label, row.note) for row in TABLE]
     return 0, value, f"{table(saves)}\n\n{table(calls)}"

@@ -8,14 +8,14 @@ from ouassister import codec, pipeline
 from ouassister.cli import common
 from ouassister.cli.plan_verb import package_lines
 from ouassister.errors import UsageError
-from ouassister.model import Request
+from ouassister.model import Request, Verdict
 from ouassister.store.database import Store
 from ouassister.text import size, to_text
 
 if TYPE_CHECKING:
     import argparse
 
-    from ouassister.model import UpdateReport
+    from ouassister.model import Restart, UpdateReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,16 @@ def status_of(report: UpdateReport) -> int:
     return common.PARTIAL if report.left_out else 0
 
 
+def restart_lines(restarts: tuple[Restart, ...]) -> list[str]:
+    """One line for each unit that runs replaced files and is not simply restarted."""
+    return [
+        f"{one.verdict}: {one.unit or 'no unit'}"
+        f" ({', '.join(to_text(process.comm) for process in one.processes[:4])}): {one.why}"
+        for one in restarts
+        if one.verdict is not Verdict.RESTART
+    ]
+
+
 def _lines(report: UpdateReport, vm: str) -> list[str]:
     lines = [
         f"{report.vm}: {len(report.changes)} packages",
@@ -58,6 +68,9 @@ def _lines(report: UpdateReport, vm: str) -> list[str]:
             f" {size(report.layer_bytes)}; {len(report.actions)} actions",
         ]
         lines += [f"  then: {' '.join(action.argv)}" for action in report.actions]
+        lines += [f"  {line}" for line in restart_lines(report.restarts)]
+        if report.reboot_needed:
+            lines.append("  a newer kernel is installed: reboot the guest to run it")
         if report.filtered:
             shown = ", ".join(to_text(path) for path in report.filtered[:6])
             more = f" and {len(report.filtered) - 6} more" if len(report.filtered) > 6 else ""

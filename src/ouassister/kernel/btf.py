@@ -1,7 +1,9 @@
 """BPF Type Format: the type table that a kernel carries about itself; format only.
 
 The index keeps one offset and one name per type; nothing else is decoded until it is asked
-for. Everything in the table is checked against its bounds, since it comes from a guest.
+for. How long a type is depends on one word of it, of which few values occur: its length is worked
+out once for each. Everything in the table is checked against its bounds, since it comes from a
+guest.
 
 Source: Linux ``Documentation/bpf/btf.rst`` and ``include/uapi/linux/btf.h`` (v6.12, v7.3);
 FLOAT since b1828f0b0482 (v5.13), DECL_TAG since b5ea834dde6b (v5.16; named so by 223f903e9c83,
@@ -13,6 +15,7 @@ v7.1); kinds have 7 bits and counts 24 in v7.3, where the bits more had to be ze
 from __future__ import annotations
 
 import struct
+from array import array
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
@@ -27,6 +30,7 @@ _HEADER: Final = struct.Struct("<HBBIIIII")
 _LAYOUT: Final = struct.Struct("<II")  # layout_off, layout_len, behind the header
 _KINDS: Final = 128
 _MAX_BYTES: Final = 256 << 20
+_MAX_LENGTHS: Final = 1 << 16  # that are remembered; a kernel has some hundred
 MAX_NAME: Final = 4096
 
 
@@ -91,8 +95,9 @@ class Btf:
         self._first_string: int = base._first_string + len(base._strings) if base else 0
         types, strings, layout = _sections(raw, split=base is not None)
         self._strings: bytes = strings
-        self._words = memoryview(types).cast("I")
-        self._starts, self._names, self._kinds = _index(self._words, layout)
+        self._words = array("I", types)
+        self._starts = _index(self._words, layout)
+        self._names = [self._words[start] for start in self._starts]
 
     def __len__(self) -> int:
         """Return the number of types in this table, without the base."""
@@ -122,12 +127,13 @@ class Btf:
             raise CorruptGuestError(f"BTF type id {type_id} is out of bounds")
         start = self._starts[index]
         end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._words)
-        name, info, size_or_type = self._words[start : start + 3]
-        if self._kinds[index] not in _KNOWN:
-            raise UnsupportedGuestError(f"BTF kind {self._kinds[index]} is not known")
+        name, info, size_or_type, *words = self._words[start:end]
+        kind = _kind(info)
+        if kind not in _KNOWN:
+            raise UnsupportedGuestError(f"BTF kind {kind} is not known")
         return Record(
-            Kind(self._kinds[index]), self.name(name), bool(info >> 31), info & 0xFF_FFFF,
-            size_or_type, tuple(self._words[start + 3 : end]),
+            Kind(kind), self.name(name), bool(info >> 31), info & 0xFF_FFFF,
+            size_or_type, tuple(words),
         )  # fmt: skip
 
     def find(self, name: str, kinds: Collection[Kind]) -> Iterator[int]:
@@ -141,15 +147,15 @@ class Btf:
                     index = self._names.index(offset, index + 1)
                 except ValueError:
                     break
-                if self._kinds[index] in kinds:
+                if _kind(self._words[self._starts[index] + 1]) in kinds:
                     yield self.first_id + index
 
     def of_kind(self, kinds: Collection[Kind]) -> Iterator[int]:
         """Yield the ids of all types of some kinds."""
         if self._base:
             yield from self._base.of_kind(kinds)
-        for index, kind in enumerate(self._kinds):
-            if kind in kinds:
+        for index, start in enumerate(self._starts):
+            if _kind(self._words[start + 1]) in kinds:
                 yield self.first_id + index
 
     def _string_offsets(self, name: str) -> list[int]:
@@ -192,25 +198,34 @@ def _sections(raw: bytes, *, split: bool) -> tuple[bytes, bytes, bytes]:
     return types, strings, layout
 
 
-def _index(words: memoryview[int], layout: bytes) -> tuple[list[int], list[int], list[int]]:
+def _kind(info: int) -> int:
+    return (info >> 24) & 0x7F
+
+
+def _index(words: array[int], layout: bytes) -> list[int]:
+    """Return where each type starts."""
     fixed, each = _sizes(layout)
+    lengths: dict[int, int] = {}  # words of a type by its ``info``
     starts: list[int] = []
-    names: list[int] = []
-    kinds: list[int] = []
+    append = starts.append
     position, end = 0, len(words)
-    while position + 3 <= end:
+    last = end - 2
+    while position < last:
+        append(position)
         info = words[position + 1]
-        kind = (info >> 24) & 0x7F
-        size = fixed[kind]
-        if not size:
-            raise UnsupportedGuestError(f"BTF kind {kind} is not known")
-        starts.append(position)
-        names.append(words[position])
-        kinds.append(kind)
-        position += size + each[kind] * (info & 0xFF_FFFF)
+        try:
+            position += lengths[info]
+        except KeyError:
+            kind = _kind(info)
+            if not fixed[kind]:
+                raise UnsupportedGuestError(f"BTF kind {kind} is not known") from None
+            length = fixed[kind] + each[kind] * (info & 0xFF_FFFF)
+            if len(lengths) < _MAX_LENGTHS:
+                lengths[info] = length
+            position += length
     if position != end:
         raise CorruptGuestError("the last BTF type reaches beyond its section")
-    return starts, names, kinds
+    return starts
 
 
 def _sizes(layout: bytes) -> tuple[list[int], list[int]]:

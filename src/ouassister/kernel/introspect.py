@@ -151,7 +151,7 @@ def _look(guest: Guest, save: SaveFile, want: frozenset[Subject]) -> GuestView:
         cpus=guest.ask("processors", lambda: system.online_cpus(kernel), 0),
         memory_bytes=save.ram_bytes,
         tasks=tasks.read_tasks(kernel, processes),
-        mounts=mounts.read_mounts(namespace),
+        mounts=mounts.read_mounts(kernel, namespace),
         degraded=tuple(guest.degraded),
     )
     return GuestReader(guest).fill(view, want) if want else view

@@ -1,8 +1,9 @@
 """The kernel's own symbol table, looked up by name straight from its compressed form.
 
 Names are sequences of tokens, stored in address order. Expanding all of them costs a quarter of
-a second; so a lookup of several names makes one pass and expands only those entries whose first
-and last token fit one of the names.
+a second; so only those entries are expanded whose outer tokens fit a name that is looked for. The
+first tokens of all entries are one string of bytes, the last ones another, the last but one a
+third: each is translated to the names that its tokens fit, one bit for each of eight names.
 
 Source: Linux ``kernel/kallsyms.c`` (``kallsyms_expand_symbol``, ``kallsyms_sym_address``) and
 ``scripts/kallsyms.c``. The table's place is in VMCOREINFO since f09bddbd8661 ("vmcoreinfo: add
@@ -16,6 +17,7 @@ base", v7.0), and to a common base before.
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 from array import array
 from typing import TYPE_CHECKING, Final
@@ -25,7 +27,7 @@ from ouassister.kernel import kallsyms_scan
 from ouassister.model import VirtAddr
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from ouassister.kernel.vmcoreinfo import Vmcoreinfo
     from ouassister.memory import VirtualMemory
@@ -37,6 +39,9 @@ _KEYS: Final = ("kallsyms_names", "kallsyms_num_syms", "kallsyms_token_table",
 _BASE: Final = "kallsyms_relative_base"
 _TOKEN_INDEX: Final = struct.Struct("<256H")
 _MASK: Final = (1 << 64) - 1
+_AT_ONCE: Final = 8  # bits of a byte
+_SET: Final = re.compile(rb"[^\0]")
+_LONG: Final = 0x80  # the length of an entry has a second byte
 
 
 class Kallsyms:
@@ -62,6 +67,14 @@ class Kallsyms:
             raise CorruptGuestError(f"kallsyms_num_syms is {self._count}")
         self._tokens = _tokens(virtual, at["kallsyms_token_table"], at["kallsyms_token_index"])
         self._names = _names(virtual, at)
+        self._places, *self._outer = _entries(self._names, self._count)
+        self._longest = max(map(len, self._tokens))
+        self._whole: dict[bytes, list[int]] = {}  # tokens by their text
+        self._tails: dict[bytes, list[int]] = {}  # likewise, without its first byte
+        for code, token in enumerate(self._tokens):
+            if token:
+                self._whole.setdefault(token, []).append(code)
+                self._tails.setdefault(token[1:], []).append(code)
         size = self._count * 4
         self._offsets = array("i")
         self._offsets.frombytes(virtual.read(VirtAddr(at["kallsyms_offsets"]), size))
@@ -107,36 +120,87 @@ class Kallsyms:
     def _scan(self, wanted: set[str]) -> dict[str, int | None]:
         """Return each name's place in the table; the first one when a name occurs again."""
         found: dict[str, int | None] = dict.fromkeys(wanted)
-        names = {name.encode() for name in wanted}
-        # The first token starts with the symbol's type letter.
-        firsts = {
-            code
-            for code, token in enumerate(self._tokens)
-            if token and any(name.startswith(token[1:]) for name in names)
-        }
-        lasts = {
-            code
-            for code, token in enumerate(self._tokens)
-            if token and any(name.endswith(token) or token[1:] == name for name in names)
-        }
-        data, token_of = self._names, self._tokens.__getitem__
-        position = 0
-        try:
-            for index in range(self._count):
-                length = data[position]
-                position += 1
-                if length & 0x80:
-                    length = length & 0x7F | data[position] << 7
-                    position += 1
-                end = position + length
-                if data[position] in firsts and data[end - 1] in lasts:
-                    name = b"".join(map(token_of, data[position:end]))[1:]
-                    if name in names and found[name.decode()] is None:
-                        found[name.decode()] = index
-                position = end
-        except IndexError as error:
-            raise CorruptGuestError("kallsyms_names is longer than its place") from error
+        order = list(wanted)
+        for at in range(0, len(order), _AT_ONCE):
+            names = {name.encode(): name for name in order[at : at + _AT_ONCE]}
+            for index in self._candidates(list(names)):
+                name = names.get(self._expand(index))
+                if name is not None and found[name] is None:
+                    found[name] = index
         return found
+
+    def _candidates(self, names: list[bytes]) -> Iterator[int]:
+        """Yield the entries, upwards, whose outer tokens fit one of a few names."""
+        fits = [bytearray(256) for _ in self._outer]
+        first, last_but_one, last = fits
+        second: set[int] = set()
+        for bit, name in enumerate(names):
+            flag = 1 << bit
+            for cut in range(len(name) + 1):
+                # The first token starts with the symbol's type letter.
+                before, behind = self._tails.get(name[:cut], ()), self._whole.get(name[cut:], ())
+                if before:
+                    for code in before:
+                        first[code] |= flag
+                    for end in range(cut + 1, min(cut + self._longest, len(name)) + 1):
+                        second.update(self._whole.get(name[cut:end], ()))
+                if behind:
+                    for code in behind:
+                        last[code] |= flag
+                    for code in before:
+                        last_but_one[code] |= flag
+                    for begin in range(max(cut - self._longest, 0), cut):
+                        for code in self._whole.get(name[begin:cut], ()):
+                            last_but_one[code] |= flag
+            for code in self._tails.get(name, ()):  # the only token, behind a length of 1
+                last[code] |= flag
+                last_but_one[1] |= flag
+        flags = -1
+        for tokens, fit in zip(self._outer, fits, strict=True):
+            flags &= int.from_bytes(tokens.translate(fit), "little")
+        for match in _SET.finditer(flags.to_bytes(self._count, "little")):
+            index = match.start()
+            place = self._places[index]
+            # The next token, unless there is none, or the length has two bytes
+            if not 1 < self._names[place] < _LONG or self._names[place + 2] in second:
+                yield index
+
+    def _expand(self, index: int) -> bytes:
+        """Return an entry's name, without its type letter."""
+        start, end = self._places[index] + 1, self._places[index + 1]
+        if self._names[start - 1] & _LONG:
+            start += 1
+        return b"".join(map(self._tokens.__getitem__, self._names[start:end]))[1:]
+
+
+def _entries(names: bytes, count: int) -> tuple[array[int], bytes, bytes, bytes]:
+    """Return where each entry starts and the last one ends, and its outer tokens.
+
+    Raises:
+        CorruptGuestError: There are fewer entries.
+    """
+    places: list[int] = []
+    append = places.append
+    position = 0
+    behind = bytearray(names)
+    try:
+        for _ in range(count):
+            append(position)
+            length = names[position]
+            if length >= _LONG:
+                length = (length & 0x7F | names[position + 1] << 7) + 1
+                behind[position + 1] = names[position + 2]
+            position += length + 1
+        del behind[0]  # now the first token stands where the entry starts
+        firsts = bytes([behind[place] for place in places])
+        append(position)
+        before = b"\0\0" + names
+        last_but_ones = bytes([before[end] for end in places[1:]])
+        before = b"\0" + names
+        lasts = bytes([before[end] for end in places[1:]])
+    except IndexError as error:
+        raise CorruptGuestError("kallsyms_names is longer than its place") from error
+    return array("I", places), firsts, last_but_ones, lasts
 
 
 def _u32(virtual: VirtualMemory, address: int) -> int:

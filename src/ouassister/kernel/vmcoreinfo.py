@@ -92,14 +92,12 @@ class Notes:
     """
 
     def __init__(self, memory: PhysicalMemory) -> None:
-        self._more = memory.occurrences(_NEEDLE)
+        self._more = memory.page_starts(_NEEDLE)
         self._known: list[tuple[bytes, int]] = []
 
     def find(self, memory: PhysicalMemory) -> Iterator[Vmcoreinfo]:
         """Yield the notes that parse, where a layout has them; at most a few do."""
         for name, offset in self._places():
-            if offset % _PAGE:
-                continue
             for address in memory.addresses(name, offset):
                 try:
                     note = parse(memory.read(address, _PAGE), address)

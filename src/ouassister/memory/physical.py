@@ -17,12 +17,13 @@ Source: QEMU v7.2.0 ``hw/i386/pc_piix.c`` (``pc_init1``), ``hw/i386/pc_q35.c``
 from __future__ import annotations
 
 import bisect
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import PageAbsentError
 from ouassister.model import PhysAddr
-from ouassister.state.ram_table import RamBlock
+from ouassister.state.ram_table import PageTable, RamBlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -157,8 +158,7 @@ class PhysicalMemory:
         A match has to lie within one page. At most ``limit`` occurrences in the file are
         looked at, matches or not.
         """
-        blocks: dict[bytes, Pages] = {one.block.name: one.block.pages for one in self.segments}
-        for name, pages in blocks.items():
+        for name, pages in self._blocks().items():
             for start, end in pages.stretches():
                 for position in self._data.search(needle, start, end):
                     limit -= 1
@@ -167,6 +167,28 @@ class PhysicalMemory:
                     place = pages.locate(position)
                     if place is not None and place[1] + len(needle) <= PAGE_SIZE:
                         yield name, place[0] * PAGE_SIZE + place[1]
+
+    def page_starts(self, start: bytes, limit: int = 1 << 16) -> Iterator[tuple[bytes, int]]:
+        """Yield `occurrences` at the start of a page; of at least eight bytes.
+
+        Where the save file is made of records, no more is read than what is compared.
+        """
+        blocks = self._blocks()
+        if all(isinstance(pages, PageTable) for pages in blocks.values()):
+            found = (
+                (name, page * PAGE_SIZE)
+                for name, pages in blocks.items()
+                if isinstance(pages, PageTable)
+                for page in pages.starting(self._data, start)
+            )
+            yield from itertools.islice(found, limit)
+            return
+        for name, offset in self.occurrences(start, limit):
+            if offset % PAGE_SIZE == 0:
+                yield name, offset
+
+    def _blocks(self) -> dict[bytes, Pages]:
+        return {one.block.name: one.block.pages for one in self.segments}
 
     def addresses(self, name: bytes, offset: int) -> Iterator[PhysAddr]:
         """Yield where this layout has a byte of a block."""

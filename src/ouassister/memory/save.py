@@ -9,13 +9,7 @@ from ouassister.memory.physical import HOLE_STARTS, PhysicalMemory, Segment, aro
 from ouassister.model import PhysAddr
 from ouassister.state import formats
 from ouassister.state.data import map_file
-from ouassister.state.dump import Dump
-from ouassister.state.elf_dump import open_elf
-from ouassister.state.expand import expand
 from ouassister.state.formats import SaveFormat, Support
-from ouassister.state.kdump import open_kdump
-from ouassister.state.libvirt_save import LibvirtHeader, read_header
-from ouassister.state.qcow2_vmstate import Qcow2
 from ouassister.state.qemu_stream import SaveStream
 from ouassister.state.ram_blocks import base_memory
 
@@ -25,6 +19,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ouassister.state.data import MappedFile
+    from ouassister.state.dump import Dump
+    from ouassister.state.libvirt_save import LibvirtHeader
     from ouassister.state.ram_table import RamBlock
 
 # Above this QEMU may move memory beyond AMD's HyperTransport range to 1 TiB
@@ -68,12 +64,12 @@ class SaveFile:
         self.blocks: dict[bytes, RamBlock] = source.blocks
         self._base: tuple[RamBlock, ...] = ()
         self._proven: PhysicalMemory | None = None
-        if isinstance(source, Dump):
-            self.ram_bytes = source.ram_bytes()
-            self._proven = _dumped(source)
-        else:
+        if isinstance(source, SaveStream):
             self._base = base_memory(source.blocks, ram)
             self.ram_bytes = sum(block.size_bytes for block in self._base)
+        else:
+            self.ram_bytes = source.ram_bytes()
+            self._proven = _dumped(source)
         if self.ram_bytes > _MAX_RAM_BYTES:
             raise UnsupportedStateError(
                 "length of base memory", 0, self.ram_bytes, "not seen so large"
@@ -102,7 +98,7 @@ class SaveFile:
 
     def candidates(self) -> list[PhysicalMemory]:
         """Return memory under each possible start of the PCI hole, most likely first."""
-        if isinstance(self._source, Dump):
+        if not isinstance(self._source, SaveStream):
             return [self.memory]
         holes = [start for start in HOLE_STARTS if start < self.ram_bytes]
         if self.ram_bytes <= HOLE_STARTS[0]:
@@ -115,7 +111,7 @@ class SaveFile:
         Raises:
             UnsupportedStateError: A dump tells another address.
         """
-        if isinstance(self._source, Dump):
+        if not isinstance(self._source, SaveStream):
             if hole != self.memory.hole:
                 raise UnsupportedStateError(
                     "memory ranges", 0, hex(self.memory.hole), f"{hole:#x} was expected"
@@ -206,16 +202,25 @@ def open_save(
 def _open(
     path: Path, file: MappedFile, snapshot: str, spool: Path | None
 ) -> tuple[SaveStream | Dump, SaveFormat, LibvirtHeader | None]:
+    # Each format with what it needs alone: programs, temporary files and decompression.
     kind = formats.detect(path, file[: formats.HEAD_BYTES])
     if kind is None:
+        from ouassister.state.libvirt_save import read_header
+
         header = read_header(file, str(path))
         return _libvirt(path, file, header, spool), formats.libvirt_format(header.format), header
     if kind is formats.QCOW2_SNAPSHOT:
+        from ouassister.state.qcow2_vmstate import Qcow2
+
         image = Qcow2(path, file)
         return SaveStream(path, image.state(image.choose(snapshot))), kind, None
     if kind is formats.ELF_DUMP:
+        from ouassister.state.elf_dump import open_elf
+
         return open_elf(path, file), kind, None
     if kind is formats.KDUMP:
+        from ouassister.state.kdump import open_kdump
+
         return open_kdump(path, file), kind, None
     stream = SaveStream(path, file)
     return stream, formats.QEMU_MAPPED_RAM if stream.mapped_ram else kind, None
@@ -229,6 +234,8 @@ def _libvirt(path: Path, file: MappedFile, header: LibvirtHeader, spool: Path | 
             stream.close()
             raise UnsupportedStateError("format", 28, header.format, "the stream says otherwise")
         return stream
+    from ouassister.state.expand import expand
+
     expanded = expand(path, file, start, header.format, header.memory_bytes(), spool)
     file.close()
     return SaveStream(path, expanded)

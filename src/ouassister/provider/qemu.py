@@ -25,11 +25,10 @@ from ouassister.errors import (
     StateError,
     UsageError,
 )
-from ouassister.provider import sockets
 from ouassister.provider.cmdline import is_scsi_bus, quote
 from ouassister.provider.qga import Qga
 from ouassister.provider.qmp import Qmp
-from ouassister.state.running import writer_of
+from ouassister.provider.running import is_running as is_running
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,17 +41,6 @@ _POLL_S = 0.002
 RESTORED = frozenset(("qemu-stream",))  # formats that `restore` loads, by name (state/formats.py)
 # Children that outlive the RunningVM which started them; kept so that they can be reaped.
 _children: dict[int, subprocess.Popen[bytes]] = {}
-
-
-def is_running(config: VmConfig) -> bool:
-    """Tell whether this VM's QEMU listens, or a process has one of its disks open for writing."""
-    try:
-        sockets.connect(config.qmp, timeout_s=0).close()
-    except TimeoutError:
-        return True  # it listens, and serves others
-    except OSError:
-        return any(writer_of(disk.path) for disk in config.disks)
-    return True
 
 
 def log_path(config: VmConfig) -> Path:

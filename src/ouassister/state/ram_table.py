@@ -2,8 +2,10 @@
 
 A migration stream is mostly long runs of records for consecutive pages, at a fixed stride. One
 `struct` call reads the headers of a whole window; comparing it with the expected ones costs a
-few nanoseconds a page. Where pages lie at fixed places (mapped-ram, dumps) there is no table at
-all: their place is computed when it is asked for.
+few nanoseconds a page. Records of zero pages follow each other without a gap, so a window of them
+is one long number, and what it should be is a multiple of one constant plus another one. Where
+pages lie at fixed places (mapped-ram, dumps) there is no table at all: their place is computed
+when it is asked for.
 
 Source: QEMU v7.2.0 ``migration/ram.c``: ``ram_find_and_save_block`` walks the dirty bitmap
 upwards, ``save_page_header`` leaves the name out while the block stays the same. QEMU v9.0.0
@@ -21,9 +23,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ouassister.state import c_qevm as c
+from ouassister.state.data import TRIM_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ouassister.state.data import Data
 
@@ -33,9 +36,19 @@ ZERO_PAGE: Final = -1
 
 _WINDOWS: Final = (1024, 128, 16, 1)
 _PAGE_HEADERS: Final = {n: struct.Struct(">" + f"Q{c.PAGE_SIZE}x" * n) for n in _WINDOWS}
-_FILL_HEADERS: Final = {n: struct.Struct(">" + "QB" * n) for n in _WINDOWS}
 _LONGEST_RUN: Final = 4096  # pages: a scan must get the chance to give back what it has mapped
 _SET_BITS: Final = re.compile(rb"[^\0]+")
+
+
+def _numbers(step: int, window: int) -> int:
+    """Return 1, 1 + step, 1 + 2 * step... as records of zero pages, one behind the other."""
+    return int.from_bytes(
+        b"".join((1 + step * n).to_bytes(c.ZERO_STRIDE, "big") for n in range(window)), "big"
+    )
+
+
+_ONES: Final = {n: _numbers(0, n) for n in _WINDOWS}
+_STEPS: Final = {n: _numbers(c.PAGE_SIZE << 8, n) - _ONES[n] for n in _WINDOWS}
 
 
 class Offsets(Protocol):
@@ -115,6 +128,34 @@ class PageTable:
         if self.offsets[page] != offset - within:
             return None  # sent again later: this copy is stale
         return page, within
+
+    def starting(self, data: Data, start: bytes) -> Iterator[int]:
+        """Yield the pages that start with at least eight given bytes, in the file's order."""
+        word = int.from_bytes(start[:8], "big")
+        runs = zip(self._run_offset, self._run_page, self._run_count, strict=True)
+        scanned = 0
+        for offset, page, count in runs:
+            index = 0
+            while index < count:
+                file, place, room = data.extent(offset)
+                window = next(n for n in _WINDOWS if n <= count - index)
+                if window * c.PAGE_STRIDE > room:
+                    window = 1  # the last page of the file, or of a stretch
+                    words: tuple[int, ...] = (word,)
+                else:
+                    words = _PAGE_HEADERS[window].unpack_from(file, place)
+                if word in words:
+                    for n in range(window):
+                        at = offset + n * c.PAGE_STRIDE
+                        if data[at : at + len(start)] == start and self.offsets[page + n] == at:
+                            yield page + n
+                offset += window * c.PAGE_STRIDE
+                page += window
+                index += window
+                scanned += window * c.PAGE_STRIDE
+                if scanned > TRIM_BYTES:
+                    data.trim()
+                    scanned = 0
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """See `Pages`: one, from the first record to the last."""
@@ -206,6 +247,8 @@ class RunReader:
         """Count pages of the same repeated byte that follow ``word``'s page."""
         if position >= len(self._data):
             return 0
+        if word >> 63:  # no block is so large; below, no sum of addresses has more than 64 bits
+            return 0
         file, position, room = self._data.extent(position)
         size = position + room
         total = 0
@@ -213,21 +256,21 @@ class RunReader:
         while True:
             while window > 1 and position + window * c.ZERO_STRIDE > size:
                 window = _WINDOWS[_WINDOWS.index(window) + 1]
-            if position + window * c.ZERO_STRIDE > size:
+            length = window * c.ZERO_STRIDE
+            if position + length > size:
                 return total
-            first = word + c.PAGE_SIZE
-            want = tuple(range(first, first + window * c.PAGE_SIZE, c.PAGE_SIZE))
-            record = _FILL_HEADERS[window].unpack_from(file, position)
-            found, bytes_, fills = record[::2], record[1::2], (fill,) * window
-            if found != want or bytes_ != fills:
-                return total + min(_common(found, want), _common(bytes_, fills))
+            first = (word + c.PAGE_SIZE) << 8 | fill
+            want = (first * _ONES[window] + _STEPS[window]).to_bytes(length, "big")
+            found = file[position : position + length]
+            if found != want:
+                return total + _common(found, want) // c.ZERO_STRIDE
             total += window
-            position += window * c.ZERO_STRIDE
+            position += length
             word += window * c.PAGE_SIZE
             window = min(1024, window * 8) if window > 1 else 1
 
 
-def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """Return how many items agree before the first that does not."""
     low, high = 0, len(left)
     while low < high:
