@@ -298,6 +298,43 @@ class Tmpfs:
     unread: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class TmpfsFile:
+    """What a regular file of a tmpfs contains: runs of bytes, each with its position.
+
+    ``path`` is its first name. What lies between runs is a hole, which reads as zeros.
+    """
+
+    path: bytes
+    runs: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TmpfsContent:
+    """A tmpfs with all that is in it, so that it can be made again.
+
+    Pages are not counted in its nodes. A regular file that is not among ``files`` is among
+    ``left_out``, with the reason.
+
+    Attributes:
+        tmpfs: Its files; those that a bound forbids to read are missing.
+        size_bytes: Its limit; 0 for none.
+        inodes: Its limit; 0 for none.
+        noexec: Numbers of its mounts that no program can be started from.
+        hard_links: Further names of a file, each with the first one.
+        files: What is in them.
+        left_out: What is not known of it: a path, or none, and why.
+    """
+
+    tmpfs: Tmpfs
+    size_bytes: int
+    inodes: int
+    noexec: tuple[int, ...]
+    hard_links: tuple[tuple[bytes, bytes], ...]
+    files: tuple[TmpfsFile, ...]
+    left_out: tuple[tuple[bytes, str], ...]
+
+
 class Subject(StrEnum):
     """What a `GuestView` contains only when it is asked for."""
 
@@ -312,3 +349,4 @@ class Subject(StrEnum):
     SWAP = "swap"
     SYSCTLS = "sysctls"
     TMPFS = "tmpfs"
+    TMPFS_CONTENT = "tmpfs-content"

@@ -32,6 +32,7 @@ from ouassister.guest_model import SwapArea as SwapArea
 from ouassister.guest_model import Sysctl as Sysctl
 from ouassister.guest_model import TaskDetail as TaskDetail
 from ouassister.guest_model import Tmpfs as Tmpfs
+from ouassister.guest_model import TmpfsContent as TmpfsContent
 from ouassister.guest_model import TmpfsNode as TmpfsNode
 from ouassister.guest_model import VirtAddr as VirtAddr
 from ouassister.guest_model import Vma as Vma
@@ -150,6 +151,7 @@ class GuestView:
     swaps: tuple[SwapArea, ...] | None = None
     sysctls: tuple[Sysctl, ...] | None = None
     tmpfs: tuple[Tmpfs, ...] | None = None
+    tmpfs_content: tuple[TmpfsContent, ...] | None = None
 
 
 # --- packages: plan and run ----------------------------------------------------------------
@@ -273,6 +275,35 @@ class Action:
     argv: tuple[str, ...]
 
 
+class Verdict(StrEnum):
+    """What is done about a service that runs replaced files."""
+
+    RESTART = "restart"  # in the guest, behind the closed gate
+    LATER = "later"  # by itself, a little after the gate is open: it is what the resume talks to
+    ADVISE = "advise"  # said, not done: sessions or other programs would go with it
+    EXCLUDED = "excluded"  # by the guest's own needrestart configuration
+    APART = "apart"  # in a container: its files are not the guest's
+
+
+@dataclass(frozen=True, slots=True)
+class Exposed:
+    """A process that still runs files which the update replaced."""
+
+    pid: GuestPid
+    comm: bytes
+    files: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """A unit of the service manager, or ``""`` for none, with processes that are exposed."""
+
+    unit: str
+    verdict: Verdict
+    why: str
+    processes: tuple[Exposed, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """The one guest that a change set may be applied to."""
@@ -304,6 +335,7 @@ class Changeset:
     reboot_needed: bool
     filtered: tuple[bytes, ...]  # changed in the shadow and left out on purpose
     notes: tuple[str, ...] = field(default=())
+    restarts: tuple[Restart, ...] = field(default=())
 
 
 # --- reports -------------------------------------------------------------------------------
@@ -336,6 +368,7 @@ class UpdateReport:
     actions: tuple[Action, ...]
     filtered: tuple[bytes, ...]
     reboot_needed: bool
+    restarts: tuple[Restart, ...]
     notes: tuple[str, ...]
     phases: tuple[Phase, ...]
     offline_s: float

@@ -16,7 +16,33 @@ ExecStart=/bin/sh -c 'echo started >>/var/lib/oua-service.log'
 WantedBy=multi-user.target
 """
 
+# A program of two services, a script of a third, and a rule that keeps one of them.
+_SLEEPER: Final = "/usr/lib/oua-daemon/sleeper"
+_DAEMONS: Final = {
+    f"/lib/systemd/system/oua-{name}.service": f"[Service]\nExecStart={command}\n"
+    for name, command in (
+        ("daemon", f"{_SLEEPER} infinity"),
+        ("kept", f"{_SLEEPER} infinity"),
+        ("script", "/bin/sh /usr/bin/oua-script"),
+    )
+}
+_RULE: Final = {
+    "/etc/needrestart/needrestart.conf": "$nrconf{override_rc} = { qr(^oua-kept) => 0 };\n"
+}
+_PLACE: Final = (
+    f"mkdir -p /usr/lib/oua-daemon; cp /bin/sleep {_SLEEPER}.new; mv {_SLEEPER}.new {_SLEEPER}"
+)
+
 BEFORE: Final = (
+    Package(
+        "oua-daemon",
+        "1.0",
+        files={"/usr/bin/oua-script": "while :; do sleep 1000; done # one\n", **_DAEMONS, **_RULE},
+        scripts={
+            "postinst": f"{_PLACE}\nsystemctl daemon-reload\n"
+            "systemctl start oua-daemon oua-kept oua-script"
+        },
+    ),
     Package(
         "oua-hello",
         "1.0",
@@ -35,6 +61,12 @@ BEFORE: Final = (
 )
 
 AFTER: Final = (
+    Package(
+        "oua-daemon",
+        "2.0",
+        files={"/usr/bin/oua-script": "while :; do sleep 1000; done # two\n", **_DAEMONS, **_RULE},
+        scripts={"postinst": _PLACE},  # it restarts nothing
+    ),
     Package(
         "oua-hello",
         "2.0",

@@ -27,8 +27,14 @@ def test_upgrade_offline_is_true_in_the_resumed_guest(world: World) -> None:
     update = world.run("update")
     assert update.status == 0, update
     changed = {change["name"]: change["new"] for change in update.result["changes"]}
-    assert changed == {"oua-hello": "2.0", "oua-library": "1.0"}
+    assert changed == {"oua-daemon": "2.0", "oua-hello": "2.0", "oua-library": "1.0"}
     assert update.result["deletions"] >= 1
+    due = {one["unit"]: one["verdict"] for one in update.result["restarts"]}
+    assert due == {
+        "oua-daemon.service": "restart",
+        "oua-kept.service": "excluded",
+        "oua-script.service": "restart",
+    }
     assert update.result["notes"] == []
     assert world.hashes() == before
 
@@ -46,9 +52,17 @@ def test_upgrade_offline_is_true_in_the_resumed_guest(world: World) -> None:
         assert _out(vm, "dpkg --audit") == ""
         assert _out(
             vm, "dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\\n' 'oua-*'"
-        ) == ("oua-hello 2.0 ii \noua-library 1.0 ii")
+        ) == ("oua-daemon 2.0 ii \noua-hello 2.0 ii \noua-library 1.0 ii")
         # Only the file that the administrator had changed differs from its package.
-        assert _out(vm, "dpkg --verify oua-hello oua-library") == "??5?????? c /etc/oua-hello.conf"
+        verified = _out(vm, "dpkg --verify oua-daemon oua-hello oua-library")
+        assert verified == "??5?????? c /etc/oua-hello.conf"
+        # Who ran replaced files runs the new ones, but for the one that a rule keeps.
+        shown = "readlink /proc/$(systemctl show -P MainPID oua-{})/exe"
+        sleeper = "/usr/lib/oua-daemon/sleeper"
+        assert _out(vm, shown.format("daemon")) == sleeper
+        assert _out(vm, shown.format("kept")) == f"{sleeper} (deleted)"
+        started = "systemctl show -P ActiveEnterTimestampMonotonic oua-{}"
+        assert int(_out(vm, started.format("script"))) > int(_out(vm, started.format("kept")))
         assert _out(vm, "find / -xdev -name '.ouassister-*' -print") == ""
     again = world.run("resume")
     assert (again.status, again.code) == (10, "nothing-pending")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ouassister.changeset.extract import Extraction
-    from ouassister.model import Action, Fence, Identity, LeftOut, PackageChange
+    from ouassister.model import Action, Fence, Identity, LeftOut, PackageChange, Restart
 
 MANIFEST = "manifest.json"
 LAYER = "layer.tar"
@@ -51,6 +51,7 @@ def build(
     lock_paths: tuple[bytes, ...],
     reboot_needed: bool,
     notes: tuple[str, ...] = (),
+    restarts: tuple[Restart, ...] = (),
 ) -> Changeset:
     """Make the record of a change set; its id follows from all the rest.
 
@@ -73,6 +74,7 @@ def build(
         reboot_needed=reboot_needed,
         filtered=extraction.filtered,
         notes=(*extraction.notes, *notes),
+        restarts=restarts,
     )
     for defect in _defects(draft):
         raise InternalError(f"change set of {vm}: {defect}")

@@ -1,0 +1,85 @@
+"""One ordered list of actions: what package scripts asked for, and what memory says is due.
+
+Reload first, then what scripts asked for in their order, then one call for all units that are
+left: the service manager starts independent ones side by side.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ouassister.model import Action, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ouassister.model import Restart
+
+_AGENT: Final = "qemu-guest-agent.service"
+_RESTARTERS: Final = ("systemctl", "deb-systemd-invoke", "invoke-rc.d", "service")
+_VERBS: Final = frozenset(
+    ("restart", "try-restart", "start", "stop", "reload-or-restart", "force-reload")
+)
+_ENDS: Final = frozenset(("restart", "try-restart", "stop"))
+_RELOAD: Final = Action(("systemctl", "daemon-reload"))
+_LATER_S: Final = 30
+
+
+def coalesce(recorded: Iterable[Action], restarts: Iterable[Restart]) -> tuple[Action, ...]:
+    """Merge both.
+
+    A unit that a script restarts or stops is not restarted again. Whatever ends the guest agent
+    is put off until the resume needs it no more: its children, the resume's own commands, would
+    end with it.
+    """
+    recorded = list(recorded)
+    done: set[str] = set()
+    actions: list[Action] = []
+    later = False
+    for action in recorded:
+        verb, units = _units(action)
+        if verb in _ENDS and _AGENT in units:
+            later = later or verb != "stop"
+            units = [unit for unit in units if unit != _AGENT]
+            if not units:
+                continue
+            action = Action((*action.argv[: _head(action)], *units))
+        if verb in _ENDS:
+            done.update(units)
+        actions.append(action)
+    due = []
+    for restart in restarts:
+        if restart.verdict is Verdict.LATER:
+            later = True
+        elif restart.verdict is Verdict.RESTART and restart.unit not in done:
+            due.append(restart.unit)
+    if due:
+        if _RELOAD not in actions:
+            # A unit's file may be among what was replaced, and nobody said so.
+            actions.insert(0, _RELOAD)
+        actions.append(Action(("systemctl", "try-restart", *due)))
+    if later:
+        timer = ("systemd-run", f"--on-active={_LATER_S}", "systemctl", "try-restart", _AGENT)
+        actions.append(Action(timer))
+    return tuple(actions)
+
+
+def _head(action: Action) -> int:
+    """Words of an action up to its verb."""
+    for at, word in enumerate(action.argv[1:], 1):
+        if word in _VERBS:
+            return at + 1
+    return len(action.argv)
+
+
+def _units(action: Action) -> tuple[str, list[str]]:
+    """The verb and the units of a call that starts or ends some; ``""`` for any other."""
+    program, *words = action.argv
+    if program not in _RESTARTERS:
+        return "", []
+    plain = [word for word in words if not word.startswith("-")]
+    if program in ("invoke-rc.d", "service"):  # NAME VERB
+        plain = plain[1::-1]
+    if len(plain) < 2 or plain[0] not in _VERBS:
+        return "", []
+    return plain[0], [unit if "." in unit else f"{unit}.service" for unit in plain[1:]]

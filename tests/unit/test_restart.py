@@ -1,0 +1,238 @@
+"""Who runs what an update replaces, and what is done about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ouassister.guest_model import GuestPid, TaskDetail, VirtAddr, Vma
+from ouassister.model import Action, Entry, Expected, Exposed, Kind, Restart, Task, Verdict
+from ouassister.restart import actions, exposed, kernels, needrestart, policy, uses
+from ouassister.restart.uses import ProcessUse, UsedFile
+
+LIB = b"/usr/lib/libssl.so.3"
+
+
+def use(pid: int, unit: str = "nginx.service", **what: Any) -> ProcessUse:  # noqa: ANN401
+    values: dict[str, Any] = {
+        "pid": GuestPid(pid), "comm": b"nginx", "unit": unit, "user_unit": "", "apart": False,
+        "files": (UsedFile(LIB, 7),), "script": b"",
+    }  # fmt: skip
+    return ProcessUse(**(values | what))
+
+
+def entry(path: bytes, inode: int | None, kind: Kind = Kind.FILE, **what: Any) -> Entry:  # noqa: ANN401
+    expected = None if inode is None else Expected(inode, 0o100644, 1, 2, 3)
+    return Entry(path, kind, expected, **what)
+
+
+# --- what processes run ---
+
+
+def mapping(path: bytes, inode: int, permissions: str = "r-xp") -> Vma:
+    return Vma(VirtAddr(0), VirtAddr(4096), permissions, 0, 254, 1, inode, path)
+
+
+def task(exe: bytes, *words: bytes, cwd: bytes | None = b"/srv") -> Task:
+    detail = TaskDetail(GuestPid(9), (), 0, 0, 0, (), cwd, b"/", None, (), "", "", "")
+    return Task(GuestPid(9), GuestPid(1), b"x", "S", 0, exe, (exe, *words), 0, False, detail)
+
+
+def test_executable_mappings_of_files_count() -> None:
+    vmas = (
+        mapping(b"/usr/sbin/nginx", 1), mapping(LIB, 2), mapping(LIB, 2),
+        mapping(b"/etc/x", 3, "r--p"), mapping(b"[vdso]", 0),
+        mapping(b"/dev/zero (deleted)", 4), mapping(b"/usr/lib/old (deleted)", 5),
+    )  # fmt: skip
+    assert uses._files(vmas) == (
+        UsedFile(b"/usr/sbin/nginx", 1),
+        UsedFile(LIB, 2),
+        UsedFile(b"/usr/lib/old", 5, gone=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "script"),
+    [
+        (
+            (b"/usr/bin/python3.11", b"/usr/bin/fail2ban-server", b"-xf"),
+            b"/usr/bin/fail2ban-server",
+        ),
+        ((b"/usr/bin/python3.11", b"-Es", b"tool.py"), b"/srv/tool.py"),
+        ((b"/usr/bin/perl", b"../x/y.pl"), b"/x/y.pl"),
+        ((b"/usr/bin/python3", b"-m", b"http.server"), b""),
+        ((b"/bin/sh", b"-c", b"/usr/bin/x"), b""),
+        ((b"/usr/sbin/nginx", b"/etc/nginx.conf"), b""),
+        ((b"/usr/bin/python3 (deleted)", b"/usr/bin/tool"), b"/usr/bin/tool"),
+        ((b"/usr/bin/python3",), b""),
+    ],
+)
+def test_script_of_an_interpreter_is_found(words: tuple[bytes, ...], script: bytes) -> None:
+    assert uses._script(task(*words)) == script
+
+
+def test_relative_script_of_a_process_without_a_folder_is_not_guessed() -> None:
+    assert uses._script(task(b"/usr/bin/perl", b"x.pl", cwd=None)) == b""
+
+
+# --- who is exposed ---
+
+
+def found(use_: ProcessUse, *entries: Entry) -> list[tuple[bytes, ...]]:
+    return [one.files for _, one in exposed.exposed([use_], entries)]
+
+
+def test_replaced_and_deleted_files_expose() -> None:
+    assert found(use(1), entry(LIB, 7)) == [(LIB,)]
+    assert found(use(1), entry(LIB, 7, Kind.DELETE)) == [(LIB,)]
+    below = ((LIB, Expected(7, 0o100644, 1, 2, 3)),)
+    assert found(use(1), entry(b"/usr/lib", 5, Kind.DELETE, below=below)) == [(LIB,)]
+
+
+def test_other_files_of_that_name_do_not() -> None:
+    assert found(use(1), entry(LIB, 8)) == []  # a container's, or covered by a mount
+    assert found(use(1), entry(LIB, None)) == []  # new
+    assert found(use(1), entry(LIB, 7, Kind.DIRECTORY)) == []
+    assert found(use(1, files=(UsedFile(LIB, 0),)), entry(b"/x", 0)) == []
+
+
+def test_file_that_was_gone_before_exposes() -> None:
+    assert found(use(1, files=(UsedFile(LIB, 9, gone=True),))) == [(LIB,)]
+
+
+def test_script_exposes_by_its_path() -> None:
+    one = use(1, files=(), script=b"/usr/bin/tool")
+    assert found(one, entry(b"/usr/bin/tool", 3)) == [(b"/usr/bin/tool",)]
+    assert found(one, entry(b"/usr/bin/other", 3)) == []
+
+
+# --- what is done ---
+
+
+@pytest.mark.parametrize(
+    ("unit", "verdict"),
+    [
+        ("nginx.service", Verdict.RESTART),
+        ("postgresql@15-main.service", Verdict.RESTART),
+        ("dbus.service", Verdict.ADVISE),
+        ("systemd-logind.service", Verdict.ADVISE),
+        ("session-3.scope", Verdict.ADVISE),
+        ("user@1000.service", Verdict.ADVISE),
+        ("getty@tty1.service", Verdict.ADVISE),
+        ("docker.service", Verdict.ADVISE),
+        ("init.scope", Verdict.ADVISE),
+        ("", Verdict.ADVISE),
+        ("x;y.service", Verdict.ADVISE),
+        ("qemu-guest-agent.service", Verdict.LATER),
+    ],
+)
+def test_verdict_of_a_unit(unit: str, verdict: Verdict) -> None:
+    (one,) = policy.decide([(use(1, unit), Exposed(GuestPid(1), b"x", (LIB,)))], {})
+    assert (one.unit, one.verdict) == (unit, verdict)
+
+
+def test_container_is_kept_apart_and_rules_are_honoured() -> None:
+    one = Exposed(GuestPid(1), b"x", (LIB,))
+    (told,) = policy.decide([(use(1, apart=True), one)], {})
+    assert told.verdict is Verdict.APART
+    (told,) = policy.decide([(use(1), one)], {"nginx.service": "(?^:^nginx)"})
+    assert (told.verdict, "(?^:^nginx)" in told.why) == (Verdict.EXCLUDED, True)
+
+
+def test_processes_are_gathered_by_unit() -> None:
+    pairs = [
+        (use(pid, unit), Exposed(GuestPid(pid), b"x", (LIB,)))
+        for pid, unit in ((1, ""), (2, "b.service"), (3, "a.service"), (4, "b.service"))
+    ]
+    told = policy.decide(pairs, {})
+    assert [(one.unit, [p.pid for p in one.processes]) for one in told] == [
+        ("a.service", [3]), ("b.service", [2, 4]), ("", [1]),
+    ]  # fmt: skip
+
+
+def restart(unit: str, verdict: Verdict = Verdict.RESTART) -> Restart:
+    return Restart(unit, verdict, "", ())
+
+
+RELOAD = Action(("systemctl", "daemon-reload"))
+
+
+def test_units_that_no_script_restarted_are_restarted_in_one_call() -> None:
+    recorded = [RELOAD, Action(("deb-systemd-invoke", "restart", "ssh.service"))]
+    due = [restart("ssh.service"), restart("a.service"), restart("b.service"),
+           restart("dbus.service", Verdict.ADVISE)]  # fmt: skip
+    assert actions.coalesce(recorded, due) == (
+        *recorded,
+        Action(("systemctl", "try-restart", "a.service", "b.service")),
+    )
+
+
+def test_reload_comes_first() -> None:
+    told = actions.coalesce([], [restart("a.service")])
+    assert told == (RELOAD, Action(("systemctl", "try-restart", "a.service")))
+    assert actions.coalesce([], []) == ()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("systemctl", "restart", "nginx"),
+        ("invoke-rc.d", "nginx", "restart"),
+        ("service", "nginx", "restart"),
+        ("deb-systemd-invoke", "--no-dbus", "try-restart", "nginx.service"),
+        ("systemctl", "stop", "nginx.service"),
+    ],
+)
+def test_what_a_script_ends_is_not_restarted_again(words: tuple[str, ...]) -> None:
+    assert actions.coalesce([Action(words)], [restart("nginx.service")]) == (Action(words),)
+
+
+@pytest.mark.parametrize("verb", ["start", "reload-or-restart", "enable"])
+def test_what_a_script_only_starts_is(verb: str) -> None:
+    recorded = Action(("systemctl", verb, "nginx.service"))
+    told = actions.coalesce([RELOAD, recorded], [restart("nginx.service")])
+    assert told[-1] == Action(("systemctl", "try-restart", "nginx.service"))
+
+
+def test_guest_agent_is_restarted_when_it_is_not_needed_any_more() -> None:
+    agent = "qemu-guest-agent.service"
+    timer = Action(("systemd-run", "--on-active=30", "systemctl", "try-restart", agent))
+    assert actions.coalesce([], [restart(agent, Verdict.LATER)]) == (timer,)
+    recorded = [Action(("deb-systemd-invoke", "restart", agent, "x.service"))]
+    assert actions.coalesce(recorded, []) == (
+        Action(("deb-systemd-invoke", "restart", "x.service")),
+        timer,
+    )
+    assert actions.coalesce([Action(("invoke-rc.d", "qemu-guest-agent", "restart"))], []) == (
+        timer,
+    )
+    assert actions.coalesce([Action(("systemctl", "stop", agent))], []) == ()
+
+
+# --- rules and kernels ---
+
+
+def test_only_units_that_were_asked_for_are_excluded() -> None:
+    raw = b"a.service\t(?^:^a)\nb.service\tx\n\xff\tno\n" + b"c.service\t" + b"r" * 5000
+    told = needrestart.parse(raw, ["a.service", "c.service"])
+    assert told == {"a.service": "(?^:^a)", "c.service": "r" * 200}
+
+
+@pytest.mark.parametrize(
+    ("running", "installed", "newest"),
+    [
+        (
+            "6.1.0-9-cloud-amd64",
+            ["6.1.0-10-cloud-amd64", "6.1.0-9-cloud-amd64"],
+            "6.1.0-10-cloud-amd64",
+        ),
+        ("6.1.0-10-amd64", ["6.1.0-10-amd64", "6.1.0-9-amd64"], ""),
+        ("6.1.0-9-amd64", ["6.1.0-10-cloud-amd64"], ""),
+        ("7.0-rc3-amd64", ["7.0-amd64"], "7.0-amd64"),
+        ("7.0~rc3-amd64", ["7.0-amd64", "7.0.1+deb14-amd64"], "7.0.1+deb14-amd64"),
+        ("5.10.0", [], ""),
+    ],
+)
+def test_newest_kernel_of_the_flavour(running: str, installed: list[str], newest: str) -> None:
+    assert kernels.newer(running, installed) == newest
