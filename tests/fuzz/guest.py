@@ -30,6 +30,8 @@ from ouassister.kernel.flushed import unflushed_part
 from ouassister.kernel.introspect import Guest, look, open_guest
 from ouassister.kernel.reader import GuestReader
 from ouassister.memory import PhysicalMemory, open_save
+from ouassister.shadow import tmpfs_handover
+from ouassister.shadow.tmpfs_handover import TmpfsHandOver
 from ouassister.state.data import MappedFile
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from ouassister.model import PhysAddr
 
 _PAGE: Final = 4096
+_ROOM: Final = 1 << 30
+_NAME_MAX: Final = 255
 _TYPES: Final = ("task_struct", "list_head", "mount", "dentry", "inode", "super_block", "file",
                  "mm_struct", "xa_node", "page", "vm_area_struct", "maple_node")  # fmt: skip
 
@@ -103,12 +107,12 @@ class Walkers(Target):
             "dentries": self._dentries,
             "flushed": self._flushed,
             "unflushed": lambda guest: unflushed.collect(guest.kernel),
-            "export": self._export,
             "memory": self._memory,
             **{
                 str(subject): functools.partial(self._subject, subject=subject)
                 for subject in Subject
             },
+            str(Subject.TMPFS_CONTENT): self._tmpfs_content,
         }
         self._places = {name: self._trace(walk) for name, walk in self._walks.items()}
         self._places["types"] = list(self._type_words())
@@ -127,17 +131,19 @@ class Walkers(Target):
         for one in GuestReader(guest).block_devices.all:
             unflushed_part(guest.kernel, one.major, one.minor)
 
-    def _export(self, guest: Guest) -> None:
-        reader = GuestReader(guest)
-        for number, (target, _sb) in enumerate(reader.tmpfs_mounts()):
-            folder = self._folder / str(number)
-            folder.mkdir()
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                reader.export_tmpfs(target, descriptor, owners=False)
-            finally:
-                os.close(descriptor)
-                shutil.rmtree(folder)
+    def _tmpfs_content(self, guest: Guest) -> None:
+        """Until it is handed over: what is written of it is read again without a doubt."""
+        view = look(guest, self._save, frozenset((Subject.TMPFS_CONTENT,)))
+        folder = self._folder / "tmpfs"
+        folder.mkdir()
+        try:
+            tmpfs_handover.write(folder, view, _ROOM)
+            for number in {place.number for place in tmpfs_handover.read_places(folder) or ()}:
+                with contextlib.closing(TmpfsHandOver(folder / str(number))) as handover:
+                    for record in handover.records():
+                        assert len(record.name) <= _NAME_MAX, record.name
+        finally:
+            shutil.rmtree(folder)
 
     def _memory(self, guest: Guest) -> None:
         reader = GuestReader(guest)

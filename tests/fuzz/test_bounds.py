@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, cast
 import pytest
 from tests.unit.test_btf import Composer, program
 from tests.unit.test_coherent_pagecache import NODE, Fake
-from tests.unit.test_guestview_tmpfs import export
-from tests.unit.test_guestview_tmpfs import node as tmpfs_node
+from tests.unit.test_tmpfs_content import Sleeper, page
+from tests.unit.test_tmpfs_handover import ROOM, content, fill, view
+from tests.unit.test_tmpfs_handover import node as tmpfs_node
 
 from ouassister.errors import CorruptGuestError, UnsupportedGuestError
+from ouassister.guest_model import TmpfsFile
 from ouassister.kernel import tasks
 from ouassister.kernel.btf import Btf
 from ouassister.kernel.fields import Fields
 from ouassister.kernel.program import guest_reads
-from ouassister.kernel.tmpfs_export import TmpfsExport
 from ouassister.memory import VirtualMemory
 from ouassister.model import GuestPid, PhysAddr, Task, VirtAddr
+from ouassister.shadow import tmpfs_handover
 from ouassister.state.data import GAP, Stretches, map_file
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from drgn import Object
 
     from ouassister.kernel.program import Kernel
-    from ouassister.kernel.tmpfs import TmpfsReader
     from ouassister.memory import PhysicalMemory
 
 
@@ -124,25 +125,53 @@ def test_reads_are_bounded_where_somebody_bounds_them() -> None:
 
 def test_file_of_absurd_size_or_time_is_left_out_by_name(tmp_path: Path) -> None:
     regular = stat.S_IFREG | 0o600
-    done = export(
-        tmp_path,
-        [
-            tmpfs_node(b"/endless", 2, regular, size=(1 << 63) - 1),
-            tmpfs_node(b"/late", 3, regular, atime_ns=(1 << 63) * 1_000_000_000),
-            tmpfs_node(b"/negative", 4, regular, size=-1),
-        ],
-        {2: [], 3: [], 4: []},
+    paths = (b"/endless", b"/late", b"/negative", b"/wide")
+    told = content(
+        tmpfs_node(paths[0], regular, size=(1 << 63) - 1),
+        tmpfs_node(paths[1], regular, atime_ns=(1 << 63) * 1_000_000_000, mtime_ns=-(1 << 80)),
+        tmpfs_node(paths[2], regular, size=-1),
+        tmpfs_node(paths[3], regular, size=1 << 63),
+        files=tuple(TmpfsFile(path, ()) for path in paths),
     )
-    sizes = (f"/endless: it has {(1 << 63) - 1} bytes", "/negative: it has -1 bytes")
-    assert done.left_out == (sizes[0], "/late: its times", sizes[1])
-    assert [path.name for path in tmp_path.iterdir()] == ["late"]
+    (folder := tmp_path / "written").mkdir()
+    assert tmpfs_handover.write(folder, view(told), ROOM) == (
+        "/run/negative is not in the view: it has -1 bytes",
+        f"/run/wide is not in the view: it has {1 << 63} bytes",
+    )
+    (note,) = fill(tmp_path, told)
+    assert note.startswith("/run/endless: left out of the view: ")
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {"late", "ouassister"}
 
 
-def test_file_of_no_owner_is_corrupt() -> None:
-    nobody = tmpfs_node(b"/x", 2, stat.S_IFIFO | 0o600, uid=0xFFFF_FFFF)
-    writer = TmpfsExport(cast("TmpfsReader", None), -1, owners=True)
-    with pytest.raises(CorruptGuestError, match="belongs to nobody"):
-        writer._finish(nobody, -1, b"x")
+def test_two_files_of_one_name_are_one(tmp_path: Path) -> None:
+    fifo, folder = stat.S_IFIFO | 0o600, stat.S_IFDIR | 0o700
+    told = content(
+        tmpfs_node(b"/a", folder),
+        tmpfs_node(b"/a", fifo),
+        tmpfs_node(b"/a/below", fifo),
+        tmpfs_node(b"/b", fifo),
+        tmpfs_node(b"/b", folder),
+        tmpfs_node(b"/b/below", fifo),
+    )
+    assert fill(tmp_path, told) == []
+    made = tmp_path / "made"
+    assert (made / "a").is_fifo()
+    assert (made / "b/below").is_fifo()
+
+
+def test_tmpfs_whose_files_are_all_the_same_pages_is_bounded() -> None:
+    guest = Sleeper()
+    run = guest.tmpfs(b"/run")
+    extents = [page(number * 4096) for number in range(4)]
+    for number in range(9):  # each says that it has these pages, and they are there once
+        guest.file(1, b"/%d" % number, pages=4, extents=extents)
+    guest.file(1, b"/liar", pages=0, extents=extents)
+    (told,) = guest.look(run, max_bytes=5 * 4 * 4096)
+    assert sum(len(data) for one in told.files for _, data in one.runs) == 5 * 4 * 4096
+    assert told.left_out == (
+        *((b"/%d" % number, "16 KiB are too much") for number in range(5, 9)),
+        (b"/liar", "it has more pages than its inode says"),
+    )
 
 
 def test_gap_of_absurd_length_is_stepped_over(tmp_path: Path) -> None:

@@ -1,152 +1,20 @@
-"""A tmpfs written out as a tree; what a hostile guest would like written elsewhere is refused."""
+"""What a tmpfs contains, from its pages and inodes; what contradicts itself is refused."""
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 from drgn import Object as DrgnObject
 from tests.unit.fake_guest import FakeGuest
 
 from ouassister.errors import CorruptGuestError
-from ouassister.guest_model import Tmpfs, TmpfsNode
 from ouassister.kernel.page_frames import PageFrames
-from ouassister.kernel.tmpfs import Extent, Where
-from ouassister.kernel.tmpfs import TmpfsReader as TmpfsReaderClass
-from ouassister.kernel.tmpfs_export import Exported, TmpfsExport
+from ouassister.kernel.tmpfs import TmpfsReader, Where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from drgn import Object
-
-    from ouassister.kernel.tmpfs import TmpfsReader
-
-TIME = 1_000_000_000_123_456_789
-
-
-class Reader:
-    """Contents by inode number."""
-
-    def __init__(self, contents: dict[int, list[Extent]]) -> None:
-        self.contents = contents
-
-    def inodes(self, _root: object) -> Iterator[tuple[bytes, object]]:
-        for number in self.contents:
-            yield b"", SimpleNamespace(i_ino=SimpleNamespace(value_=lambda n=number: n), n=number)
-
-    def content(self, inode: SimpleNamespace) -> Iterator[Extent]:
-        yield from self.contents[inode.n]
-
-
-def node(path: bytes, inode: int, mode: int, **values: object) -> TmpfsNode:
-    plain = TmpfsNode(
-        path=path, inode=inode, mode=mode, uid=0, gid=0, links=1, size=0, major=0, minor=0,
-        atime_ns=TIME, mtime_ns=TIME, ctime_ns=TIME, target=None, xattrs=(), swapped=0, absent=0,
-    )  # fmt: skip
-    return replace(plain, **values)  # type: ignore[arg-type]
-
-
-ROOT = node(b"/", 1, stat.S_IFDIR | 0o755)
-
-
-def export(
-    folder: Path, nodes: list[TmpfsNode], contents: dict[int, list[Extent]] | None = None
-) -> Exported:
-    tree = Tmpfs(b"/run", 0, 5, (ROOT, *nodes))
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        writer = TmpfsExport(cast("TmpfsReader", Reader(contents or {})), descriptor, owners=False)
-        return writer.write(tree, cast("Object", None))
-    finally:
-        os.close(descriptor)
-
-
-def test_tree_is_written_as_it_was(tmp_path: Path) -> None:
-    extents = [Extent(8192, b"end", 3)]
-    done = export(
-        tmp_path,
-        [
-            node(b"/d", 2, stat.S_IFDIR | 0o750),
-            node(b"/d/f", 3, stat.S_IFREG | 0o640, size=8195, links=2),
-            node(b"/fifo", 4, stat.S_IFIFO | 0o600),
-            node(b"/hard", 3, stat.S_IFREG | 0o640, size=8195, links=2),
-            node(b"/link", 5, stat.S_IFLNK | 0o777, target=b"../../etc/passwd"),
-            node(b"/socket", 6, stat.S_IFSOCK | 0o755),
-        ],
-        {3: extents},
-    )
-    assert done == Exported(7, ())
-    assert (tmp_path / "d/f").read_bytes() == bytes(8192) + b"end"
-    assert (tmp_path / "hard").stat().st_ino == (tmp_path / "d/f").stat().st_ino
-    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
-    assert stat.S_ISSOCK((tmp_path / "socket").stat().st_mode)
-    assert (tmp_path / "link").readlink().as_posix() == "../../etc/passwd"
-    assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o750
-    assert (tmp_path / "d").stat().st_mtime_ns == TIME
-    assert (tmp_path / "d/f").stat().st_mtime_ns == TIME
-
-
-def test_devices_and_unknown_pages_are_left_out_by_name(tmp_path: Path) -> None:
-    done = export(
-        tmp_path,
-        [
-            node(b"/absent", 2, stat.S_IFREG | 0o600, size=4096, absent=1),
-            node(b"/null", 3, stat.S_IFCHR | 0o666, major=1, minor=3),
-            node(b"/swapped", 4, stat.S_IFREG | 0o600, size=8192, swapped=2),
-            node(b"/unknown", 5, stat.S_IFLNK | 0o777, swapped=1),
-        ],
-        {2: [], 4: []},
-    )
-    assert done.made == 1
-    assert done.left_out == (
-        "/absent: 1 pages are absent from the save",
-        "/null: a device",
-        "/swapped: 2 pages are swapped out",
-        "/unknown: its content is not known",
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("path", [b"/../out", b"out", b"/a/../../out", b"/a\0b", b""])
-def test_path_that_leads_out_is_corrupt(tmp_path: Path, path: bytes) -> None:
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    with pytest.raises(CorruptGuestError):
-        export(inside, [node(path, 2, stat.S_IFIFO | 0o600)])
-    assert [one.name for one in tmp_path.iterdir()] == ["inside"]
-
-
-def test_file_below_a_symbolic_link_is_corrupt(tmp_path: Path) -> None:
-    inside, outside = tmp_path / "inside", tmp_path / "outside"
-    inside.mkdir()
-    outside.mkdir()
-    nodes = [
-        node(b"/a", 2, stat.S_IFLNK | 0o777, target=os.fsencode(outside)),
-        node(b"/a/b", 3, stat.S_IFIFO | 0o600),
-    ]
-    with pytest.raises(CorruptGuestError, match="several files named"):
-        export(inside, nodes)
-    assert list(outside.iterdir()) == []
-
-
-def test_two_files_of_one_name_are_corrupt(tmp_path: Path) -> None:
-    nodes = [node(b"/a", number, stat.S_IFREG | 0o600) for number in (2, 3)]
-    with pytest.raises(CorruptGuestError, match="several files named /a"):
-        export(tmp_path, nodes, {2: [], 3: []})
-
-
-def test_file_that_is_not_as_described_is_corrupt(tmp_path: Path) -> None:
-    contents = {2: [Extent(0, Where.SWAPPED, 4096)]}
-    with pytest.raises(CorruptGuestError, match="not as it was described"):
-        export(tmp_path, [node(b"/a", 2, stat.S_IFREG | 0o600, size=4096)], contents)
-
 
 # --- pages ---------------------------------------------------------------------------------
 
@@ -219,7 +87,7 @@ class TmpfsGuest(FakeGuest):
         self.enum("pageflags", PG_uptodate=3)
         self.variables["vmemmap_base"] = self.place(0x7000, "Q", VMEMMAP)
         self.next = 0x40000
-        self.reader = TmpfsReaderClass(self.kernel)
+        self.reader = TmpfsReader(self.kernel)
 
     def inode(self, **values: object) -> Object:
         info = self.put("shmem_inode_info", xattrs__head__next=0)

@@ -11,17 +11,15 @@ import os
 import re
 import socket
 import stat
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.vm import guestview_guest
 
-from ouassister.guest_model import Subject
+from ouassister.guest_model import Subject, TmpfsContent
 from ouassister.kernel import GuestReader, introspect, open_guest
 from ouassister.kernel.process_memory import PageState
-from ouassister.kernel.tmpfs_export import Exported
 from ouassister.memory import open_save
 from ouassister.model import GuestView
 from ouassister.provider import qemu, vmtoml
@@ -29,6 +27,8 @@ from ouassister.testing import clone as make_clone
 from ouassister.testing import guest_run
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ouassister.model import Task
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -48,8 +48,7 @@ class Seen:
     probe: int
     environment: tuple[bytes, ...]
     states: set[PageState]
-    exported: Exported
-    tree: Path
+    content: TmpfsContent
     sections: dict[str, list[str]]
     found: list[list[bytes]]
     run: list[list[bytes]]
@@ -83,8 +82,6 @@ def seen(suspended: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
         except BaseException:
             vm.kill()
             raise
-    tree = folder / "tree"
-    tree.mkdir()
     with open_save(config.save) as save:
         view = introspect(save, frozenset(Subject))
         reader = GuestReader(open_guest(save))
@@ -93,11 +90,7 @@ def seen(suspended: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
         assert memory is not None
         environment = memory.environment()
         states = {memory.state(vma.start) for vma in reader.maps(probe) if vma.path != b"[vvar]"}
-        descriptor = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            exported = reader.export_tmpfs(b"/mnt/oua", descriptor, owners=os.geteuid() == 0)
-        finally:
-            os.close(descriptor)
+        (content,) = (one for one in reader.tmpfs_content() if one.tmpfs.target == b"/mnt/oua")
     with qemu.restore(config, links_up=False) as vm:
         vm.qga()
         vm.cont()
@@ -109,7 +102,7 @@ def seen(suspended: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
         vm.kill()
     lines = [line.split(b"  ", 1) for line in sums.split(b"\0") if line]
     return Seen(
-        view, probe, environment, states, exported, tree, _sections(live), _rows(found),
+        view, probe, environment, states, content, _sections(live), _rows(found),
         _rows(run), {name: digest.decode() for digest, name in lines},
     )  # fmt: skip
 
@@ -443,17 +436,38 @@ def _row(row: list[bytes]) -> tuple[object, ...]:
 
 
 def test_tmpfs_content(seen: Seen) -> None:
+    content = seen.content
+    nodes = {node.path: node for node in content.tmpfs.nodes}
+    first = dict(content.hard_links)
+    runs = {file.path: file.runs for file in content.files}
     for name, digest in seen.sums.items():
-        path = seen.tree / os.fsdecode(name)
-        if name == b"./swapped":
-            assert not path.exists()
+        path = name.removeprefix(b".")
+        if path == b"/swapped":
+            assert path not in runs
             continue
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == digest, name
-    assert (seen.tree / "long").readlink().as_posix() == "l" * 300
-    assert stat.S_ISSOCK((seen.tree / "socket").stat().st_mode)
-    assert (seen.tree / "hole").stat().st_blocks * 512 < 1 << 20
-    assert (seen.tree / "hard").stat().st_ino == (seen.tree / "deep/er/file").stat().st_ino
-    assert (seen.tree / "deep/er/file").stat().st_mtime_ns == 981173106789000000
+        data = bytearray(nodes[path].size)
+        for position, part in runs[first.get(path, path)]:
+            data[position : position + len(part)] = part
+        assert len(data) == nodes[path].size, name
+        assert hashlib.sha256(data).hexdigest() == digest, name
+    assert runs.keys() | first.keys() | {b"/swapped"} == {
+        name.removeprefix(b".") for name in seen.sums
+    }
+    assert sum(len(data) for _, data in runs[b"/hole"]) < 1 << 20
+    assert runs[b"/empty"] == ()
+    assert first == {b"/hard": b"/deep/er/file"}
+    assert nodes[b"/long"].target == b"l" * 300
+    assert nodes[b"/deep/er/file"].mtime_ns == 981173106789000000
+    assert content.size_bytes == 64 << 20
+    assert content.noexec == ()
+
+
+def test_content_is_of_the_tree_that_is_told(seen: Seen) -> None:
+    assert seen.view.tmpfs is not None
+    (tree,) = (one for one in seen.view.tmpfs if one.target == b"/mnt/oua")
+    # All but how many pages are not there: for that each is looked at.
+    uncounted = tuple(replace(node, swapped=0, absent=0) for node in tree.nodes)
+    assert replace(seen.content.tmpfs, unread=()) == replace(tree, nodes=uncounted, unread=())
 
 
 def test_swapped_pages_are_named(seen: Seen) -> None:
@@ -463,9 +477,8 @@ def test_swapped_pages_are_named(seen: Seen) -> None:
     assert node.swapped > 1000
     assert node.absent == 0
     assert any(line.startswith("/swapped: ") for line in tmpfs.unread)
-    assert any(line.startswith("/swapped: ") for line in seen.exported.left_out)
-    assert {line for line in seen.exported.left_out if "device" in line} == {
-        "/char: a device", "/block: a device"}  # fmt: skip
+    # The inode knows as many as there are entries in its page cache.
+    assert seen.content.left_out == ((b"/swapped", f"{node.swapped} pages are swapped out"),)
 
 
 def test_attributes(seen: Seen) -> None:

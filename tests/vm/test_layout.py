@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from dataclasses import replace
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import need
-from tests.vm import guestview_guest
+from tests.vm import guestview_guest, tmpfs_guest
 from tests.vm.repository import Package, Repository, build
-from tests.vm.world import NOTHING, World, leftovers
+from tests.vm.world import NOTHING, World, leftovers, use_mirror
 
 from ouassister.disk import layout, matching
 from ouassister.disk.matching import Image
@@ -53,6 +54,10 @@ udevadm settle; mke2fs -q -t ext4 /dev/dm-0; mkdir -p /srv/data; mount /dev/dm-0
 mkdir -p /srv/data/option; mount --bind /srv/data/option /opt
 mkdir -p /srv/memory; mount -t tmpfs none /srv/memory
 """
+# What systemd, udev and the agent write when the guest wakes and commands run in it.
+_WAKES = re.compile(
+    r"/run/(systemd/(units|timesync|transient|journal|propagate)|udev|log|qga.state|utmp)(/.*)?"
+)
 MANY = Package(
     "oua-many",
     "1.0",
@@ -76,7 +81,9 @@ def many(suspended: Path, repository: Repository, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("many")
     build(MANY, repository.folder)
     repository.publish()
-    config = _with_disks(make_clone(suspended, folder / "vm"))
+    toml = make_clone(suspended, folder / "vm")
+    use_mirror(toml, repository.port)
+    config = _with_disks(toml)
     with qemu.start(config) as vm:
         try:
             vm.qga().sync(timeout_s=120)
@@ -88,6 +95,9 @@ def many(suspended: Path, repository: Repository, tmp_path_factory: pytest.TempP
             vm.qga().write_file("/root/mapper.pl", (mapper + _VOLUME.format(**numbers)).encode())
             guest_run(vm, "modprobe dm_mod; perl /root/mapper.pl", timeout_s=60)
             guest_run(vm, _PREPARE, timeout_s=120)
+            vm.qga().write_file("/root/make.pl", tmpfs_guest.MAKE.encode())
+            vm.qga().write_file("/root/show.pl", tmpfs_guest.SHOW.encode())
+            guest_run(vm, tmpfs_guest.PREPARE, timeout_s=120)
             source = f"deb [trusted=yes] http://127.0.0.1:{repository.port}/ ./\n"
             guest_run(vm, "rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*")
             vm.qga().write_file("/etc/apt/sources.list", source.encode())
@@ -158,7 +168,7 @@ def test_disks_are_told_apart_and_volumes_followed(world_of_many: World) -> None
         ("vdc", 20 * MIB),
         ("vdb", 4 * MIB),
     ]
-    assert told.memory == (b"/srv/memory",)
+    assert set(told.memory) == {b"/srv/memory", b"/tmp"}
 
 
 def test_guest_whose_tree_cannot_be_laid_out_can_be_looked_at(
@@ -180,6 +190,9 @@ def test_update_reaches_every_file_system(world_of_many: World) -> None:
     assert update.status == 0, update
     assert world.hashes() == before
     assert leftovers(world.home) == NOTHING
+    notes = [note for note in update.result["notes"] if tmpfs_guest.TOPS[2] in note]
+    assert any(note.startswith(f"{tmpfs_guest.LARGE} is not in") for note in notes), notes
+    assert any("pages are swapped out" in note for note in notes), notes
     resumed = world.run("resume")
     assert resumed.status == 0, resumed
     with qemu.attach(world.config) as vm:
@@ -197,9 +210,42 @@ def test_update_reaches_every_file_system(world_of_many: World) -> None:
         assert out("stat -c %m /boot/oua-many /opt/oua-many/file /srv/data/oua-many") == (
             "/boot\n/opt\n/srv/data"
         )
-        assert out("ls /srv/memory") == ""  # a file system in memory is not updated
+        assert out("ls /srv/memory") == "oua"  # a file system in memory is not updated
         assert out("dpkg --verify oua-many; dpkg --audit") == ""
         assert out("find / -name '.ouassister-*' -not -path '/proc/*' -print") == ""
+
+
+def test_programs_find_in_tmpfs_what_the_guest_has(world_of_many: World) -> None:
+    world = world_of_many
+    script = f"perl /root/show.pl {' '.join(tmpfs_guest.TOPS)}; ls -A /run/ouassister"
+    seen = world.run("run", "--", "sh", "-c", script)
+    assert seen.status == 0, seen
+    shown, _, ours = seen.result["output"].rpartition("bin\n")
+    assert ours.split() == ["log"]
+    view = tmpfs_guest.parse(shown)
+    script = "/usr/bin/systemctl is-system-running; systemctl start x; cat /run/ouassister/log/*"
+    asked = world.run("run", "--", "sh", "-c", f"{script}; grep ' /tmp ' /proc/self/mounts")
+    assert "Connection refused" in asked.result["output"]  # nobody listens at /run/systemd/private
+    assert "systemctl\tstart\tx\n" in asked.result["output"]
+    assert "noexec" in asked.result["output"]
+    with qemu.restore(world.config, links_up=False) as vm:
+        vm.qga()
+        vm.cont()
+        told = guest_run(vm, f"perl /root/show.pl {' '.join(tmpfs_guest.TOPS)}", timeout_s=120)
+    live = tmpfs_guest.parse(told.stdout.decode())
+    differing = {
+        path: (view.get(path), row)
+        for path, row in live.items()
+        if view.get(path) != tmpfs_guest.expected(path, row) and not _WAKES.fullmatch(path)
+    }
+    assert differing.keys() == tmpfs_guest.LEFT_OUT, differing
+    assert not view.keys() & tmpfs_guest.LEFT_OUT
+    more = {path for path in view.keys() - live.keys() if not _WAKES.fullmatch(path)}
+    assert all(path.startswith("/run/ouassister") for path in more), more
+    assert {row.kind for row in view.values()} >= set("fdlpsc")
+    for top in tmpfs_guest.MADE:
+        assert view[f"{top}/hole"].size == str(1 << 33)
+        assert view[f"{top}/sticky/hard"].links == "3"
 
 
 def test_unflushed_esp_is_refused(world_of_many: World) -> None:

@@ -37,6 +37,7 @@ _SECOND: Final = 1_000_000_000
 _NANOSECONDS: Final = (1 << 31) - 1
 _MINOR_BITS: Final = 20  # include/linux/kdev_t.h
 _MAX_SUPER_BLOCKS: Final = 1 << 15
+_SWAPFILE: Final = 1 << 8  # S_SWAPFILE, include/linux/fs.h
 _NAME_MAX: Final = 255
 _MAX_SECONDS: Final = 1 << 33  # s_time_max of ext4 is below
 # An inode that is being made or torn down is nobody's file.
@@ -64,7 +65,8 @@ class CachedInode(NamedTuple):
 
     ``head`` is the head of its page cache, which has ``pages`` pages; ``marks`` tells that some
     are dirty or under write-back. ``lazy`` tells that its times are in memory alone (lazytime).
-    ``alias`` leads to the first dentry that refers to it.
+    ``alias`` leads to the first dentry that refers to it. ``swap`` tells that it is swapped to: past
+    its page cache, whose pages are old then (mm/page_io.c).
     """
 
     address: int
@@ -85,6 +87,7 @@ class CachedInode(NamedTuple):
     pages: int
     operations: int  # a_ops of its page cache: one for each way of writing data
     alias: int
+    swap: bool
 
 
 class InodeCache:
@@ -130,7 +133,7 @@ class InodeCache:
             kernel, "struct inode", "i_mode", "i_uid.val", "i_gid.val", "i_ino", "i_nlink",
             "i_rdev", "i_size", *times, state, "i_sb_list.next", "i_dentry.first",
             "i_data.i_pages.xa_flags", "i_data.i_pages.xa_head", "i_data.nrpages", "i_data.a_ops",
-            "i_generation",
+            "i_generation", "i_flags",
         )  # fmt: skip
         self._in_list = offset(kernel, "struct inode", "i_sb_list")
 
@@ -169,19 +172,9 @@ class InodeCache:
                     minor=device & ((1 << _MINOR_BITS) - 1),
                     uuid=kernel.virtual.read(VirtAddr(address + self._uuid), 16),
                     block_size=block_size,
-                    device_head=self._device_head(bdev),
+                    device_head=device_head(kernel, bdev),
                     label=to_text(label.partition(b"\0")[0]),
                 )
-
-    def _device_head(self, bdev: int) -> int:
-        kernel = self._kernel
-        head = offset(kernel, "struct address_space", "i_pages.xa_head")
-        if has_member(kernel, "struct block_device", "bd_mapping"):
-            mapping = read_word(kernel, bdev + offset(kernel, "struct block_device", "bd_mapping"))
-        else:
-            inode = read_word(kernel, bdev + offset(kernel, "struct block_device", "bd_inode"))
-            mapping = read_word(kernel, inode + offset(kernel, "struct inode", "i_mapping"))
-        return read_word(kernel, mapping + head)
 
     def inodes(self, one: CachedFileSystem) -> Iterator[CachedInode]:
         """Yield the inodes that are cached of a file system.
@@ -198,8 +191,8 @@ class InodeCache:
             seen.add(node)
             address = node - self._in_list
             (mode, uid, gid, number, links, device, size, a_s, a_ns, m_s, m_ns, c_s, c_ns, state,
-             node, alias, flags, pages, count, operations,
-             generation) = self._inode.read(address)  # fmt: skip
+             node, alias, flags, pages, count, operations, generation,
+             attributes) = self._inode.read(address)  # fmt: skip
             if state & self._going:
                 continue
             if max(map(abs, (a_s, m_s, c_s))) > _MAX_SECONDS:
@@ -208,6 +201,7 @@ class InodeCache:
                 address, number, mode, uid, gid, links, device, size, generation,
                 a_s * _SECOND + a_ns, m_s * _SECOND + m_ns, c_s * _SECOND + (c_ns & _NANOSECONDS),
                 bool(state & self._dirty_time), pages, flags >> 6, count, operations, alias,
+                bool(attributes & _SWAPFILE),
             )  # fmt: skip
 
     def children(self, directory: CachedInode) -> Iterator[tuple[bytes, int]]:
@@ -241,6 +235,17 @@ class InodeCache:
         if not 0 < length <= _NAME_MAX:
             return b""
         return self._kernel.virtual.read(VirtAddr(address), length)
+
+
+def device_head(kernel: Kernel, bdev: int) -> int:
+    """Return the head of the page cache of a ``struct block_device``."""
+    head = offset(kernel, "struct address_space", "i_pages.xa_head")
+    if has_member(kernel, "struct block_device", "bd_mapping"):
+        mapping = read_word(kernel, bdev + offset(kernel, "struct block_device", "bd_mapping"))
+    else:
+        inode = read_word(kernel, bdev + offset(kernel, "struct block_device", "bd_inode"))
+        mapping = read_word(kernel, inode + offset(kernel, "struct inode", "i_mapping"))
+    return read_word(kernel, mapping + head)
 
 
 def _checked(name: bytes, directory: int) -> bytes:

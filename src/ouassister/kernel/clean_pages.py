@@ -73,7 +73,9 @@ def first(cache: PageCache, inodes: Iterable[CachedInode]) -> dict[int, Piece]:
 
 
 def _files(inodes: Iterable[CachedInode]) -> Iterator[CachedInode]:
-    return (one for one in inodes if one.links and one.pages and stat.S_ISREG(one.mode))
+    for one in inodes:
+        if one.links and one.pages and stat.S_ISREG(one.mode) and not one.swap:
+            yield one
 
 
 def _is_settled(cache: PageCache, page: CachedPage) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Final
 
-from drgn import TypeKind
+from drgn import TypeKind, sizeof
 
 from ouassister.kernel.fields import labels
 
@@ -59,4 +59,4 @@ def _dirty_bits(kind: Type) -> int:
     if kind.kind == TypeKind.ENUM:
         values = labels(kind)
         return sum(values[name] for name in _DIRTY_NAMES)
-    return 0x78 if kind.size == 4 else 0x07
+    return 0x78 if sizeof(kind) == 4 else 0x07

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from drgn import Object
 
-from ouassister.kernel import walk
+from ouassister.errors import UnsupportedGuestError
+from ouassister.kernel import btrfs, walk
 from ouassister.kernel.paths import path_in_file_system, path_of
 from ouassister.kernel.program import guest_reads
 from ouassister.model import BlockRange, Mount
@@ -67,10 +68,10 @@ def read_namespace(kernel: Kernel, init: Object) -> Namespace:
     return Namespace(tuple(mounts), root, over)
 
 
-def read_mounts(namespace: Namespace) -> tuple[Mount, ...]:
+def read_mounts(kernel: Kernel, namespace: Namespace) -> tuple[Mount, ...]:
     """Describe each mount."""
     with guest_reads("reading the mounts of pid 1"):
-        return tuple(_mount(target, mount) for target, mount in namespace.mounts)
+        return tuple(_mount(kernel, target, mount) for target, mount in namespace.mounts)
 
 
 def _mounts(kernel: Kernel, namespace: Object) -> Iterator[Object]:
@@ -85,7 +86,7 @@ def _mounts(kernel: Kernel, namespace: Object) -> Iterator[Object]:
         yield kernel.container("struct mount", "mnt_node", node)
 
 
-def _mount(target: bytes, mount: Object) -> Mount:
+def _mount(kernel: Kernel, target: bytes, mount: Object) -> Mount:
     sb = mount.mnt.mnt_sb
     device = sb.s_dev.value_()
     fstype = _string(sb.s_type.name)
@@ -102,11 +103,20 @@ def _mount(target: bytes, mount: Object) -> Mount:
         read_only=bool(
             mount.mnt.mnt_flags.value_() & _MNT_READONLY or sb.s_flags.value_() & _SB_RDONLY
         ),
-        block=_block(sb.s_bdev.read_()),
+        block=_block(_btrfs_device(kernel, sb) if fstype == b"btrfs" else sb.s_bdev.read_()),
         root=path_in_file_system(mount.mnt.mnt_root.read_()),
         number=mount.mnt_id.value_(),
         parent=mount.mnt_parent.mnt_id.value_(),
     )
+
+
+def _btrfs_device(kernel: Kernel, sb: Object) -> Object:
+    """The device of a super block that names none; a null pointer where it cannot be told."""
+    kind = sb.s_bdev.type_
+    try:
+        return Object(kernel.prog, kind, btrfs.device(kernel, sb.s_fs_info.value_()))
+    except UnsupportedGuestError:
+        return Object(kernel.prog, kind, 0)
 
 
 def _block(device: Object) -> BlockRange | None:

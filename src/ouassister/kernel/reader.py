@@ -18,6 +18,7 @@ from ouassister.guest_model import (
     Subject,
     TaskDetail,
     Tmpfs,
+    TmpfsContent,
 )
 from ouassister.kernel import (
     held_locks,
@@ -39,7 +40,7 @@ from ouassister.kernel.sockets import SocketTables
 from ouassister.kernel.sysctls import Sysctls
 from ouassister.kernel.task_details import TaskDetails
 from ouassister.kernel.tmpfs import TmpfsReader
-from ouassister.kernel.tmpfs_export import Exported, TmpfsExport
+from ouassister.kernel.tmpfs_content import Mounted, TmpfsContents
 from ouassister.kernel.vmas import Vmas
 
 if TYPE_CHECKING:
@@ -173,39 +174,26 @@ class GuestReader:
 
     def tmpfs_mounts(self) -> list[tuple[bytes, Object]]:
         """Targets and ``struct super_block *`` of what pid 1 sees and is in memory alone."""
-        found = []
-        seen = set()
+        return [(one.target, one.sb) for one in self._mounted(_IN_MEMORY)]
+
+    def _mounted(self, kinds: frozenset[bytes]) -> list[Mounted]:
+        """File systems of some kinds that pid 1 sees, each with all places where it is."""
+        found: dict[int, tuple[bytes, Object, list[Object]]] = {}
         with guest_reads("looking for mounts of tmpfs"):
             for target, mount in self.namespace.mounts:
                 sb = mount.mnt.mnt_sb.read_()
-                kind = read_string(self.kernel, sb.s_type.name.value_(), 64)
-                if kind in _IN_MEMORY and sb.value_() not in seen:  # bind mounts are seen once
-                    seen.add(sb.value_())
-                    found.append((target, sb))
-        return found
+                if read_string(self.kernel, sb.s_type.name.value_(), 64) in kinds:
+                    found.setdefault(sb.value_(), (target, sb, []))[2].append(mount)
+        return [Mounted(target, sb, tuple(mounts)) for target, sb, mounts in found.values()]
 
     def tmpfs(self) -> tuple[Tmpfs, ...]:
         """Describe what each of them contains."""
         return tuple(self._tmpfs.read(target, sb) for target, sb in self.tmpfs_mounts())
 
-    def export_tmpfs(self, target: bytes, folder: int, *, owners: bool = True) -> Exported:
-        """Write what one of them contains into an empty folder.
-
-        Args:
-            target: Where it is mounted.
-            folder: Descriptor of the folder.
-            owners: Set owners, which takes the privilege to.
-
-        Raises:
-            UnsupportedGuestError: None is mounted there.
-        """
-        for mounted, sb in self.tmpfs_mounts():
-            if mounted == target:
-                tree = self._tmpfs.read(target, sb)
-                return TmpfsExport(self._tmpfs, folder, owners=owners).write(
-                    tree, sb.s_root.read_()
-                )
-        raise UnsupportedGuestError(f"no tmpfs is mounted at {target!r}")
+    def tmpfs_content(self) -> tuple[TmpfsContent, ...]:
+        """Describe all but devtmpfs, with the bytes that are in them."""
+        contents = TmpfsContents(self.kernel, self._tmpfs)
+        return contents.read(self._mounted(_IN_MEMORY - {b"devtmpfs"}))
 
     @functools.cached_property
     def _tmpfs(self) -> TmpfsReader:
@@ -251,6 +239,7 @@ class GuestReader:
             (Subject.SWAP, "swaps", lambda: swap.read_swaps(kernel, self.names)),
             (Subject.SYSCTLS, "sysctls", self.sysctls),
             (Subject.TMPFS, "tmpfs", self.tmpfs),
+            (Subject.TMPFS_CONTENT, "tmpfs_content", self.tmpfs_content),
         )
 
     def _network(self) -> NetworkDevices:

@@ -33,6 +33,16 @@ def addresses(kernel: Kernel) -> Iterator[int]:
         yield node - place
 
 
+def module_of(kernel: Kernel, address: int) -> str:
+    """Name the module whose driver serves a ``struct super_block``; "" for a built-in one."""
+    (kind,) = Fields(kernel, "struct super_block", "s_type").read(address)
+    (owner,) = Fields(kernel, "struct file_system_type", "owner").read(kind)
+    if not owner:
+        return ""
+    (name,) = Fields(kernel, "struct module", "name").read(owner)
+    return to_text(name.partition(b"\0")[0])
+
+
 def read_superblocks(kernel: Kernel) -> tuple[SuperBlock, ...]:
     """Describe each mounted file system, in the order they were mounted.
 

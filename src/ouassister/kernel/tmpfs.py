@@ -13,6 +13,7 @@ them in a list again, next to a hash table that all files share.
 
 from __future__ import annotations
 
+import functools
 import stat
 import struct
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from drgn import Object
 
 from ouassister.errors import CorruptGuestError, PageAbsentError, UnsupportedGuestError
 from ouassister.guest_model import Tmpfs, TmpfsNode, VirtAddr
-from ouassister.kernel import dentries, inodes, walk
+from ouassister.kernel import dentries, walk
 from ouassister.kernel.fields import Fields, has_member, offset, read_string
 from ouassister.kernel.page_frames import PAGE_SIZE, PageFrames
 from ouassister.kernel.program import guest_reads
@@ -31,7 +32,7 @@ from ouassister.kernel.xarray import XArrays
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from ouassister.kernel.program import Kernel
 
@@ -41,6 +42,9 @@ _MAX_XATTRS: Final = 4096  # of one file
 _XATTR_SIZE_MAX: Final = 65536
 _MAX_ACL_ENTRIES: Final = 8192
 _SWAP_FACTOR: Final = 8
+_TIMES: Final = ("atime", "mtime", "ctime")
+_SECOND: Final = 1_000_000_000
+_NANOSECONDS: Final = (1 << 31) - 1
 _ACL_VERSION: Final = 2  # POSIX_ACL_XATTR_VERSION
 _ACL_UNDEFINED_ID: Final = 0xFFFF_FFFF
 _ACL_USER, _ACL_GROUP = 0x02, 0x08
@@ -102,11 +106,21 @@ class TmpfsReader:
         unread: list[str] = []
         self._counts.clear()
         self._total = 0
-        ram = read_string(self._kernel, sb.s_type.name.value_(), 64) == b"ramfs"
+        ram = self.is_ramfs(sb)
         nodes = [
-            self._describe(path, inode, unread, attributes=not ram)
+            self.describe(path, inode, unread, attributes=not ram)
             for path, inode in self.inodes(sb.s_root.read_())
         ]
+        return self.tree(target, sb, nodes, unread)
+
+    def is_ramfs(self, sb: Object) -> bool:
+        """Tell whether it is a ramfs: no limits, no attributes."""
+        return read_string(self._kernel, sb.s_type.name.value_(), 64) == b"ramfs"
+
+    def tree(
+        self, target: bytes, sb: Object, nodes: Iterable[TmpfsNode], unread: Iterable[str]
+    ) -> Tmpfs:
+        """Make the description of one from that of its files."""
         device = sb.s_dev.value_()
         return Tmpfs(
             target=target,
@@ -153,12 +167,29 @@ class TmpfsReader:
                     if data is not None:
                         yield Extent(position, data[:length], length)
 
-    def _describe(
-        self, path: bytes, inode: Object, unread: list[str], *, attributes: bool
+    def describe(
+        self,
+        path: bytes,
+        inode: Object,
+        unread: list[str],
+        *,
+        attributes: bool,
+        counted: bool = True,
     ) -> TmpfsNode:
+        """Describe one file.
+
+        Args:
+            path: Its name.
+            inode: ``struct inode *``.
+            unread: Takes what could not be told.
+            attributes: Files of this kind have extended attributes.
+            counted: Count the pages that are not there, for which all of them are looked up.
+        """
         with guest_reads(f"reading {to_text(path)} of a tmpfs"):
             (mode, number, uid, gid, links, size, device, acl, default_acl,
              link) = self._inode.read(inode.value_())  # fmt: skip
+            (atime, atime_ns, mtime, mtime_ns, ctime,
+             ctime_ns) = self._times.read(inode.value_())  # fmt: skip
             swapped = absent = 0
             xattrs: tuple[tuple[bytes, bytes], ...] = ()
             try:
@@ -167,7 +198,7 @@ class TmpfsReader:
             except UnsupportedGuestError as error:
                 unread.append(f"attributes of {to_text(path)}: {error.message}")
             target = None
-            if stat.S_ISREG(mode):
+            if stat.S_ISREG(mode) and counted:
                 swapped, absent = self._count(inode)
             elif stat.S_ISLNK(mode):
                 target, swapped, absent = self._target(inode, link, size)
@@ -186,9 +217,10 @@ class TmpfsReader:
                 size=size,
                 major=device >> _MINOR_BITS,
                 minor=device & ((1 << _MINOR_BITS) - 1),
-                atime_ns=inodes.time_ns(inode, "atime"),
-                mtime_ns=inodes.time_ns(inode, "mtime"),
-                ctime_ns=inodes.time_ns(inode, "ctime"),
+                atime_ns=atime * _SECOND + atime_ns,
+                mtime_ns=mtime * _SECOND + mtime_ns,
+                # The highest bit says that somebody asked for it, since 4e40eff0b573 (v6.13).
+                ctime_ns=ctime * _SECOND + (ctime_ns & _NANOSECONDS),
                 target=target,
                 xattrs=xattrs,
                 swapped=swapped,
@@ -240,21 +272,45 @@ class TmpfsReader:
 
     def _xattr_nodes(self, head: int) -> Iterator[int]:
         kernel = self._kernel
-        if has_member(kernel, "struct simple_xattr", "node"):
-            node_at = offset(kernel, "struct simple_xattr", "node")
-            nodes = walk.list_nodes(kernel, head, _MAX_XATTRS)
-        elif has_member(kernel, "struct simple_xattrs", "rb_root"):
-            node_at = offset(kernel, "struct simple_xattr", "rb_node")
-            root = head + offset(kernel, "struct simple_xattrs", "rb_root")
-            tree = Object(kernel.prog, kernel.type("struct rb_root"), address=root)
-            nodes = walk.rbtree_nodes(tree, _MAX_XATTRS)
+        kind, to_head, to_node = self._xattr_list
+        if kind == "list":
+            nodes = walk.list_nodes(kernel, head + to_head, _MAX_XATTRS)
         else:
-            node_at = offset(kernel, "struct simple_xattr", "list")
-            nodes = walk.list_nodes(
-                kernel, head + offset(kernel, "struct simple_xattrs", "head"), _MAX_XATTRS
-            )
+            tree = Object(kernel.prog, kernel.type("struct rb_root"), address=head + to_head)
+            nodes = walk.rbtree_nodes(tree, _MAX_XATTRS)
         for node in nodes:
-            yield node - node_at
+            yield node - to_node
+
+    @functools.cached_property
+    def _xattr_list(self) -> tuple[str, int, int]:
+        """What attributes hang on, and where the heads and nodes of it lie."""
+        kernel = self._kernel
+        if has_member(kernel, "struct simple_xattr", "node"):
+            return "list", 0, offset(kernel, "struct simple_xattr", "node")
+        if has_member(kernel, "struct simple_xattrs", "rb_root"):
+            return (
+                "tree",
+                offset(kernel, "struct simple_xattrs", "rb_root"),
+                offset(kernel, "struct simple_xattr", "rb_node"),
+            )
+        return (
+            "list",
+            offset(kernel, "struct simple_xattrs", "head"),
+            offset(kernel, "struct simple_xattr", "list"),
+        )
+
+    @functools.cached_property
+    def _times(self) -> Fields:
+        """Seconds and nanoseconds of atime, mtime and ctime; see `ouassister.kernel.inodes`."""
+        kernel = self._kernel
+        if has_member(kernel, "struct inode", "i_atime_sec"):
+            names = [f"i_{which}_{part}" for which in _TIMES for part in ("sec", "nsec")]
+            return Fields(kernel, "struct inode", *names)
+        names = []
+        for which in _TIMES:
+            renamed = has_member(kernel, "struct inode", f"__i_{which}")
+            names += [f"{'__' * renamed}i_{which}.{part}" for part in ("tv_sec", "tv_nsec")]
+        return Fields(kernel, "struct inode", *names)
 
     def _acl(self, acl: int) -> bytes:
         """Encode a ``struct posix_acl`` as getxattr(2) would."""

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import CorruptGuestError
-from ouassister.kernel import clean_pages
+from ouassister.kernel import clean_pages, superblocks
 from ouassister.kernel.cached_inodes import CachedFileSystem, CachedInode, InodeCache
 from ouassister.kernel.journalling import Journalling
 from ouassister.kernel.pagecache import PageCache, Piece
@@ -45,8 +45,7 @@ _MAX_INODE: Final = 0xFFFF_FFFF
 _MAX_SIZE: Final = 1 << 60  # the largest file of ext4 is smaller (EXT4_MAX_LOGICAL_BLOCK)
 _MIN_READS: Final = 4 << 20
 _SMALLEST: Final = 64  # bytes: a struct page; a buffer head, an entry and an inode are larger
-# The driver of ext4 serves ext3, too; that of ext2 does not keep inodes and buffers in step.
-_FSTYPES: Final = ("ext4", "ext3")
+_FSTYPES: Final = ("ext4", "ext3", "ext2")
 
 
 @dataclass(slots=True)
@@ -94,10 +93,22 @@ def _collect_all(kernel: Kernel) -> list[Unflushed]:
     journalling = Journalling(kernel)
     found = []
     for one in inodes.file_systems():
-        if one.fstype in _FSTYPES:
+        if one.fstype in _FSTYPES and _by_ext4(kernel, one):
             with guest_reads(f"reading what is unflushed on {one.label}"):
                 found.append(_collect(kernel, one, cache, inodes, journalling))
     return found
+
+
+def _by_ext4(kernel: Kernel, one: CachedFileSystem) -> bool:
+    """Tell whether the driver of ext4 serves a file system.
+
+    It serves ext3 always, and ext2 where the kernel is built so (CONFIG_EXT4_USE_FOR_EXT2, not
+    together with CONFIG_EXT2_FS); that of ext2 does not keep inodes and buffers in step.
+    """
+    if one.fstype != "ext2":
+        return True
+    module = superblocks.module_of(kernel, one.address)
+    return module == "ext4" or (not module and kernel.types.struct("ext2_inode_info") is None)
 
 
 def _collect(

@@ -7,6 +7,7 @@ reached through it; `Sources` holds these.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ouassister.shadow import raw
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 DEVICE_NODES: Final = ("null", "zero", "full", "random", "urandom", "tty")
 _INERT: Final = raw.MS_NOSUID | raw.MS_NODEV
@@ -55,13 +56,31 @@ class Operation(Protocol):
         """Do it; raises OSError."""
 
 
+@contextlib.contextmanager
+def _exact(target: bytes) -> Iterator[str]:
+    """A path to ``target``, to which no symbolic link may lead.
+
+    A program of an earlier run may have put one where the guest has a directory.
+    """
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        place = raw.open_part(root, target)
+    finally:
+        os.close(root)
+    try:
+        yield f"/proc/self/fd/{place}"
+    finally:
+        os.close(place)
+
+
 @dataclass(frozen=True, slots=True)
 class Tmpfs:
-    """A fresh tmpfs."""
+    """A fresh tmpfs. With ``exact``, no symbolic link may lead to where it is mounted."""
 
     target: str
     mode: int = 0o755
     read_only: bool = False
+    exact: bool = False
 
     def describe(self) -> str:
         """See `Operation`."""
@@ -74,7 +93,12 @@ class Tmpfs:
     def execute(self, sources: Sources) -> None:
         """See `Operation`."""
         del sources
-        raw.mount("tmpfs", self.target, "tmpfs", _INERT, f"mode={self.mode:o}")
+        options = f"mode={self.mode:o}"
+        if self.exact:
+            with _exact(os.fsencode(self.target)) as place:
+                raw.mount("tmpfs", place, "tmpfs", _INERT, options)
+        else:
+            raw.mount("tmpfs", self.target, "tmpfs", _INERT, options)
         if self.read_only:
             raw.mount("", self.target, "", raw.MS_REMOUNT | raw.MS_RDONLY | _INERT)
 
@@ -133,11 +157,13 @@ class BindPart:
     inside: bytes
     target: bytes
     read_only: bool = False
+    noexec: bool = False
 
     def describe(self) -> str:
         """See `Operation`."""
         inside, target = to_text(self.inside), to_text(self.target)
-        return f"mount --bind {self.source}{inside} {target}{' (read-only)' * self.read_only}"
+        flags = f"{' (read-only)' * self.read_only}{' (noexec)' * self.noexec}"
+        return f"mount --bind {self.source}{inside} {target}{flags}"
 
     def sources(self) -> tuple[str, ...]:
         """See `Operation`."""
@@ -146,45 +172,22 @@ class BindPart:
     def execute(self, sources: Sources) -> None:
         """See `Operation`."""
         part = raw.open_part(sources.descriptor(self.source), self.inside)
-        target = os.fsdecode(self.target)
         try:
-            raw.mount(f"/proc/self/fd/{part}", target, "", raw.MS_BIND)
+            with _exact(self.target) as place:
+                raw.mount(f"/proc/self/fd/{part}", place, "", raw.MS_BIND)
         finally:
             os.close(part)
-        if self.read_only:
-            flags = raw.MS_BIND | raw.MS_REMOUNT | raw.MS_RDONLY | _INERT
-            raw.mount("", target, "", flags)
-
-
-@dataclass(frozen=True, slots=True)
-class Resolver:
-    """The host's resolver configuration, wherever the guest's /etc/resolv.conf leads to.
-
-    A guest without that file gets an empty one to lay it over; the change set leaves it out.
-    """
-
-    source: str
-
-    def describe(self) -> str:
-        """See `Operation`."""
-        return f"mount --bind {self.source} /etc/resolv.conf"
-
-    def sources(self) -> tuple[str, ...]:
-        """See `Operation`."""
-        return (self.source,)
-
-    def execute(self, sources: Sources) -> None:
-        """See `Operation`."""
-        target = Path("/etc/resolv.conf").resolve()
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.touch()
-        Bind(self.source, str(target), read_only=True).execute(sources)
+        flags = raw.MS_RDONLY * self.read_only | raw.MS_NOEXEC * self.noexec
+        if flags:
+            with _exact(self.target) as place:  # what is mounted there now
+                raw.mount("", place, "", raw.MS_BIND | raw.MS_REMOUNT | flags | _INERT)
 
 
 @dataclass(frozen=True, slots=True)
 class Devices:
     """A /dev with harmless nodes only, bound from the host; its own pts and shm."""
+
+    target: str = "/dev"
 
     def describe(self) -> str:
         """See `Operation`."""

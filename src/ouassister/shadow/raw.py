@@ -39,7 +39,17 @@ PR_SET_DUMPABLE: Final = 4
 
 _NR_PIVOT_ROOT: Final = 155
 _NR_SECCOMP: Final = 317
+_NR_OPEN_TREE: Final = 428
+_NR_MOVE_MOUNT: Final = 429
 _NR_OPENAT2: Final = 437
+_NR_MOUNT_SETATTR: Final = 442
+_OPEN_TREE_CLONE: Final = 1  # include/uapi/linux/mount.h, as the next three
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 4
+_MOUNT_ATTR_INERT: Final = 0x1 | 0x2 | 0x4  # RDONLY, NOSUID, NODEV
+_MOUNT_ATTR_IDMAP: Final = 0x00100000
+_AT_FDCWD: Final = -100  # include/uapi/linux/fcntl.h
+_AT_EMPTY_PATH: Final = 0x1000
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
 _RESOLVE_NO_SYMLINKS: Final = 0x04  # include/uapi/linux/openat2.h
 _RESOLVE_BENEATH: Final = 0x08
 _SECCOMP_SET_MODE_FILTER: Final = 1
@@ -71,6 +81,16 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
 
+def setns(descriptor: int, flags: int) -> None:
+    """Join a namespace.
+
+    Args:
+        descriptor: Of a namespace; that of pids is joined by children alone.
+        flags: What kind it must be; 0 for any.
+    """
+    _check(_libc.setns(descriptor, flags), "setns")
+
+
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
     """Mount a file system; ``OSError.filename`` is the target."""
     arguments = [os.fsencode(item) or None for item in (source, target, fstype)]
@@ -93,6 +113,46 @@ def open_part(folder: int, inside: bytes) -> int:
 def umount(target: str, flags: int = 0) -> None:
     """Detach a mount."""
     _check(_libc.umount2(target.encode(), flags), target)
+
+
+def clone_mapped(folder: int, user_namespace: int) -> int:
+    """Clone the part of a mount below a folder: read-only, inert, with other owners.
+
+    Args:
+        folder: Descriptor.
+        user_namespace: Descriptor; what id 0 is on disk is its id 0.
+
+    Returns:
+        Descriptor of a mount that is nowhere yet; see `attach`.
+    """
+    empty = ctypes.c_char_p(b"")
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH
+    tree = _check(_libc.syscall(_NR_OPEN_TREE, folder, empty, ctypes.c_uint(flags)), "open_tree")
+    attributes = struct.pack("<QQQQ", _MOUNT_ATTR_INERT | _MOUNT_ATTR_IDMAP, 0, 0, user_namespace)
+    size = ctypes.c_size_t(len(attributes))
+    try:
+        done = _libc.syscall(_NR_MOUNT_SETATTR, tree, empty, _AT_EMPTY_PATH, attributes, size)
+        _check(done, "mount_setattr")
+    except OSError:
+        os.close(tree)
+        raise
+    return tree
+
+
+def clone_place(path: str) -> int:
+    """Clone the mount of one place, which may be a symbolic link itself; see `attach`."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_SYMLINK_NOFOLLOW
+    done = _libc.syscall(_NR_OPEN_TREE, _AT_FDCWD, path.encode(), ctypes.c_uint(flags))
+    return _check(done, path)
+
+
+def attach(tree: int, target: str) -> None:
+    """Put a cloned mount in its place; a symbolic link there is covered, not followed."""
+    flags = _MOVE_MOUNT_F_EMPTY_PATH
+    done = _libc.syscall(
+        _NR_MOVE_MOUNT, tree, ctypes.c_char_p(b""), _AT_FDCWD, target.encode(), flags
+    )
+    _check(done, target)
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
