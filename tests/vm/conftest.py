@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import need
 from tests.vm import packages
 from tests.vm.repository import Repository, build
-from tests.vm.world import World
+from tests.vm.world import World, use_mirror
 
 from ouassister.provider import qemu, sockets, vmtoml
 from ouassister.testing import clone as make_clone
@@ -61,6 +61,7 @@ def prepared(
     """A suspended guest that uses the tests' repository and has its old packages. Read only."""
     folder = tmp_path_factory.mktemp("prepared")
     toml = make_clone(suspended, folder / "vm")
+    use_mirror(toml, repository.port)
     with qemu.restore(vmtoml.load(toml), links_up=False) as vm:
         try:
             vm.qga()

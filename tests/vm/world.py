@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,12 @@ class World:
             with path.open("rb") as file:
                 found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
         return found
+
+
+def use_mirror(toml: Path, port: int) -> None:
+    """Say in a ``vm.toml`` that the repository on loopback is meant."""
+    config = replace(vmtoml.load(toml), local_mirrors=(("127.0.0.1", port),))
+    toml.write_text(vmtoml.dump(config))
 
 
 def leftovers(home: Path) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ and an interrupted download goes on where it stopped.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shlex
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ from ouassister.errors import (
     WorkDiskFullError,
 )
 from ouassister.model import Archive, LeftOut, PackageChange
-from ouassister.packages import apt_output
+from ouassister.packages import apt_mirrors, apt_output
 from ouassister.shadow.events import open_regular
+from ouassister.shadow.fetch.proxy import PROXY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ouassister.model import Request
+    from ouassister.shadow.fetch.mirrors import Mirrors
     from ouassister.shadow.session import Shadow
 
 # In the order in which apt takes them (apt pkgcache lock, then dpkg's frontend protocol).
@@ -99,10 +102,17 @@ class Apt:
         timeout_s: Limit of each call, in seconds.
     """
 
-    def __init__(self, shadow: Shadow, tell: Callable[[str], None], timeout_s: float) -> None:
+    def __init__(
+        self,
+        shadow: Shadow,
+        tell: Callable[[str], None],
+        timeout_s: float,
+        local_mirrors: tuple[tuple[str, int], ...] = (),
+    ) -> None:
         self._shadow = shadow
         self._tell = tell
         self._timeout_s = timeout_s
+        self._local_mirrors = local_mirrors
         self._calls = 0
         self._pins: tuple[PackageChange, ...] = ()
         self._narrow = False
@@ -118,7 +128,7 @@ class Apt:
         """
         # What dpkg will read is read meanwhile: the network is slower than the disk.
         script = f'({_READ_AHEAD}) >/dev/null 2>&1 & exec "$@"'
-        argv = ["sh", "-c", script, "apt-get", *self._apt_get(), "update"]
+        argv = ["sh", "-c", script, "apt-get", *self._apt_get(network=True), "update"]
         status, output = self._run(argv, network=True)
         if "No space left on device" in output:
             raise WorkDiskFullError(f"no room for package lists: {apt_output.error_lines(output)}")
@@ -144,13 +154,14 @@ class Apt:
         """
         words = _words(request)
         get = shlex.join(self._apt_get())
+        fetching = shlex.join(self._apt_get(network=True)) if fetch else ""
         wish = shlex.join(words)
         chains = [{"simulate": f"{get} -s {wish}"}, {"uris": f"{get} --print-uris {wish}"}]
         if fetch:
             self._shadow.provide(EXCERPT_SCRIPT.name, EXCERPT_SCRIPT.read_bytes())
             chains[0]["excerpt"] = _MAKE_EXCERPT
             chains[0]["simulate-excerpt"] = f"{get} {shlex.join(_EXCERPT)} -s {wish}"
-            chains.append({"download": f"{get} --download-only {wish}"})
+            chains.append({"download": f"{fetching} --download-only {wish}"})
         results = self._run_together(chains, network=fetch)
         status, output = results["simulate"]
         if status != 0:
@@ -212,13 +223,27 @@ class Apt:
             raise UpdaterError(f"dpkg --audit after the run: {apt_output.error_lines(audit)}")
         return output
 
-    def _apt_get(self) -> list[str]:
+    def _apt_get(self, *, network: bool = False) -> list[str]:
         argv = ["apt-get", "-q"]
-        for option in _OPTIONS:
+        for option in (*_OPTIONS, *(self._fetching[1] if network else ())):
             argv += ["-o", option]
         if self._pins:
             argv += ["-o", f"Dir::Etc::Preferences=/run/ouassister/bin/{_PINS}"]
         return argv
+
+    @functools.cached_property
+    def _fetching(self) -> tuple[Mirrors, tuple[str, ...]]:
+        """Where apt goes, and the settings that send it through the proxy."""
+        status, output = self._run(["sh", "-c", apt_mirrors.ASK])
+        if status != 0:
+            detail = apt_output.error_lines(output)
+            raise UpdaterError(f"apt-get does not tell its mirrors: {detail}")
+        settings = self._shadow.read_log(apt_mirrors.SETTINGS)
+        uris = self._shadow.read_log(apt_mirrors.URIS)
+        return (
+            apt_mirrors.mirrors(uris, settings, self._local_mirrors),
+            apt_mirrors.options(settings, PROXY),
+        )
 
     def _run_together(
         self, chains: Sequence[Mapping[str, str]], *, network: bool
@@ -249,7 +274,7 @@ class Apt:
         name = f"{self._calls:02d}-{Path(argv[0]).name}.log"
         status = self._shadow.run(
             argv,
-            network=network,
+            mirrors=self._fetching[0] if network else None,
             output=name,
             timeout_s=self._timeout_s,
             environment=_ENVIRONMENT,

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import encodings.idna  # noqa: F401 - of ours may be readable
 import os
 import signal
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from ouassister.shadow import raw
 from ouassister.shadow.fetch.mirrors import place_of
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
     from ouassister.shadow.fetch.mirrors import Mirrors
 
+ADDRESS: Final = ("127.0.0.1", 3142)  # in the shadow; the port is apt-cacher's by custom
+PROXY: Final = "http://{}:{}/".format(*ADDRESS)
+REFUSED: Final = "refused-hosts.log"  # among the outputs of a shadow
 _MAX_HEAD: Final = 64 << 10
 _MAX_CONNECTIONS: Final = 64
 _CHUNK: Final = 256 << 10
@@ -64,11 +69,11 @@ def start(listener: socket.socket, mirrors: Mirrors, told: int) -> int:
     child = os.fork()
     if child:
         return child
-    from ouassister.shadow import raw
-
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+
+    _close_all_but(listener.fileno(), told)
 
     def tell(line: str) -> None:
         os.write(told, f"{line}\n".encode("utf-8", "backslashreplace"))
@@ -77,6 +82,15 @@ def start(listener: socket.socket, mirrors: Mirrors, told: int) -> int:
         asyncio.run(serve(listener, mirrors, tell))
     finally:
         os._exit(1)
+
+
+def _close_all_but(*kept: int) -> None:
+    """Close what the parent has open, standard streams aside: its sockets tell that it lives."""
+    low = 3
+    for descriptor in sorted(kept):
+        os.closerange(low, descriptor)
+        low = descriptor + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
 
 async def serve(listener: socket.socket, mirrors: Mirrors, tell: Callable[[str], None]) -> None:
