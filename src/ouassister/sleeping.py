@@ -9,25 +9,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ouassister import kernel
-from ouassister.disk import handover
+from ouassister.disk import handover, names_proof
 from ouassister.disk.layout import Layout, make_layout, needs_devices
 from ouassister.disk.matching import Image, Known, match_disks
 from ouassister.errors import (
     CorruptGuestError,
     LockedError,
     NotSuspendedError,
-    RunningVMError,
     UnsupportedGuestError,
     UnsupportedStateError,
 )
 from ouassister.guest_model import Subject
-from ouassister.kernel.flushed import unflushed_part
+from ouassister.kernel import cached_names
+from ouassister.kernel.flushed import find, is_frozen, unflushed_part
 from ouassister.kernel.unflushed import collect
 from ouassister.memory import open_save
 from ouassister.model import Fence, GuestView
 from ouassister.packages import apt
 from ouassister.provider import qemu
 from ouassister.provider.backing import backing_chain
+from ouassister.provider.running import refuse_running as refuse_running
 from ouassister.provider.vmtoml import VmConfig
 from ouassister.state.fence import fence
 from ouassister.text import to_text
@@ -51,6 +52,7 @@ class Sleeping:
     fence: Fence
     layout: Layout
     disks: Mapping[str, Image]  # by the guest's name
+    frozen: tuple[str, ...] = ()  # devices of volumes that nobody can write to before they thaw
 
 
 @contextlib.contextmanager
@@ -96,20 +98,32 @@ def open_sleeping(
             view = kernel.look(guest, save, subjects)
             if tree and not subjects >= _DISKS and needs_devices(view.mounts):
                 view = kernel.GuestReader(guest).fill(view, _DISKS)
-            layout = make_layout(view) if tree else Layout((), ())
+            layout = Layout((), ())
+            if tree:
+                layout = make_layout(view, host_kernel_mounts=config.host_kernel_mounts)
+            frozen: tuple[str, ...] = ()
             if unflushed is not None:
-                _hand_over(guest.kernel, save, layout, unflushed)
-    yield Sleeping(config, view, binding.result(), layout, _match(config, view, layout))
+                frozen = _hand_over(guest.kernel, save, layout, unflushed)
+    disks = _match(config, view, layout)
+    yield Sleeping(config, view, binding.result(), layout, disks, frozen)
 
 
 def _hand_over(
     running: kernel.Kernel, save: SaveFile, layout: Layout, unflushed: Callable[[int], Path]
-) -> None:
-    """Write down what memory holds of each volume and its disk does not."""
+) -> tuple[str, ...]:
+    """Write down what memory holds of each volume and its disk does not; name frozen ones."""
+    frozen: list[str] = []
     found = {(one.file_system.major, one.file_system.minor): one for one in collect(running)}
     for number, volume in enumerate(layout.volumes):
+        known = find(running, volume.major, volume.minor)
+        if known is not None and is_frozen(running, known):
+            frozen.append(volume.device)
         one = found.get((volume.major, volume.minor))
-        if volume.fstype == "ext4" and one is None:
+        if volume.fstype == "ext2" and one is None:
+            raise UnsupportedGuestError(
+                f"{volume.device} is served by the driver of ext2, not by that of ext4"
+            )
+        if volume.is_ext and one is None:
             raise CorruptGuestError(f"the kernel has mounted {volume.device} without a super block")
         if one is not None:
             handover.write(unflushed(number), one, save.memory)
@@ -118,8 +132,12 @@ def _hand_over(
         if left:
             raise UnsupportedGuestError(
                 f"{volume.device} ({volume.fstype}) has writes that are in memory alone: {left}",
-                hint="run 'sync' in the guest before it is suspended",
+                hint="run 'sync' in the guest, or freeze the file system, before it is suspended",
             )
+        if volume.by_host_kernel and known is not None:
+            names = cached_names.collect(running, known)
+            names_proof.write(unflushed(number), names, volume.root)
+    return tuple(frozen)
 
 
 def _subjects(config: VmConfig) -> frozenset[Subject]:
@@ -151,16 +169,6 @@ def _match(config: VmConfig, view: GuestView, layout: Layout) -> dict[str, Image
     )
 
 
-def refuse_running(config: VmConfig) -> None:
-    """Raise when the VM runs.
-
-    Raises:
-        RunningVMError: It does.
-    """
-    if qemu.is_running(config):
-        raise RunningVMError(f"{config.name} is running: its disk belongs to it")
-
-
 def chain(config: VmConfig) -> tuple[Path, ...]:
     """All files that hold the VM's disks, backing files included."""
     files: dict[Path, None] = {}
@@ -177,6 +185,11 @@ def refuse_unsafe(sleeping: Sleeping) -> None:
         LockedError: An updater was running, or held a lock.
     """
     view = sleeping.view
+    for device in sleeping.frozen:
+        raise UnsupportedGuestError(
+            f"{device} is frozen: an update could not be written to it when the guest wakes up",
+            hint="resume the VM, thaw it (fsfreeze -u), run 'sync' and save it again",
+        )
     if view.held_locks is None:
         raise UnsupportedGuestError(
             f"who holds locks cannot be told: {'; '.join(view.degraded) or 'not asked for'}"

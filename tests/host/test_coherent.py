@@ -108,7 +108,7 @@ class Sleeper:
         return CachedInode(
             0, number, values["mode"], values["owner"], values["group"], values["links"], 0, size,
             values["generation"], values["atime"], values["mtime"], values["ctime"], False, 0, 0,
-            0, 0, 0,
+            0, 0, 0, False,
         )  # fmt: skip
 
     def change(self, name: str, **what: int | bool) -> None:

@@ -62,8 +62,8 @@ def test_page_that_is_not_settled_is_left() -> None:
     assert taken == {12: [Piece(4 * PAGE, PAGE, 104 * PAGE)]}
 
 
-def test_only_files_that_can_be_opened_are_looked_at() -> None:
-    inodes = [file(12, links=0), file(13, mode=0o40755), file(14, pages=0)]
+def test_only_files_that_can_be_opened_and_have_their_pages_are_looked_at() -> None:
+    inodes = [file(12, links=0), file(13, mode=0o40755), file(14, pages=0), file(15, swap=True)]
     assert clean_pages.sample(Cache().real, inodes) == {}
     assert clean_pages.first(Cache().real, inodes) == {}
 

@@ -21,7 +21,7 @@ UUID = bytes(range(16))
 INODE = CachedInode(
     address=1, number=12, mode=0o100644, uid=1, gid=2, links=1, device=0, size=1 << 40,
     generation=9, atime_ns=-1, mtime_ns=2, ctime_ns=3, lazy=True, head=4, marks=1, pages=1,
-    operations=6, alias=5,
+    operations=6, alias=5, swap=False,
 )  # fmt: skip
 
 

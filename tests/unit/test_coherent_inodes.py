@@ -57,7 +57,7 @@ class Fake:
         state = self.states.get(address, 0)
         times = (self.seconds, 5) * 2 + (self.seconds, 1 << 31 | 6)
         return (0o100644, 0, 0, address >> 16, 1, 0, 0, *times, state, self.following[address],
-                0, 1 << 26, 0, 0, 0, 0)  # fmt: skip
+                0, 1 << 26, 0, 0, 0, 0, 0)  # fmt: skip
 
 
 @pytest.fixture

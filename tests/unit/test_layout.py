@@ -125,7 +125,7 @@ def test_mounts_in_a_circle_end(mounts: tuple[Mount, ...]) -> None:
 @pytest.mark.parametrize(
     ("mount", "kind"),
     [
-        (replace(BOOT, fstype="xfs", target=b"/var"), "covers"),
+        (replace(BOOT, fstype="xfs", target=b"/var/www"), "covers"),
         (replace(BOOT, fstype="nfs4", block=None, target=b"/net"), "covers"),
         (replace(BOOT, block=BlockRange("loop0", 0, MIB), target=b"/snap/x"), "covers"),
         (replace(BOOT, fstype="tmpfs", block=None, target=b"/tmp"), "memory"),
@@ -138,6 +138,72 @@ def test_other_mounts(mount: Mount, kind: str) -> None:
     assert made.memory == ((mount.target,) if kind == "memory" else ())
     assert made.covers == ((mount.target,) if kind == "covers" else ())
     assert bool(made.notes) == (kind == "covers")
+
+
+XFS = replace(BOOT, fstype="xfs", target=b"/srv/data", number=61)
+BTRFS = Mount(
+    b"none", b"/", "btrfs", 0, 38, False, BlockRange("vda", MIB, 8 * MIB), b"/@", 27, 1
+)  # fmt: skip
+
+
+def test_what_the_hosts_kernel_can_read_is_offered() -> None:
+    (note,) = make_layout(view(ROOT, XFS)).notes
+    assert note.startswith("/srv/data (xfs on /dev/vda2) is not read: an update that writes there")
+    assert "'host_kernel_mounts = true' in the vm.toml" in note
+    made = make_layout(view(ROOT, XFS), host_kernel_mounts=True)
+    assert (made.covers, made.notes) == ((), ())
+    assert made.volumes[1].by_host_kernel
+    assert not made.volumes[1].is_ext
+    assert made.places[1] == Place(1, b"/", b"/srv/data", read_only=False)
+
+
+@pytest.mark.parametrize("target", [b"/usr", b"/var", b"/var/lib", b"/usr/bin", b"/etc"])
+@pytest.mark.parametrize("fstype", ["xfs", "f2fs"])
+def test_what_is_needed_is_not_covered(target: bytes, fstype: str) -> None:
+    mount = replace(XFS, target=target, fstype=fstype)
+    with pytest.raises(UnsupportedGuestError, match="is needed and cannot be read") as caught:
+        make_layout(view(ROOT, mount))
+    assert ("host_kernel_mounts" in caught.value.hint) == (fstype == "xfs")
+
+
+def test_root_that_the_hosts_kernel_can_read() -> None:
+    with pytest.raises(UnsupportedGuestError, match="is /@ of btrfs, not ext4") as caught:
+        make_layout(view(BTRFS))
+    assert "host_kernel_mounts" in caught.value.hint
+    made = make_layout(view(BTRFS), host_kernel_mounts=True)
+    assert made.volumes == (Volume("vda", 0, 38, "btrfs", (Piece("vda", MIB, 8 * MIB),), b"/@"),)
+    assert made.places == (Place(0, b"/", b"/", read_only=False),)
+    several = replace(BTRFS, block=None)
+    with pytest.raises(UnsupportedGuestError, match="not on a disk that can be told"):
+        make_layout(view(several), host_kernel_mounts=True)
+
+
+def test_subvolumes_are_volumes() -> None:
+    home = replace(BTRFS, target=b"/home", root=b"/@home", number=62, parent=27)
+    part = replace(BTRFS, target=b"/opt", root=b"/@home/a/opt", number=63, parent=27)
+    of_root = replace(BTRFS, target=b"/var/www", root=b"/@/srv/www", number=64, parent=27)
+    alike = replace(BTRFS, target=b"/mnt", root=b"/@home2", number=65, parent=27)
+    whole = replace(BTRFS, target=b"/btrfs", root=b"/", number=66, parent=27)
+    mounts = (BTRFS, home, part, of_root, alike, whole)
+    made = make_layout(view(*mounts), host_kernel_mounts=True)
+    assert [volume.root for volume in made.volumes] == [b"/@", b"/@home", b"/@home2"]
+    assert [(place.volume, place.root, place.target) for place in made.places] == [
+        (0, b"/", b"/"),
+        (1, b"/", b"/home"),
+        (1, b"/a/opt", b"/opt"),
+        (0, b"/srv/www", b"/var/www"),
+        (2, b"/", b"/mnt"),
+    ]
+    assert made.covers == (b"/btrfs",)
+    assert made.notes == ("/btrfs is not read: the guest's root is a part of it",)
+
+
+def test_parts_in_one_another_are_one_volume() -> None:
+    top = replace(BTRFS, target=b"/srv/top", root=b"/", number=62, parent=27)
+    part = replace(BTRFS, target=b"/srv/part", root=b"/@data", number=63, parent=27)
+    made = make_layout(view(ROOT, top, part), host_kernel_mounts=True)
+    assert [volume.root for volume in made.volumes] == [b"/", b"/"]
+    assert [place.root for place in made.places] == [b"/", b"/", b"/@data"]
 
 
 def test_unmounted_automount_is_told() -> None:

@@ -57,6 +57,17 @@ def _load(folder: Path, text: str) -> vmtoml.VmConfig:
     return vmtoml.load(path)
 
 
+def test_host_kernel_mounts_are_asked_for(folder: Path) -> None:
+    assert not _load(folder, GOOD).host_kernel_mounts
+    asked = GOOD.replace("[qemu]", "host_kernel_mounts = true\n[qemu]")
+    config = _load(folder, asked)
+    assert config.host_kernel_mounts
+    assert _load(folder, vmtoml.dump(config)).host_kernel_mounts
+    odd = asked.replace("= true", '= "yes"')
+    with pytest.raises(UsageError, match=r"vm\.host_kernel_mounts is 'yes' where"):
+        _load(folder, odd)
+
+
 def test_good_file_is_loaded_with_paths_of_its_folder(folder: Path) -> None:
     config = _load(folder, GOOD)
     assert config.name == "web1"

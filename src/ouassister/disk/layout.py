@@ -6,7 +6,7 @@ sleeping kernel holds them: nothing is guessed from what a disk looks like.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import CorruptGuestError, UnsupportedGuestError
@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 _SECTOR: Final = 512
 _MAX_DEPTH: Final = 8  # device-mapper devices on top of each other
 _MAX_PIECES: Final = 256
-READABLE: Final = frozenset(("ext4", "vfat"))
+# One driver serves all three (`ouassister.kernel.unflushed`), and so does fuse2fs.
+EXT: Final = frozenset(("ext2", "ext3", "ext4"))
+READABLE: Final = EXT | {"vfat"}
+# Only the host's own kernel can read these: docs/design/0009-xfs-and-btrfs.md.
+HOST_KERNEL: Final = frozenset(("xfs", "btrfs"))
+# Without these no program of the guest starts, or its package manager knows nothing.
+_NEEDED: Final = (b"/usr/bin", b"/usr/lib", b"/etc", b"/var/lib/dpkg")
+_OPTION_HINT: Final = (
+    "'host_kernel_mounts = true' in the vm.toml lets this host's kernel mount a private copy of it"
+)
 _AUTOMOUNT: Final = "autofs"
 _MEMORY: Final = frozenset(("tmpfs", "ramfs"))
 # File systems of the kernel itself (fs/ of Linux 6.1): the shadow has its own, or none.
@@ -47,18 +56,32 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A file system on disk: its bytes in order, and how the guest knows its device."""
+    """A file system on disk: its bytes in order, and how the guest knows its device.
+
+    A subvolume of btrfs is a volume of its own: ``root`` is its path in the file system.
+    """
 
     device: str  # "vda1", "dm-0"
     major: int
     minor: int
     fstype: str
     pieces: tuple[Piece, ...]
+    root: bytes = b"/"
 
     @property
     def size(self) -> int:
         """Bytes."""
         return sum(piece.size for piece in self.pieces)
+
+    @property
+    def is_ext(self) -> bool:
+        """Whether its memory is laid over its disk, and fuse2fs shows it."""
+        return self.fstype in EXT
+
+    @property
+    def by_host_kernel(self) -> bool:
+        """Whether this host's kernel mounts it."""
+        return self.fstype in HOST_KERNEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +127,21 @@ def needs_devices(mounts: Iterable[Mount]) -> bool:
     return any(mount.block and mount.block.disk.startswith("dm-") for mount in mounts)
 
 
-def make_layout(view: GuestView) -> Layout:
+def make_layout(view: GuestView, *, host_kernel_mounts: bool = False) -> Layout:
     """Lay out the file systems that are mounted where programs can see them.
 
+    Args:
+        view: With block and mapped devices where `needs_devices` says so.
+        host_kernel_mounts: This host's kernel may mount what nothing else reads.
+
     Raises:
-        UnsupportedGuestError: The root is on no disk, or a device has no table that can be read.
+        UnsupportedGuestError: The root is on no disk, or a device has no table that can be read,
+            or a file system that is needed cannot be read.
     """
     mounts = visible(view.mounts)
-    if not mounts or mounts[0].block is None:
-        raise UnsupportedGuestError("the guest's root file system is not on a disk")
-    root = mounts[0]
-    if root.fstype not in READABLE or root.root != b"/":
-        what = root.fstype if root.root == b"/" else f"{to_text(root.root)} of {root.fstype}"
-        raise UnsupportedGuestError(f"the guest's root file system is {what}, not ext4")
-    volumes: dict[tuple[int, int], int] = {}
+    readable = READABLE | HOST_KERNEL if host_kernel_mounts else READABLE
+    _refuse_root(mounts[0] if mounts else None, readable)
+    volumes: dict[tuple[int, int, bytes], int] = {}
     found: list[Volume] = []
     places: list[Place] = []
     memory: list[bytes] = []
@@ -136,20 +160,78 @@ def make_layout(view: GuestView) -> Layout:
         if mount.fstype in _MEMORY:
             memory.append(mount.target)
             continue
-        if mount.block is None or mount.fstype not in READABLE or _is_loop(mount):
+        if mount.block is None or mount.fstype not in readable or _is_loop(mount):
             covers.append(mount.target)
-            source = to_text(mount.source)
-            notes.append(
-                f"{to_text(mount.target)} ({mount.fstype} on {source}) is not read: an update that"
-                " writes there fails"
-            )
+            notes.append(_not_read(mount, host_kernel_mounts=host_kernel_mounts))
             continue
-        key = (mount.major, mount.minor)
+        top = _top(mount, mounts)
+        if top is None:
+            covers.append(mount.target)
+            notes.append(f"{to_text(mount.target)} is not read: the guest's root is a part of it")
+            continue
+        key = (mount.major, mount.minor, top)
         if key not in volumes:
             volumes[key] = len(found)
-            found.append(_volume(mount, view))
-        places.append(Place(volumes[key], mount.root, mount.target, mount.read_only))
+            found.append(replace(_volume(mount, view), root=top))
+        inside = mount.root[len(top.rstrip(b"/")) :] or b"/"
+        places.append(Place(volumes[key], inside, mount.target, mount.read_only))
     return Layout(tuple(found), tuple(places), tuple(memory), tuple(covers), tuple(notes))
+
+
+def _refuse_root(root: Mount | None, readable: frozenset[str]) -> None:
+    if root is None or root.block is None:
+        # Of btrfs that lies on several disks, or whose types the kernel does not keep.
+        which = " that can be told" if root is not None and root.fstype in HOST_KERNEL else ""
+        raise UnsupportedGuestError(f"the guest's root file system is not on a disk{which}")
+    whole = root.root == b"/"
+    if root.fstype in readable and (whole or root.fstype in HOST_KERNEL):
+        return
+    what = root.fstype if whole else f"{to_text(root.root)} of {root.fstype}"
+    raise UnsupportedGuestError(
+        f"the guest's root file system is {what}, not ext4",
+        hint=_OPTION_HINT if root.fstype in HOST_KERNEL else None,
+    )
+
+
+def _not_read(mount: Mount, *, host_kernel_mounts: bool) -> str:
+    """Say that a file system is not read.
+
+    Raises:
+        UnsupportedGuestError: Nothing works without it.
+    """
+    what = f"{to_text(mount.target)} ({mount.fstype} on {to_text(mount.source)})"
+    offer = mount.fstype in HOST_KERNEL and not host_kernel_mounts and mount.block is not None
+    below = mount.target + b"/"
+    if any(path == mount.target or path.startswith(below) for path in _NEEDED):
+        raise UnsupportedGuestError(
+            f"{what} is needed and cannot be read", hint=_OPTION_HINT if offer else None
+        )
+    return f"{what} is not read: an update that writes there fails" + (
+        f"; {_OPTION_HINT}" if offer else ""
+    )
+
+
+def _top(mount: Mount, mounts: tuple[Mount, ...]) -> bytes | None:
+    """The part of a file system that is one volume with a mounted part of it.
+
+    What one of them shows of another is the same files, so that they share a union: parts that lie
+    in one another are one volume. The root must be the top of its own; what the root is but a part
+    of has no place.
+    """
+    if mount.fstype not in HOST_KERNEL:
+        return b"/"
+    same = (mount.major, mount.minor)
+    roots = [one.root for one in mounts if (one.major, one.minor) == same]
+    root = mounts[0]
+    if same == (root.major, root.minor):
+        if _is_below(root.root, mount.root) and root.root != mount.root:
+            return None
+        roots = [one for one in roots if one == root.root or not _is_below(root.root, one)]
+    return min((one for one in roots if _is_below(mount.root, one)), key=len)
+
+
+def _is_below(path: bytes, top: bytes) -> bool:
+    return path == top or path.startswith(top.rstrip(b"/") + b"/")
 
 
 def visible(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
@@ -198,7 +280,9 @@ def _is_loop(mount: Mount) -> bool:
 def _volume(mount: Mount, view: GuestView) -> Volume:
     block = mount.block
     assert block is not None  # noqa: S101 - the caller chose so
-    name = to_text(mount.source.rpartition(b"/")[2]) or block.disk
+    name = block.disk
+    if b"/" in mount.source:  # btrfs has "none" there since Linux 6.8
+        name = to_text(mount.source.rpartition(b"/")[2]) or block.disk
     pieces = _resolve(block.disk, block.start, block.size, _Tables(view), 0)
     if len(pieces) > _MAX_PIECES:
         raise UnsupportedGuestError(f"{block.disk} is made of {len(pieces)} pieces")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from ouassister.disk import images
+from ouassister.disk import images, layout
 from ouassister.errors import HostNotReadyError, UnsupportedGuestError
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 # Where a file system keeps its UUID, from its start: Documentation/filesystems/ext4/super.rst,
 # fs/xfs/libxfs/xfs_format.h (sb_uuid), fs/btrfs (BTRFS_SUPER_INFO_OFFSET, fsid).
-_UUID_AT: Final = {"ext4": 1024 + 0x68, "xfs": 0x20, "btrfs": 0x10000 + 0x20}
+_UUID_AT: Final = {
+    **dict.fromkeys(layout.EXT, 1024 + 0x68),
+    "xfs": 0x20,
+    "btrfs": 0x10000 + 0x20,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,10 @@ class VmConfig:
         qmp: Socket that the provider adds to the command as QMP server.
         agent: Host side of the guest agent's channel; None without one.
         medium_bus: Bus that takes the hot-plugged disk; "" lets QEMU choose.
+        host_kernel_mounts: This host's kernel may mount private copies of file systems that
+            nothing else reads.
+        local_mirrors: Package mirrors, host and port, that may be reached though they are on
+            this host.
     """
 
     source: Path
@@ -70,6 +74,8 @@ class VmConfig:
     disks: tuple[Disk, ...]
     nets: tuple[Net, ...]
     medium_bus: str = ""
+    host_kernel_mounts: bool = False
+    local_mirrors: tuple[tuple[str, int], ...] = ()
 
     def short(self, path: Path) -> str:
         """Spell a path as QEMU gets it: relative where it lies in the folder."""
@@ -100,10 +106,18 @@ class _Table:
             raise self.error(key, f"is {value!r}: empty, or with a null byte")
         return value
 
-    def texts(self, key: str) -> tuple[str, ...]:
+    def flag(self, key: str) -> bool:
+        value = self.values.pop(key, False)
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {value!r} where true or false belongs")
+        return value
+
+    def texts(self, key: str, *, missing: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        if missing is not None and key not in self.values:
+            return missing
         value = self.values.pop(key, None)
         if not isinstance(value, list) or not value:
-            raise self.error(key, "must be a list of strings, one per argument")
+            raise self.error(key, "must be a list of strings")
         for item in value:
             if not isinstance(item, str) or "\0" in item:
                 raise self.error(key, f"holds {item!r} where a string belongs")
@@ -142,6 +156,8 @@ def load(path: Path) -> VmConfig:
     if not name.isprintable() or "/" in name:
         raise vm.error("name", f"is {name!r}: printable characters without '/' only")
     save = folder / vm.text("save")
+    host_kernel_mounts = vm.flag("host_kernel_mounts")
+    local_mirrors = tuple(_place(vm, word) for word in vm.texts("local_mirrors", missing=()))
     vm.end()
 
     qemu = _Table(source, "qemu", root.values.pop("qemu", None))
@@ -168,7 +184,17 @@ def load(path: Path) -> VmConfig:
     _unique(root, "disk", "node", (disk.node for disk in disks))
     _unique(root, "disk", "path", (str(disk.path) for disk in disks))
     _unique(root, "net", "device", (net.device for net in nets))
-    return VmConfig(source, folder, name, save, command, qmp, agent, disks, nets, bus)
+    return VmConfig(
+        source, folder, name, save, command, qmp, agent, disks, nets, bus, host_kernel_mounts,
+        local_mirrors,
+    )  # fmt: skip
+
+
+def _place(table: _Table, word: str) -> tuple[str, int]:
+    host, colon, port = word.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise table.error("local_mirrors", f"holds {word!r} where host:port belongs")
+    return host.strip("[]").lower(), int(port)
 
 
 def dump(config: VmConfig) -> str:
@@ -176,6 +202,10 @@ def dump(config: VmConfig) -> str:
     # A JSON string is a TOML basic string, except that TOML wants DEL escaped too.
     quote: Callable[[object], str] = lambda value: json.dumps(value).replace("\x7f", "\\u007f")  # noqa: E731
     lines = ["[vm]", f"name = {quote(config.name)}", f"save = {quote(config.short(config.save))}"]
+    lines += ["host_kernel_mounts = true"] if config.host_kernel_mounts else []
+    if config.local_mirrors:
+        places = ", ".join(quote(f"{host}:{port}") for host, port in config.local_mirrors)
+        lines.append(f"local_mirrors = [{places}]")
     lines += ["", "[qemu]", "command = ["]
     lines += [f"    {quote(word)}," for word in config.command]
     lines += ["]", f"qmp = {quote(config.short(config.qmp))}"]

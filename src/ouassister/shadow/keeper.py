@@ -30,7 +30,7 @@ from ouassister import codec
 from ouassister.disk.layout import Layout
 from ouassister.disk.storage import Daemon
 from ouassister.model import Uts
-from ouassister.shadow import raw, sandbox
+from ouassister.shadow import host_mounts, raw, sandbox
 from ouassister.shadow.supervisor import Supervisor
 
 IDS: Final = 65536  # a guest's uids and gids
@@ -53,7 +53,6 @@ class Configuration:
     work: str
     cache: str
     tools: str
-    resolver: str
     storage: tuple[Daemon, ...]
     layout: Layout
     uts: Uts
@@ -104,6 +103,13 @@ def _be_init(configuration: Configuration, control: socket.socket) -> NoReturn:
         _prepare_folders(configuration)
         _build_stage(configuration)
         _start_storage(configuration)
+        host_mounts.mount(
+            Path(configuration.stage),
+            configuration.layout,
+            configuration.base_uid,
+            configuration.base_gid,
+            ids=IDS,
+        )
         supervisor = _enter_subordinate(configuration, control)
     except (OSError, subprocess.SubprocessError) as error:
         _give_up(control, str(error))
@@ -152,11 +158,12 @@ def _build_stage(configuration: Configuration) -> None:
     for name, source in folders.items():
         (stage / name).mkdir()
         raw.mount(source, str(stage / name), "", raw.MS_BIND)
-    (stage / sandbox.RESOLVER).write_text(configuration.resolver)
+    places = [sandbox.TMPFS]
     for volume in range(len(configuration.layout.volumes)):
-        for name in (sandbox.lower(volume), sandbox.merged(volume)):
-            (stage / name).mkdir(parents=True)
-            os.chown(stage / name, configuration.base_uid, configuration.base_gid)
+        places += [sandbox.lower(volume), sandbox.merged(volume)]
+    for name in places:
+        (stage / name).mkdir(parents=True)
+        os.chown(stage / name, configuration.base_uid, configuration.base_gid)
 
 
 def _start_storage(configuration: Configuration) -> None:
