@@ -17,7 +17,7 @@ from tests.unit.test_tmpfs_content import Sleeper, page
 from tests.unit.test_tmpfs_handover import ROOM, content, fill, view
 from tests.unit.test_tmpfs_handover import node as tmpfs_node
 
-from ouassister.errors import CorruptGuestError, UnsupportedGuestError
+from ouassister.errors import CorruptGuestError, InternalError, UnsupportedGuestError
 from ouassister.guest_model import TmpfsFile
 from ouassister.kernel import tasks
 from ouassister.kernel.btf import Btf
@@ -141,6 +141,19 @@ def test_file_of_absurd_size_or_time_is_left_out_by_name(tmp_path: Path) -> None
     (note,) = fill(tmp_path, told)
     assert note.startswith("/run/endless: left out of the view: ")
     assert {path.name for path in (tmp_path / "made").iterdir()} == {"late", "ouassister"}
+
+
+@pytest.mark.parametrize("path", [b"/..", b"/.", b"/a\0b", b"/a/.."])
+def test_path_that_leads_out_is_made_nowhere(tmp_path: Path, path: bytes) -> None:
+    folder = stat.S_IFDIR | 0o700
+    told = content(
+        tmpfs_node(b"/a", folder),
+        tmpfs_node(path, folder),
+        tmpfs_node(path + b"/out", stat.S_IFIFO | 0o600),
+    )
+    with pytest.raises(InternalError, match="a file named"):
+        fill(tmp_path, told)
+    assert {one.name for one in tmp_path.rglob("*")} <= {"handed", "made", "0", "places", "a"}
 
 
 def test_two_files_of_one_name_are_one(tmp_path: Path) -> None:

@@ -10,11 +10,49 @@ from drgn import Object as DrgnObject
 from tests.unit.fake_guest import FakeGuest
 
 from ouassister.errors import CorruptGuestError
+from ouassister.kernel import dentries
 from ouassister.kernel.page_frames import PageFrames
 from ouassister.kernel.tmpfs import TmpfsReader, Where
 
 if TYPE_CHECKING:
     from drgn import Object
+
+# --- names ---------------------------------------------------------------------------------
+
+
+def names_below(guest: FakeGuest, *names: bytes) -> list[bytes]:
+    """Names of all that a directory has, of which each is told by hand."""
+    guest.struct("hlist_node", ("next", "p"), ("pprev", "p"))
+    guest.struct("hlist_head", ("first", "p"))
+    guest.struct("qstr", ("hash", "I"), ("len", "I"), ("name", "p"))
+    guest.struct("dentry", ("d_hash", "hlist_node"), ("d_name", "qstr"), ("d_sib", "hlist_node"),
+                 ("d_children", "hlist_head"))  # fmt: skip
+    before = 0
+    for name in reversed(names):
+        at = guest.put("dentry", d_hash__pprev=1, d_name__len=len(name), d_sib__next=before,
+                       d_name__name=guest.string(name))  # fmt: skip
+        before = guest.container("struct dentry", "d_hash", at).d_sib.address_of_().value_()
+    root = guest.put("dentry", d_children__first=before)
+    entry = DrgnObject(guest.prog, guest.type("struct dentry *"), root)
+    return [path for path, _ in dentries.below(guest.kernel, entry, b"/")]
+
+
+def test_names_are_told() -> None:
+    found = names_below(FakeGuest(), b"a", b"..b", b"\x1b\n", b"n" * 255)
+    assert sorted(found) == [b"/", b"/\x1b\n", b"/..b", b"/a", b"/" + b"n" * 255]
+
+
+@pytest.mark.parametrize("name", [b"..", b".", b"/", b"../out", b"a/../../out", b"a\0b"])
+def test_name_that_leads_out_is_corrupt(name: bytes) -> None:
+    with pytest.raises(CorruptGuestError, match="directory entry is named"):
+        names_below(FakeGuest(), b"a", name)
+
+
+@pytest.mark.parametrize("name", [b"", b"n" * 256])
+def test_name_of_absurd_length_is_corrupt(name: bytes) -> None:
+    with pytest.raises(CorruptGuestError, match=f"a name of {len(name)} bytes"):
+        names_below(FakeGuest(), name)
+
 
 # --- pages ---------------------------------------------------------------------------------
 

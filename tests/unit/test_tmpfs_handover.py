@@ -363,6 +363,20 @@ def test_type_that_linux_has_not_is_left_out(tmp_path: Path) -> None:
     assert [one.name for one in (tmp_path / "made").iterdir()] == ["ouassister"]
 
 
+@pytest.mark.parametrize("target", [b"", b"x" * 4096])
+def test_link_that_none_can_have_is_left_out(tmp_path: Path, target: bytes) -> None:
+    (note,) = fill(tmp_path, content(node(b"/l", stat.S_IFLNK | 0o777, target=target)))
+    assert note.startswith("/run/l: left out of the view: ")
+    assert [one.name for one in (tmp_path / "made").iterdir()] == ["ouassister"]
+
+
+@pytest.mark.parametrize("key", [b"", b"user." + b"n" * 251, b"odd"])
+def test_attribute_that_none_can_have_is_left_out(tmp_path: Path, key: bytes) -> None:
+    (note,) = fill(tmp_path, content(node(b"/d", DIRECTORY, xattrs=((key, b"x"),))))
+    assert note.startswith("/run/d: attribute ")
+    assert (tmp_path / "made/d").is_dir()
+
+
 def test_file_larger_than_the_file_system_takes_is_left_out(tmp_path: Path) -> None:
     told = content(
         node(b"/a", REGULAR, size=(1 << 63) - 1),

@@ -33,7 +33,10 @@ _IDS: Final = 65536  # that the user namespace has
 _OVERFLOW_ID: Final = 65534  # what stat(2) shows for an owner that it has not
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NO_XATTR: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC, errno.ENODATA)
+_NO_XATTR: Final = (
+    errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSPC, errno.ENODATA, errno.ERANGE,
+)  # fmt: skip
+_NO_LINK: Final = (errno.ENOENT, errno.ENAMETOOLONG, errno.ENOSPC)  # ENOENT: it is empty
 _MAX_NOTES: Final = 20
 _MAX_BYTES: Final = 1 << 30
 _MAX_INODES: Final = 1 << 20
@@ -156,7 +159,13 @@ class _Filling:
     def _create(self, number: int, parent: int, record: Record) -> bool:
         name, mode = record.name, record.mode
         if stat.S_ISLNK(mode):
-            os.symlink(record.target, name, dir_fd=parent)
+            try:
+                os.symlink(record.target, name, dir_fd=parent)
+            except OSError as error:
+                if error.errno not in _NO_LINK:
+                    raise
+                self._lose(number, f"left out of the view: {error.strerror}")
+                return False
         elif stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
             os.mknod(name, stat.S_IFMT(mode) | 0o600, dir_fd=parent)
         elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
