@@ -10,8 +10,10 @@ reflect        →  ResumeReport      the only step that a guest can feel
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -31,10 +33,14 @@ from ouassister.model import Changeset, Identity, Kind, LeftOut, Plan, Request, 
 from ouassister.packages import apt, update
 from ouassister.provider import qemu
 from ouassister.reflect.reflection import reflect
-from ouassister.shadow import sandbox
-from ouassister.shadow.events import read_actions
+from ouassister.restart import plan as restart_plan
+from ouassister.restart import uses as restart_uses
+from ouassister.restart.actions import coalesce
+from ouassister.shadow import sandbox, tmpfs_handover
+from ouassister.shadow.events import actions_of, read_actions, read_syscalls
 from ouassister.shadow.remove import remove_tree
 from ouassister.shadow.session import RECORDED, Shadow, ShadowSpec, launch, open_shadow
+from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
 from ouassister.sleeping import (
     Sleeping,
     open_sleeping,
@@ -47,18 +53,22 @@ from ouassister.store.database import ChangesetState, Store
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ouassister.disk.layout import Layout
     from ouassister.model import ResumeReport
     from ouassister.provider.vmtoml import VmConfig
+    from ouassister.restart.uses import ProcessUse
     from ouassister.timeline import Timeline
 
 _COHERENT: Final = "ouassister.disk.coherent"
 _PROOF: Final = "ouassister.disk.proof"
+_NAMES: Final = "ouassister.disk.names_proof"
 _IDENTITY: Final = "ouassister.disk.identity"
-_WANT: Final = frozenset((Subject.LOCKS,))
+_TMPFS: Final = "ouassister.shadow.tmpfs_fill"
+_WANT: Final = frozenset((Subject.LOCKS, Subject.TMPFS_CONTENT))
 _EXTRACT: Final = "ouassister.changeset.extract"
+_MODULES: Final = (_COHERENT, _PROOF, _NAMES, _IDENTITY, _EXTRACT, _TMPFS, restart_plan.TREE)
 _REFRESH: Final = "refresh lists"
 _FETCH: Final = "plan and download"
 
@@ -110,7 +120,7 @@ def open_guest(
     With ``updating``, a guest whose package manager was at work is refused.
     """
     with contextlib.ExitStack() as stack:
-        launched = stack.enter_context(launch((_COHERENT, _PROOF, _IDENTITY, _EXTRACT)))
+        launched = stack.enter_context(launch(_MODULES))
         folder = stack.enter_context(_work_folder(store, config.name, keep=options.keep))
         unflushed = folder / "shadow" / "unflushed"
         unflushed.mkdir(parents=True)
@@ -124,6 +134,9 @@ def open_guest(
             watched(config.name, lambda: any(writer_of(disk.path) for disk in config.disks))
         )
         layout = sleeping.layout
+        memory = folder / "shadow" / "tmpfs"
+        memory.mkdir()
+        notes = tmpfs_handover.write(memory, sleeping.view, shutil.disk_usage(folder).free)
         spec = ShadowSpec(
             work=folder,
             cache=store.vm_folder(config.name) / "cache",
@@ -138,12 +151,23 @@ def open_guest(
             views = [
                 {"image": sandbox.export(number), "handover": sandbox.unflushed(number)}
                 for number, volume in enumerate(layout.volumes)
-                if volume.fstype == "ext4"
+                if volume.is_ext
             ]
+            filling = shadow.begin(
+                _TMPFS, "fill", {"folder": sandbox.MEMORY, "mounts": sandbox.TMPFS}
+            )
             for view in views:
                 shadow.call(_COHERENT, "apply", view)
             proofs = [shadow.begin(_PROOF, "prove", view) for view in views]
+            for number, volume in enumerate(layout.volumes):
+                if volume.by_host_kernel:
+                    names = {"mounted": sandbox.lower(number), "names": sandbox.unflushed(number)}
+                    proofs.append(shadow.begin(_NAMES, "prove", names))
             shadow.mount()
+            notes += tuple(shadow.finish(filling))
+            tmpfs_handover.forget(memory)
+        layout = replace(layout, notes=(*layout.notes, *notes))
+        sleeping = replace(sleeping, layout=layout)
         guest = Guest(sleeping, shadow, folder, proofs)
         try:
             yield guest
@@ -162,7 +186,7 @@ def plan(
     """
     apt.check_request(request)
     with _named(config, store), open_guest(config, store, timeline, options) as guest:
-        tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
+        tool = _apt(guest, timeline, options)
         left_out = _refresh(tool, timeline)
         with timeline.phase("plan"):
             simulated = tool.plan(request)
@@ -215,11 +239,24 @@ def _update(
     timeline: Timeline,
     options: Options,
 ) -> UpdateReport:
+    with ThreadPoolExecutor(1) as beside:  # the save file is read while archives are fetched
+        uses = beside.submit(restart_uses.read, guest.sleeping.config.save)
+        return _update_with(guest, wish, store, timeline, options, uses.result)
+
+
+def _update_with(
+    guest: Guest,
+    wish: Plan | Request | str,
+    store: Store,
+    timeline: Timeline,
+    options: Options,
+    read_uses: Callable[[], tuple[ProcessUse, ...]],
+) -> UpdateReport:
     vm = guest.sleeping.config.name
     stored = wish if isinstance(wish, Plan) else None
     request = stored.request if stored is not None else wish
     assert isinstance(request, Request)  # noqa: S101 - the only other type of a wish
-    tool = apt.Apt(guest.shadow, timeline.say, options.timeout_s)
+    tool = _apt(guest, timeline, options)
     left_out = _refresh(tool, timeline) if stored is None else ()
     with timeline.phase(_FETCH):
         simulated = tool.plan(request, fetch=True)
@@ -230,7 +267,7 @@ def _update(
     guest.prove(timeline)
     store.add_plan(prepared.plan)
     if not prepared.plan.changes:
-        return _report(prepared.plan, None, timeline, guest.sleeping.layout.notes)
+        return _report(prepared.plan, None, timeline, _notes(guest))
     with timeline.phase("emulate"):
         tool.emulate(prepared.request)
     with timeline.phase("extract"):
@@ -238,11 +275,22 @@ def _update(
             "trees": _trees(guest.sleeping.layout),
             "layer": f"{sandbox.WORK}/output/layer.tar",
             "record": f"{sandbox.WORK}/output/record.json",
+            "devices": list(read_devices(guest.shadow.output_path(SYSCALLS)).items()),
         }
         summary = guest.shadow.call(_EXTRACT, "run", argument)
         extraction = collect(summary, guest.shadow.output_path("record.json"))
     check_fence(guest.sleeping.fence)
+    with timeline.phase("plan restarts"):
+        due = restart_plan.make_plan(
+            read_uses,
+            extraction.entries,
+            guest.sleeping.view.uts.release,
+            guest.sleeping.layout,
+            guest.shadow,
+        )
     actions, recorded_notes = read_actions(guest.shadow.events_path(), frozenset(RECORDED))
+    called, call_notes = actions_of(read_syscalls(guest.shadow.output_path(SYSCALLS)))
+    actions, recorded_notes = (*actions, *called), (*recorded_notes, *call_notes)
     with timeline.phase("store change set"):
         changeset = archive.build(
             extraction,
@@ -252,18 +300,27 @@ def _update(
             identity=guest.identity(),
             changes=prepared.plan.changes,
             left_out=prepared.plan.left_out,
-            actions=actions,
+            actions=coalesce(actions, due.restarts),
             lock_paths=apt.LOCKS,
-            reboot_needed=any(
-                entry.path.startswith(b"/boot/vmlinuz-") and entry.kind is Kind.FILE
-                for entry in extraction.entries
-            ),
-            notes=(*guest.sleeping.layout.notes, *recorded_notes),
+            reboot_needed=bool(due.kernel),
+            notes=(*_notes(guest), *recorded_notes, *due.notes),
+            restarts=due.restarts,
         )
         layer = guest.shadow.output_path("layer.tar")
         archive.save(changeset, layer, store.changesets(vm))
         store.add_changeset(vm, changeset.changeset_id)
     return _report(prepared.plan, changeset, timeline, changeset.notes)
+
+
+def _notes(guest: Guest) -> tuple[str, ...]:
+    """What is to be told of any run."""
+    refused = (f"a program wanted to fetch from {line}" for line in guest.shadow.refused_hosts())
+    return (*guest.sleeping.layout.notes, *refused)
+
+
+def _apt(guest: Guest, timeline: Timeline, options: Options) -> apt.Apt:
+    mirrors = guest.sleeping.config.local_mirrors
+    return apt.Apt(guest.shadow, timeline.say, options.timeout_s, mirrors)
 
 
 def _refresh(tool: apt.Apt, timeline: Timeline) -> tuple[LeftOut, ...]:
@@ -279,7 +336,7 @@ def _trees(layout: Layout) -> list[dict[str, object]]:
         {
             "upper": sandbox.upper(number),
             "lower": sandbox.lower(number),
-            "image": sandbox.export(number),
+            "image": sandbox.export(number) if volume.is_ext else None,
             "places": [
                 (to_text(place.root), to_text(place.target))
                 for place in layout.places
@@ -428,6 +485,7 @@ def _report(
         actions=changeset.actions if changeset is not None else (),
         filtered=changeset.filtered if changeset is not None else (),
         reboot_needed=changeset.reboot_needed if changeset is not None else False,
+        restarts=changeset.restarts if changeset is not None else (),
         notes=notes,
         phases=timeline.phases,
         offline_s=0.0,

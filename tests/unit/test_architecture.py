@@ -44,12 +44,14 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "shadow": BASE | {"state", "memory", "kernel", "disk"},
     "changeset": BASE | {"state", "memory", "kernel", "disk"},
     "packages": BASE | {"state", "memory", "kernel", "disk", "shadow", "changeset", "timeline"},
+    "restart": BASE | {"disk", "kernel", "memory", "shadow", "state"},
     "provider": BASE | {"state"},
     "reflect": BASE | {"changeset", "provider", "state", "store", "timeline"},
+    "looking": BASE | {"kernel", "memory", "provider", "state"},
     "sleeping": BASE | {"disk", "kernel", "memory", "packages", "provider", "state"},
     "pipeline": BASE
     | {"changeset", "disk", "interrupts", "kernel", "memory", "packages", "provider", "reflect"}
-    | {"shadow", "sleeping", "state", "store", "timeline"},
+    | {"restart", "shadow", "sleeping", "state", "store", "timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},
     "demo": BASE
@@ -61,6 +63,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
         "demo",
         "doctor",
         "interrupts",
+        "looking",
         "packages",
         "pipeline",
         "provider",
@@ -75,15 +78,20 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
 THIRD_PARTY: Final[dict[str, frozenset[str]]] = {
     "kernel": frozenset(("drgn",)),
     "provider": frozenset(("qemu",)),
+    "shadow": frozenset(("jeepney", "mfusepy")),
 }
 # Where a process of its own begins or ends, besides the command line's.
 PROCESSES: Final = frozenset(
     (
         "__main__.py",
         "changeset/extract.py",
+        "shadow/fetch/proxy.py",
+        "shadow/host_mounts.py",
         "shadow/keeper.py",
         "shadow/remove.py",
         "shadow/runner.py",
+        "shadow/servicemanager/guestctl.py",
+        "shadow/servicemanager/process.py",
         "shadow/supervisor.py",
     )
 )
@@ -303,3 +311,44 @@ def test_a_unit_test_has_no_privilege(tmp_path: Path) -> None:
         os.chown(secret, os.geteuid() + 1, -1)
     with pytest.raises(PermissionError):
         os.chroot(tmp_path)
+
+
+def loaded_with(path: Path) -> set[str]:
+    """Every module of ours that is there once this one is imported."""
+    found: set[str] = set()
+    left = [path]
+    while left:
+        tree = nodes(left.pop())[0]
+        assert isinstance(tree, ast.Module)
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            for module in names:
+                parts = module.split(".")
+                if parts[0] != "ouassister" or module in found:
+                    continue
+                places = SOURCE.joinpath(*parts[1:])
+                for place in (places.with_suffix(".py"), places / "__init__.py"):
+                    if place.exists():
+                        found.add(module)
+                        left.append(place)
+    return found
+
+
+def test_inspect_waits_for_nothing_that_it_does_not_need() -> None:
+    """Importing is half of what a short command takes; disks and QEMU's protocol come with much."""
+    found = loaded_with(SOURCE / "cli" / "inspect_verb.py")
+    assert {"ouassister.kernel.tasks", "ouassister.memory.save", "ouassister.cli.common"} <= found
+    assert not found & {
+        "ouassister.changeset.extract",
+        "ouassister.pipeline",
+        "ouassister.provider.qemu",
+        "ouassister.provider.qmp",
+        "ouassister.sleeping",
+        "ouassister.state.expand",
+        "ouassister.store.database",
+    }

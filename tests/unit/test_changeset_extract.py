@@ -391,3 +391,20 @@ def test_run_without_room_for_the_record_leaves_none(
     with pytest.raises(WorkDiskFullError, match="no room for"):
         run(request(trees))
     assert not [path for path in trees.folder.iterdir() if "record" in path.name]
+
+
+def test_a_marked_file_is_the_device_node_that_the_shadow_made_it_for(marks: Union) -> None:
+    inodes = {}
+    for name, mark in (("char", "c 10 229"), ("block", "b 8 1"), ("forged", "c 1 1")):
+        file = marks.write(f"upper/{name}")
+        os.setxattr(file, "user.ouassister.device", mark.encode())
+        if name != "forged":
+            inodes[file.stat().st_ino] = mark
+    result = marks.extract(devices=inodes)
+    found = {e.path: (e.kind, e.major, e.minor, e.size, e.xattrs) for e in result.entries}
+    assert found == {
+        b"/char": (Kind.CHAR, 10, 229, 0, ()),
+        b"/block": (Kind.BLOCK, 8, 1, 0, ()),
+        b"/forged": (Kind.FILE, 0, 0, 1, ()),
+    }
+    assert result.notes == ("/forged has a mark of a device node that the shadow did not make",)

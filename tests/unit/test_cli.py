@@ -82,6 +82,12 @@ def test_unknown_name_is_a_usage_error(folder: Path, fails: Callable[..., str], 
     assert message == "'nobody' is neither a vm.toml nor a VM from 'ouassister list'"
 
 
+def test_vm_that_is_inspected_may_be_named(folder: Path, fails: Callable[..., str]) -> None:
+    with Store() as store:
+        store.remember("known", str(folder / "vm.toml"))
+    assert "web1 has no save file" in fails(20, "state-not-suspended", "inspect", "known")
+
+
 @pytest.mark.parametrize("verb", VM_VERBS)
 def test_missing_file_is_a_usage_error(folder: Path, fails: Callable[..., str], verb: str) -> None:
     assert fails(2, "usage", verb, "./nothing.toml") == (
@@ -375,7 +381,7 @@ def test_support_lists_each_system_call(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["support"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^uname +emulated +", out, re.M)
-    assert re.search(r"^io_uring_setup +refused +", out, re.M)
+    assert re.search(r"^io_uring_setup +denied ENOSYS +", out, re.M)
 
 
 # --- the page ---

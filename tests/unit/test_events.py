@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ouassister.errors import UpdaterError
+from ouassister.errors import InternalError, UpdaterError
 from ouassister.model import Action
-from ouassister.shadow.events import read_actions
+from ouassister.shadow.events import (
+    END,
+    Event,
+    Outcome,
+    actions_of,
+    encode,
+    read_actions,
+    read_events,
+)
 from ouassister.shadow.session import RECORDED
 
 if TYPE_CHECKING:
@@ -142,3 +150,66 @@ def test_too_many_calls_are_cut_and_told(tmp_path: Path) -> None:
     assert actions[0] == RELOAD
     assert len(actions) == 1 + 4096
     assert notes == ("4 recorded calls over the limit are not done",)
+
+
+# --- records of the stand-in ---
+
+
+def test_events_survive_their_file(tmp_path: Path) -> None:
+    events = (
+        Event(Outcome.DEFERRED, ("systemctl", "start", "a.service"), "pkg", "postinst"),
+        Event(Outcome.FOREIGN, ("org.x", "a\u20ac\n"), detail="why"),
+    )
+    path = tmp_path / "records"
+    path.write_bytes(encode(events[0]) + END + encode(events[1]) + END)  # two programs
+    assert read_events(path) == events
+    path.write_bytes(b"")
+    assert read_events(path) == ()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encode(Event(Outcome.DONE, ())),
+        END + encode(Event(Outcome.DONE, ())),
+        END[:-1],
+        b"{}\n" + END,
+        b"[" * 100_000 + b"\n" + END,
+        b"\xff\n" + END,
+        encode(Event(Outcome.DONE, ())).replace(b"done", b"well") + END,
+    ],
+)
+def test_records_that_are_damaged_or_end_early_are_an_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "records"
+    path.write_bytes(content)
+    with pytest.raises(InternalError, match=r"records? of the service manager"):
+        read_events(path)
+
+
+def test_outcomes_become_actions_and_notes() -> None:
+    actions, notes = actions_of(
+        (
+            Event(Outcome.DEFERRED, ("systemctl", "stop", "a.service")),
+            Event(Outcome.DONE, ("systemctl", "enable", "a.service"), "pkg"),
+            Event(Outcome.DEFERRED, ("systemctl", "daemon-reload"), "pkg"),
+            Event(Outcome.DEFERRED, ("systemctl", "start", "a.service"), "pkg"),
+            Event(Outcome.DEFERRED, ("systemctl", "set-environment", "A=$(x)"), "pkg"),
+            Event(Outcome.WITHHELD, ("systemctl", "reboot"), detail="later"),
+            Event(Outcome.FOREIGN, ("org.x", "a.b.C"), "pkg", detail="\x1b[2J"),
+            Event(Outcome.UNKNOWN, ("a.b.D", "/"), detail="no such method here"),
+            Event(Outcome.LOST, (), detail="too many"),
+        )
+    )
+    assert actions == (
+        RELOAD,
+        Action(("systemctl", "stop", "a.service")),
+        Action(("systemctl", "start", "a.service")),
+    )
+    assert notes == (
+        "a recorded call with odd words is not done: 'systemctl set-environment A=$(x)'"
+        " (package pkg)",
+        "a script asked for 'systemctl reboot': later",
+        "a script called 'org.x a.b.C' (package pkg) and got an error: ?[2J",
+        "a script called 'a.b.D /' and got an error: no such method here",
+        "too many",
+    )

@@ -11,8 +11,10 @@ import pytest
 
 from ouassister.model import Uts
 from ouassister.shadow.syscalls import notify
+from ouassister.shadow.syscalls.facts import GuestFacts
+from ouassister.shadow.syscalls.handlers import handlers
 from ouassister.shadow.syscalls.notify import Call
-from ouassister.shadow.syscalls.uts import pack_utsname, uname_handlers
+from ouassister.shadow.syscalls.uts import pack_utsname
 
 UTS = Uts("Linux", "web1", "6.1.0-56-cloud-amd64", "#1 SMP Debian", "x86_64", "(none)")
 
@@ -40,18 +42,22 @@ def test_utsname_cuts_long_fields_and_keeps_their_end() -> None:
     assert fields(packed) == [b"\xc3\xa9" * 32, b"", b"x" * 64, b"x" * 64, b"\xff", b"d"]
 
 
-def test_handlers_serve_both_architectures() -> None:
-    assert uname_handlers(UTS).keys() == {(False, 63), (True, 122)}
+def answer(call: Call) -> notify.Result:
+    table = handlers(GuestFacts(UTS), lambda record: pytest.fail(str(record)))
+    return table.find(call)(99, call)
 
 
-def test_handler_writes_into_the_caller_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("compat", "number"), [(False, 63), (True, 122)])
+def test_handler_writes_into_the_caller_s_memory(
+    monkeypatch: pytest.MonkeyPatch, compat: bool, number: int
+) -> None:
     """The caller is this process; only the kernel's check of the cookie is left out."""
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(fcntl, "ioctl", lambda *arguments: asked.append(arguments))
     area = bytearray(b"\xaa" * 400)
     address = _address(area)
-    call = Call(cookie=7, pid=os.getpid(), compat=False, number=63, args=(address, 0, 0, 0, 0, 0))
-    assert uname_handlers(UTS)[False, 63](99, call) == 0
+    call = Call(7, os.getpid(), compat, number, (address, 0, 0, 0, 0, 0))
+    assert answer(call) == 0
     assert bytes(area) == pack_utsname(UTS) + b"\xaa" * 10
     assert [(one[0], one[2]) for one in asked] == [(99, (7).to_bytes(8, "little"))]
 
@@ -67,7 +73,7 @@ def test_bad_address_is_efault(monkeypatch: pytest.MonkeyPatch, address: int) ->
     monkeypatch.setattr(fcntl, "ioctl", lambda *_arguments: 0)
     call = Call(cookie=7, pid=os.getpid(), compat=False, number=63, args=(address,))
     with pytest.raises(OSError, match="bad address") as caught:
-        uname_handlers(UTS)[False, 63](99, call)
+        answer(call)
     assert caught.value.errno == errno.EFAULT
 
 

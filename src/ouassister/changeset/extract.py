@@ -40,7 +40,7 @@ from ouassister.model import Entry, Kind
 from ouassister.text import from_text, to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 USER_PREFIX = "user.overlay."
 TRUSTED_PREFIX = "trusted.overlay."
@@ -95,6 +95,7 @@ def extract(
     filters: Filter | None = None,
     *,
     prefix: str = USER_PREFIX,
+    devices: Mapping[int, str] | None = None,
 ) -> Extraction:
     """Compare the trees and write the layer.
 
@@ -104,6 +105,7 @@ def extract(
         filters: What stays behind; the table of `filter` by default.
         prefix: Of overlayfs's attributes: `USER_PREFIX`, or `TRUSTED_PREFIX` for a mount
             without ``userxattr``.
+        devices: Files of the upper trees that stand for device nodes, by inode: ``c 1 3``.
 
     Raises:
         UnsupportedGuestError: Something that a change set cannot say.
@@ -122,6 +124,7 @@ def extract(
                 filters or Filter(),
                 inodes,
                 one.guest,
+                devices=devices or {},
             )
             chosen, left = _select(list(walk.run()))
             kept += [_Kept(item, walk, one.guest(item.entry.path)) for item in chosen]
@@ -264,10 +267,11 @@ class _Request:
     record: Path
     prefix: str
     rules: tuple[Rule, ...]
+    devices: dict[int, str]
 
 
 def _request(request: object) -> _Request:
-    known = {"trees", "layer", "record", "prefix", "extra_rules"}
+    known = {"trees", "layer", "record", "prefix", "extra_rules", "devices"}
     try:
         if not isinstance(request, dict) or request.keys() - known:
             raise UsageError(f"a request has the keys {', '.join(sorted(known))}")
@@ -277,6 +281,7 @@ def _request(request: object) -> _Request:
             record=Path(request["record"]),
             prefix=request.get("prefix", USER_PREFIX),
             rules=tuple(Rule(from_text(p), why) for p, why in request.get("extra_rules", [])),
+            devices={int(inode): str(mark) for inode, mark in request.get("devices", [])},
         )
     except KeyError as error:
         raise UsageError(f"the request lacks {error.args[0]}") from error
@@ -300,7 +305,8 @@ def run(argument: object) -> dict[str, int | str]:
     Args:
         argument: ``trees``: for each file system ``upper`` and ``lower``, and perhaps ``image``
             and ``places`` (see `Trees`); ``layer``, ``record``: paths; optional are ``prefix``
-            (see `extract`) and ``extra_rules``: pairs of a pattern and a reason.
+            (see `extract`), ``extra_rules``: pairs of a pattern and a reason, and ``devices``:
+            pairs of an inode and what it stands for.
 
     Returns:
         What `collect` needs, and figures for the story.
@@ -315,6 +321,7 @@ def run(argument: object) -> dict[str, int | str]:
         request.layer,
         Filter(RULES + request.rules),
         prefix=request.prefix,
+        devices=request.devices,
     )
     raw = codec.canonical(result)
     _write_record(request.record, raw)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ _KINDS = {
 }
 # Marks that say nothing about the content: where a copy-up came from, and for inode numbers.
 _HARMLESS_MARKS = {"opaque", "origin", "impure", "nlink", "uuid", "whiteout"}
+DEVICE_XATTR = "user.ouassister.device"  # ouassister.shadow.syscalls.files
 _ACCESS_ACL = "system.posix_acl_access"
 _DEFAULT_ACL = "system.posix_acl_default"
 
@@ -67,6 +68,7 @@ class Walk:
     guest: Callable[[bytes], bytes] = bytes
     owners: Owners = field(default_factory=Owners)
     notes: list[str] = field(default_factory=list)
+    devices: Mapping[int, str] = field(default_factory=dict)  # made in the shadow, by inode
     seen: int = 0
     _inheriting: set[bytes] = field(default_factory=set)
 
@@ -163,9 +165,13 @@ class Walk:
         lower = None
         if below is not None and stat.S_IFMT(below.st_mode) == stat.S_IFMT(status.st_mode):
             lower = self.lower.look(path)
-        changed = lower is None or not self._same(path, node, lower)
+        device = self._device(path, node)
+        if device is not None:
+            kind = device[0]
+        changed = lower is None or device is not None or not self._same(path, node, lower)
         regular = kind is Kind.FILE
-        device = kind in (Kind.CHAR, Kind.BLOCK)
+        if device is None and kind in (Kind.CHAR, Kind.BLOCK):
+            device = (kind, os.major(status.st_rdev), os.minor(status.st_rdev))
         entry = Entry(
             path,
             kind,
@@ -176,9 +182,9 @@ class Walk:
             mtime_ns=status.st_mtime_ns,
             size=status.st_size if regular else 0,
             target=node.target,
-            major=os.major(status.st_rdev) if device else 0,
-            minor=os.minor(status.st_rdev) if device else 0,
-            xattrs=node.xattrs,
+            major=device[1] if device else 0,
+            minor=device[2] if device else 0,
+            xattrs=tuple(one for one in node.xattrs if one[0] != DEVICE_XATTR),
         )
         if below is None and path.rpartition(b"/")[0] in self._inheriting:
             self._note(path, "does not inherit the default ACL of its directory")
@@ -200,6 +206,18 @@ class Walk:
             self.filters.reason(self.guest(path)) is not None,
             copied_up,
         )
+
+    def _device(self, path: bytes, node: Node) -> tuple[Kind, int, int] | None:
+        """Which device node a file stands for, if the shadow made it for one."""
+        mark = dict(node.xattrs).get(DEVICE_XATTR)
+        if mark is None:
+            return None
+        made = self.devices.get(node.status.st_ino)
+        if made is None or made.encode() != mark or not stat.S_ISREG(node.status.st_mode):
+            self._note(path, "has a mark of a device node that the shadow did not make")
+            return None
+        letter, major, minor = made.split()
+        return (Kind.CHAR if letter == "c" else Kind.BLOCK), int(major), int(minor)
 
     def _give_back(self, entry: Entry, lower: Node, expected: Expected, changed: bool) -> Entry:
         """Undo what a copy-up lost because it could not read it (see `inodes`)."""

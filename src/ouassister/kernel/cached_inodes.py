@@ -65,8 +65,8 @@ class CachedInode(NamedTuple):
 
     ``head`` is the head of its page cache, which has ``pages`` pages; ``marks`` tells that some
     are dirty or under write-back. ``lazy`` tells that its times are in memory alone (lazytime).
-    ``alias`` leads to the first dentry that refers to it. ``swap`` tells that it is swapped to: past
-    its page cache, whose pages are old then (mm/page_io.c).
+    ``alias`` leads to the first dentry that refers to it. ``swap`` tells that it is swapped to:
+    past its page cache, whose pages are old then (mm/page_io.c).
     """
 
     address: int

@@ -1,69 +1,212 @@
-"""What the recorders wrote, as ordered actions for the guest."""
+"""What happened in a shadow and belongs to the running guest: records, and actions made of them.
+
+Records come from the stand-in of the service manager and, through it, from the recorders: one JSON
+object a line, in the order in which things happened. The file lies where no program of the guest
+reaches it; its words are a guest's all the same.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from ouassister.errors import UpdaterError
+from ouassister import codec
+from ouassister.errors import InternalError, UpdaterError
 from ouassister.model import Action
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from io import BufferedReader
     from pathlib import Path
 
+MAX_RECORDS: Final = 1 << 24
 _MAX_BYTES: Final = 1 << 20
 _MAX_ACTIONS: Final = 4096
-_WORD: Final = re.compile(r"[A-Za-z0-9:_.@\\=/-]{1,255}")  # unit names: systemd.unit(5)
+_MAX_SHOWN: Final = 80
+_WORD: Final = re.compile(r"[A-Za-z0-9:_.@\\=/+-]{1,255}")  # unit names: systemd.unit(5)
 _QUERIES: Final = frozenset(
     ("is-active", "is-failed", "is-system-running", "show", "status", "list-units")
 )
 _RELOADS: Final = frozenset(("daemon-reload", "daemon-reexec"))
 
 
-def read_actions(
-    path: Path, programs: frozenset[str]
-) -> tuple[tuple[Action, ...], tuple[str, ...]]:
-    """Read the recorders' file.
+class Outcome(StrEnum):
+    """What became of a call."""
 
-    Args:
-        path: The file; a missing one means that nothing was recorded.
-        programs: The names that recorders have.
+    DEFERRED = "deferred"  # recorded, to be done in the guest; the caller was told that it is done
+    DONE = "done"  # by the guest's own program, on the files of the shadow
+    WITHHELD = "withheld"  # the caller was told that it is done; it will not be, by policy
+    REFUSED = "refused"  # the caller was told so
+    UNKNOWN = "unknown"  # in no table: the caller got an error
+    FOREIGN = "foreign"  # meant for a daemon that nothing stands in for: the caller got an error
+    LOST = "lost"  # the rest of the records is not here
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One record.
+
+    ``words`` is the command that does the same in the guest, or else what was called.
+    """
+
+    outcome: Outcome
+    words: tuple[str, ...]
+    package: str = ""  # whose script called; empty when none did
+    script: str = ""
+    detail: str = ""
+
+
+_OF_CALLS: Final = {
+    "recorded": Outcome.WITHHELD,
+    "passed": Outcome.DONE,
+    "denied": Outcome.REFUSED,
+    "unknown": Outcome.UNKNOWN,
+}
+_SIGNALS: Final = frozenset(("kill", "tkill", "tgkill", "rt_sigqueueinfo", "pidfd_send_signal"))
+
+END: Final = b'{"end":true}\n'
+
+
+def encode(event: Event) -> bytes:
+    """One line for a file of records."""
+    return json.dumps(codec.to_value(event), separators=(",", ":")).encode() + b"\n"
+
+
+def read_events(path: Path) -> tuple[Event, ...]:
+    """Read what the stand-in recorded.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InternalError: The file is not what the stand-in writes, or ends early: it died.
+    """
+    with open_regular(path) as file:
+        content = file.read(MAX_RECORDS * 2)
+    *lines, last = content.split(b"\n")
+    ended = False
+    events: list[Event] = []
+    for line in lines:  # each program of a shadow has a stand-in of its own, that ends its records
+        if line + b"\n" == END:
+            ended = True
+            continue
+        ended = False
+        try:
+            events.append(codec.from_value(Event, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise InternalError(f"a record of the service manager: {error}") from error
+    if last or not (ended or not lines):
+        raise InternalError("the records of the service manager end early")
+    return tuple(events)
+
+
+def read_syscalls(path: Path) -> tuple[Event, ...]:
+    """Read what the supervisor wrote of system calls; see `ouassister.shadow.syscalls.records`.
+
+    Raises:
+        InternalError: The file is not what the supervisor writes.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_RECORDS)
+    except FileNotFoundError:
+        return ()
+    events: list[Event] = []
+    for line in content.splitlines():
+        try:
+            record = json.loads(line)
+            outcome = _OF_CALLS[record["outcome"]]
+            words = (record["name"], *(str(one) for one in record["args"]))
+            package, script = record["package"], record["program"]
+        except (ValueError, KeyError, RecursionError) as error:
+            raise InternalError(f"a record of system calls: {error}") from error
+        detail = "a system call, for the running guest alone"
+        if record["name"] in _SIGNALS and outcome is Outcome.WITHHELD:
+            outcome, words = Outcome.DEFERRED, ("kill", "-s", words[-1][3:], words[-2])
+        elif outcome is Outcome.REFUSED:
+            detail = "a system call that the shadow denies"
+        elif outcome is Outcome.UNKNOWN:
+            detail = "a system call in no table"
+        events.append(Event(outcome, words, package, script, detail))
+        if "truncated" in record:
+            events.append(Event(Outcome.LOST, (), detail="further system calls are not listed"))
+    return tuple(events)
+
+
+def actions_of(events: Iterable[Event]) -> tuple[tuple[Action, ...], tuple[str, ...]]:
+    """Make what the guest shall do out of records.
 
     Returns:
         The actions, reload of the service manager first and once, and notes on what was recorded
         but will not be done, each with its reason.
     """
-    try:
-        with open_regular(path) as file:
-            raw = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        return (), ()
     notes: list[str] = []
-    if len(raw) > _MAX_BYTES:
-        notes.append("more than 1 MiB of recorded calls; the rest is not done")
-        raw = raw[:_MAX_BYTES].rpartition(b"\n")[0]
     actions: list[Action] = []
     reload = False
-    for line in raw.decode("ascii", "surrogateescape").splitlines():
-        words = tuple(line.split("\t"))
-        verb = next((word for word in words[1:] if not word.startswith("-")), "")
-        if words[0] not in programs or not all(_WORD.fullmatch(word) for word in words):
-            notes.append(f"a recorded call with odd words is not done: {line[:80]!a}")
-        elif verb in _QUERIES:
-            notes.append(f"a script asked '{' '.join(words)}' and was told: unknown")
-        elif words[0] == "systemctl" and verb in _RELOADS:
-            reload = True
-        else:
-            actions.append(Action(words))
+    for event in events:
+        called = f"{' '.join(event.words)[:_MAX_SHOWN]!a}"
+        by = f" (package {event.package})" if event.package else ""
+        match event.outcome:
+            case Outcome.DEFERRED if not all(map(_WORD.fullmatch, event.words)):
+                notes.append(f"a recorded call with odd words is not done: {called}{by}")
+            case Outcome.DEFERRED if event.words[:1] == ("systemctl",) and _is_reload(event.words):
+                reload = True
+            case Outcome.DEFERRED:
+                actions.append(Action(event.words))
+            case Outcome.WITHHELD:
+                notes.append(f"a script asked for {called}{by}: {_shown(event)}")
+            case Outcome.REFUSED | Outcome.UNKNOWN | Outcome.FOREIGN:
+                notes.append(f"a script called {called}{by} and got an error: {_shown(event)}")
+            case Outcome.LOST:
+                notes.append(_shown(event))
     merged = _merge(actions)
     if len(merged) > _MAX_ACTIONS:
         notes.append(f"{len(merged) - _MAX_ACTIONS} recorded calls over the limit are not done")
         merged = merged[:_MAX_ACTIONS]
     head = (Action(("systemctl", "daemon-reload")),) if reload else ()
     return head + tuple(merged), tuple(dict.fromkeys(notes))
+
+
+def read_actions(
+    path: Path, programs: frozenset[str]
+) -> tuple[tuple[Action, ...], tuple[str, ...]]:
+    """Read what recorders wrote where no stand-in runs: words separated by tabs.
+
+    Args:
+        path: The file; a missing one means that nothing was recorded.
+        programs: The names that recorders have.
+
+    Returns:
+        As `actions_of`.
+    """
+    try:
+        with open_regular(path) as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        return (), ()
+    events: list[Event] = []
+    if len(raw) > _MAX_BYTES:
+        events.append(
+            Event(
+                Outcome.LOST, (), detail="more than 1 MiB of recorded calls; the rest is not done"
+            )
+        )
+        raw = raw[:_MAX_BYTES].rpartition(b"\n")[0]
+    told: list[str] = []
+    for line in raw.decode("ascii", "surrogateescape").splitlines():
+        words = tuple(line.split("\t"))
+        verb = next((word for word in words[1:] if not word.startswith("-")), "")
+        if words[0] not in programs or not all(_WORD.fullmatch(word) for word in words):
+            told.append(f"a recorded call with odd words is not done: {line[:_MAX_SHOWN]!a}")
+        elif verb in _QUERIES:
+            told.append(f"a script asked '{' '.join(words)}' and was told: unknown")
+        else:
+            events.append(Event(Outcome.DEFERRED, words))
+    actions, notes = actions_of(events)
+    return actions, tuple(dict.fromkeys((*notes, *told)))
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -85,6 +228,14 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise UpdaterError(f"a program in the shadow replaced {path.name}")
     return os.fdopen(descriptor, "rb")
+
+
+def _is_reload(words: tuple[str, ...]) -> bool:
+    return next((word for word in words[1:] if not word.startswith("-")), "") in _RELOADS
+
+
+def _shown(event: Event) -> str:
+    return "".join(char if char.isprintable() else "?" for char in event.detail[:200])
 
 
 def _merge(actions: list[Action]) -> list[Action]:

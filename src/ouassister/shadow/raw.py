@@ -7,6 +7,7 @@ called once by who starts a shadow. Every function raises `OSError` with the ker
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import struct
@@ -53,6 +54,7 @@ _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _RESOLVE_NO_SYMLINKS: Final = 0x04  # include/uapi/linux/openat2.h
 _RESOLVE_BENEATH: Final = 0x08
 _SECCOMP_SET_MODE_FILTER: Final = 1
+_SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 1 << 5  # since Linux 6.0
 _SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -183,12 +185,10 @@ def seccomp_listener(program: bytes) -> int:
     """
     instructions = ctypes.create_string_buffer(program, len(program))
     sock_fprog = struct.pack("<H6xQ", len(program) // 8, ctypes.addressof(instructions))
-    return _check(
-        _libc.syscall(
-            _NR_SECCOMP,
-            _SECCOMP_SET_MODE_FILTER,
-            _SECCOMP_FILTER_FLAG_NEW_LISTENER,
-            sock_fprog,
-        ),
-        "seccomp",
-    )
+    # Once a call was received, only a deadly signal interrupts it: it is not made twice.
+    flags = _SECCOMP_FILTER_FLAG_NEW_LISTENER | _SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+    made = _libc.syscall(_NR_SECCOMP, _SECCOMP_SET_MODE_FILTER, flags, sock_fprog)
+    if made < 0 and ctypes.get_errno() == errno.EINVAL:
+        flags = _SECCOMP_FILTER_FLAG_NEW_LISTENER
+        made = _libc.syscall(_NR_SECCOMP, _SECCOMP_SET_MODE_FILTER, flags, sock_fprog)
+    return _check(made, "seccomp")

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from ouassister.shadow import raw, sandbox
+from ouassister.shadow.fetch import proxy
 from ouassister.shadow.mounts import enter_tree
-from ouassister.shadow.syscalls.filter import build_filter
+from ouassister.shadow.syscalls.filter import ALL_PIDS, build_filter
+from ouassister.shadow.tmpfs_handover import read_places
 
 if TYPE_CHECKING:
     from ouassister.disk.layout import Layout
@@ -32,12 +34,13 @@ _IFF_UP: Final = 1
 class Program:
     """What to run, and what it may see.
 
-    ``output`` is a file for standard output and error; None passes the caller's on.
+    ``fetches``: a proxy of ours listens on its loopback. ``output`` is a file for standard output
+    and error; None passes the caller's on.
     """
 
     argv: tuple[str, ...]
     environment: dict[str, str]
-    network: bool
+    fetches: bool
     package_cache: bool
     output: str | None
 
@@ -49,7 +52,7 @@ def run(program: Program, stage: str, layout: Layout, uts: Uts, channel: socket.
     """
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
     flags = raw.CLONE_NEWPID | raw.CLONE_NEWNS | raw.CLONE_NEWUTS | raw.CLONE_NEWIPC
-    flags |= raw.CLONE_NEWCGROUP | (0 if program.network else raw.CLONE_NEWNET)
+    flags |= raw.CLONE_NEWCGROUP | raw.CLONE_NEWNET
     try:
         output = _open_output(program.output)
         raw.unshare(flags)
@@ -78,17 +81,22 @@ def _become_init(
         raw.sethostname(uts.nodename.encode("utf-8", "surrogateescape"))
         raw.setdomainname(uts.domainname.encode("utf-8", "surrogateescape"))
         operations = sandbox.tree(
-            stage, layout, network=program.network, package_cache=program.package_cache
+            stage,
+            layout,
+            read_places(Path(stage, sandbox.MEMORY)),
+            package_cache=program.package_cache,
         )
         enter_tree(f"{stage}/{sandbox.merged(0)}", operations)
-        if not program.network:
-            _loopback_up()
-        _skip_guest_pids()
+        _loopback_up()
+        if program.fetches:
+            with socket.create_server(proxy.ADDRESS) as listener:
+                socket.send_fds(channel, [b"proxy"], [listener.fileno()])
+        first_pid = _skip_guest_pids()
         child = os.fork()
     except OSError as error:
         _fail(channel, error)
     if child == 0:
-        _execute(program, channel, output)
+        _execute(program, channel, output, first_pid)
     channel.close()
     while True:
         pid, status = os.wait()
@@ -96,7 +104,9 @@ def _become_init(
             os._exit(_exit_code(status))
 
 
-def _execute(program: Program, channel: socket.socket, output: int | None) -> NoReturn:
+def _execute(
+    program: Program, channel: socket.socket, output: int | None, first_pid: int
+) -> NoReturn:
     os.setsid()  # no controlling terminal: nothing can be typed into the caller's
     if output is not None:
         null = os.open("/dev/null", os.O_RDONLY)
@@ -106,7 +116,7 @@ def _execute(program: Program, channel: socket.socket, output: int | None) -> No
         signal.signal(number, signal.SIG_DFL)
     os.umask(0o022)
     try:
-        listener = raw.seccomp_listener(build_filter())
+        listener = raw.seccomp_listener(build_filter(first_pid))
         socket.send_fds(channel, [b"listener"], [listener])
         os.close(listener)
     except OSError as error:
@@ -146,15 +156,20 @@ def _loopback_up() -> None:
         fcntl.ioctl(probe, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | _IFF_UP))
 
 
-def _skip_guest_pids() -> None:
+def _skip_guest_pids() -> int:
     """Let pids start where no guest has any, so that the updater's and the guest's never collide.
 
     Best effort: pid_max belongs to the pid namespace since Linux 6.14 and to the host before,
     where a low one leaves the updater with low pids.
+
+    Returns:
+        The first pid that is the updater's; `ALL_PIDS` where they could not be told apart.
     """
     system = Path("/proc/sys/kernel")
     with contextlib.suppress(OSError):
         (system / "pid_max").write_text(f"{1 << 22}\n")
     maximum = int((system / "pid_max").read_text())
-    if maximum > sandbox.FIRST_PID:
-        (system / "ns_last_pid").write_text(f"{sandbox.FIRST_PID - 1}\n")
+    if maximum <= sandbox.FIRST_PID:
+        return ALL_PIDS
+    (system / "ns_last_pid").write_text(f"{sandbox.FIRST_PID - 1}\n")
+    return sandbox.FIRST_PID

@@ -10,10 +10,11 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from ouassister.disk.storage import volume_name
-from ouassister.shadow.mounts import Bind, BindPart, Devices, Folder, Operation, Resolver, Tmpfs
+from ouassister.shadow.mounts import Bind, BindPart, Devices, Folder, Operation, Tmpfs
 
 if TYPE_CHECKING:
     from ouassister.disk.layout import Layout
+    from ouassister.shadow.tmpfs_handover import Place
 
 STAGES: Final = ("/mnt", "/media", "/srv", "/opt")  # FHS 3.0: always there, never needed here
 
@@ -21,9 +22,11 @@ EXPORTS: Final = "export"  # each of the guest's file systems as one file, serve
 WORK: Final = "work"  # the run's folder on the host: union layers, output
 UNFLUSHED: Final = "work/unflushed"  # see ouassister.disk.handover
 EXCERPT: Final = "work/excerpt"  # of the package lists, for the run itself
+MEMORY: Final = "work/tmpfs"  # see ouassister.shadow.tmpfs_handover
+TMPFS: Final = "tmpfs"  # where each of them is mounted once for all programs
+OWN_FOLDER: Final = b"/run/ouassister"  # what the shadow itself has in the tree
 CACHE: Final = "cache"  # kept between runs: package lists and archives
 TOOLS: Final = "tools"  # recorders
-RESOLVER: Final = "resolv.conf"
 
 EVENTS: Final = "work/events"  # what recorders wrote
 FIRST_PID: Final = 4_000_000  # above every pid of a guest (PID_MAX_LIMIT is 4194304)
@@ -63,31 +66,42 @@ def merged(volume: int) -> str:
 
 
 def tree(
-    stage: str, layout: Layout, *, network: bool, package_cache: bool
+    stage: str,
+    layout: Layout,
+    memory: tuple[Place, ...] | None = None,
+    *,
+    package_cache: bool,
 ) -> tuple[Operation, ...]:
     """Mounts of one run, in order; the root is there already.
 
     Args:
         stage: Where the stage lies on the host.
         layout: Where the guest's file systems stand.
-        network: The host's network is visible; its resolver goes along.
+        memory: Where its tmpfs stand that were made again; None when none was, and programs get
+            an empty /run and /tmp.
         package_cache: apt's lists and cache are the kept ones instead of the guest's.
     """
-    operations: list[Operation] = [
-        BindPart(f"{stage}/{merged(place.volume)}", place.root, place.target, place.read_only)
-        for place in layout.places[1:]
-    ]
-    for target in layout.memory:
-        operations.append(Tmpfs(os.fsdecode(target), 0o1777))
-    for target in layout.covers:
-        operations.append(Tmpfs(os.fsdecode(target), 0o555, read_only=True))
-    operations += [
+    standing = [
+        *_guest_mounts(stage, layout, memory or ()),
         Tmpfs("/sys", 0o555, read_only=True),  # the host's would be a lie
         Devices(),
-        Tmpfs("/run"),
-        Tmpfs("/tmp", 0o1777),  # noqa: S108 - the guest's own folder
-        Folder("/run/lock", 0o1777),
-        Folder("/run/systemd/system"),  # sd_booted(3): scripts act as on a running system
+    ]
+    empty: tuple[Folder, ...] = ()
+    if memory is None:
+        standing.append(Tmpfs("/tmp", 0o1777))  # noqa: S108 - the guest's own folder
+    if not any(place.target == b"/run" for place in memory or ()):
+        standing.append(Tmpfs("/run"))
+        empty = (
+            Folder("/run/lock", 0o1777),
+            Folder("/run/systemd/system"),  # sd_booted(3): scripts act as on a running system
+            Folder("/run/ouassister"),
+        )
+    # What stands on another comes after it.
+    standing.sort(key=lambda one: os.fsencode(one.target).rstrip(b"/").count(b"/"))
+    operations: list[Operation] = [
+        *standing,
+        *empty,
+        Tmpfs("/run/ouassister", exact=True),  # over what the guest may have of that name
         Folder("/run/ouassister/bin"),
         Bind(f"{stage}/{TOOLS}", "/run/ouassister/bin", read_only=True),
         Folder("/run/ouassister/log"),
@@ -100,6 +114,38 @@ def tree(
             Bind(f"{stage}/{EXCERPT}", "/run/ouassister/lists"),
             Bind(f"{stage}/{CACHE}/apt", "/var/cache/apt"),
         ]
-    if network:
-        operations.append(Resolver(f"{stage}/{RESOLVER}"))
     return tuple(operations)
+
+
+def _guest_mounts(
+    stage: str, layout: Layout, memory: tuple[Place, ...]
+) -> list[BindPart | Tmpfs | Devices]:
+    """What the guest has mounted, in any order."""
+    operations: list[BindPart | Tmpfs | Devices] = [
+        BindPart(f"{stage}/{merged(place.volume)}", place.root, place.target, place.read_only)
+        for place in layout.places[1:]
+    ]
+    operations += [
+        BindPart(
+            f"{stage}/{TMPFS}/{place.number}",
+            place.root,
+            place.target,
+            place.read_only,
+            noexec=place.noexec,
+        )
+        for place in memory
+        if not _is_below(place.target, layout.covers)
+    ]
+    made = {place.target for place in memory}
+    operations += [
+        Tmpfs(os.fsdecode(target), 0o1777)
+        for target in layout.memory
+        if target not in made and not _is_below(target, layout.covers)
+    ]
+    operations += [Tmpfs(os.fsdecode(target), 0o555, read_only=True) for target in layout.covers]
+    return operations
+
+
+def _is_below(target: bytes, covers: tuple[bytes, ...]) -> bool:
+    """Whether a mount point is not there, since it is on a file system that cannot be read."""
+    return any(target.startswith(cover.rstrip(b"/") + b"/") for cover in covers)

@@ -27,13 +27,17 @@ from ouassister.errors import (
 from ouassister.model import Uts
 from ouassister.shadow import ids, raw, sandbox
 from ouassister.shadow.events import open_regular
+from ouassister.shadow.fetch.proxy import REFUSED
 from ouassister.shadow.keeper import Configuration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from ouassister.shadow.fetch.mirrors import Mirrors
+
 TOOLS: Final = Path(__file__).parent / "recorder"
 RECORDED: Final = ("systemctl", "deb-systemd-invoke", "invoke-rc.d", "service", "telinit")
+_MAX_REFUSED: Final = 1 << 16
 _FOLLOW_S: Final = 0.25
 _MAX_LOG: Final = 64 << 20
 _BASE_ENVIRONMENT: Final = {
@@ -90,7 +94,7 @@ class Shadow:
         self,
         argv: Sequence[str],
         *,
-        network: bool = False,
+        mirrors: Mirrors | None = None,
         package_cache: bool = True,
         output: str | None = None,
         timeout_s: float = 3600,
@@ -101,7 +105,7 @@ class Shadow:
 
         Args:
             argv: The command; it is looked up in the guest.
-            network: The host's network is reachable; otherwise there is loopback alone.
+            mirrors: Reachable through the proxy; otherwise there is loopback alone.
             package_cache: Package lists and archives are the kept ones.
             output: A file name under `output_path` for what it prints; None passes ours on.
             timeout_s: Seconds until it is killed, with everything that it started.
@@ -119,7 +123,7 @@ class Shadow:
             op="run",
             argv=list(argv),
             environment={**_BASE_ENVIRONMENT, **(environment or {})},
-            network=network,
+            mirrors=None if mirrors is None else codec.to_value(mirrors),
             package_cache=package_cache,
             output=output,
             timeout_s=timeout_s,
@@ -153,6 +157,15 @@ class Shadow:
         if len(raw) > _MAX_LOG:
             raise UpdaterError(f"a program in the shadow wrote over {_MAX_LOG >> 20} MiB to {name}")
         return raw.decode("utf-8", "backslashreplace")
+
+    def refused_hosts(self) -> tuple[str, ...]:
+        """Hosts that programs asked for and that are no mirror, each with the reason."""
+        path = self.output_path(REFUSED)
+        if not path.exists():
+            return ()
+        with path.open(encoding="ascii", errors="backslashreplace") as file:
+            lines = file.read(_MAX_REFUSED).splitlines()
+        return tuple(dict.fromkeys(line.replace("\t", ": ") for line in lines))
 
     def events_path(self) -> Path:
         """Where the recorders write; the file exists once something was recorded."""
@@ -265,7 +278,6 @@ def open_shadow(launched: Launch, spec: ShadowSpec) -> Iterator[Shadow]:
             work=str(spec.shared),
             cache=str(spec.cache),
             tools=tools,
-            resolver=Path("/etc/resolv.conf").read_text(errors="replace"),
             storage=spec.storage,
             layout=spec.layout,
             uts=spec.uts,

@@ -13,14 +13,19 @@ import os
 import selectors
 import signal
 import socket
+import stat
 import subprocess
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from ouassister import codec
 from ouassister.shadow import raw, runner, sandbox
-from ouassister.shadow.syscalls.notify import Handler, serve_one
-from ouassister.shadow.syscalls.uts import uname_handlers
+from ouassister.shadow.fetch import proxy
+from ouassister.shadow.fetch.mirrors import Mirrors
+from ouassister.shadow.syscalls.facts import GuestFacts
+from ouassister.shadow.syscalls.handlers import handlers
+from ouassister.shadow.syscalls.notify import serve_one
+from ouassister.shadow.syscalls.records import SYSCALLS, JsonLines
 
 if TYPE_CHECKING:
     from ouassister.disk.layout import Layout
@@ -57,13 +62,23 @@ class SupervisorError(Exception):
 class Supervisor:
     """The loop. One request at a time; notifications of running programs in between."""
 
-    def __init__(self, control: socket.socket, stage: str, layout: Layout, uts: Uts) -> None:
+    def __init__(
+        self,
+        control: socket.socket,
+        stage: str,
+        layout: Layout,
+        uts: Uts,
+        facts: GuestFacts | None = None,
+    ) -> None:
         self._control = control
         self._stage = stage
         self._layout = layout
         self._uts = uts
-        self._handlers: dict[tuple[bool, int], Handler] = uname_handlers(uts)
+        recorder = JsonLines(f"{stage}/{sandbox.WORK}/output/{SYSCALLS}")
+        self._handlers = handlers(facts or GuestFacts(uts), recorder)
         self._calls: dict[int, int] = {}  # pid, and where its answer comes from
+        self._mirrors = Mirrors(())
+        self._proxy = 0  # its pid, while there is one
         self._buffer = b""
 
     def serve(self) -> None:
@@ -97,7 +112,10 @@ class Supervisor:
             if volume.fstype == "vfat":
                 _copy_vfat(number)
                 continue
-            _mount_ext4(number)
+            if volume.is_ext:
+                _mount_ext(number)
+            # else the keeper has (`ouassister.shadow.host_mounts`)
+            _liken(sandbox.upper(number), sandbox.lower(number))
             layers = f"lowerdir={sandbox.lower(number)},upperdir={sandbox.upper(number)}"
             options = f"{layers},workdir={sandbox.overlay_work(number)}"
             try:
@@ -109,8 +127,9 @@ class Supervisor:
                     f"{options},userxattr,volatile,xino=off",
                 )
             except OSError as error:
+                below = "fuse2fs" if volume.is_ext else f"{volume.fstype} with mapped ids"
                 raise SupervisorError(
-                    "host", f"overlayfs over fuse2fs: {error.strerror}"
+                    "host", f"overlayfs over {below}: {error.strerror}"
                 ) from error
 
     # --- programs ---
@@ -120,10 +139,12 @@ class Supervisor:
         program = runner.Program(
             argv=tuple(request["argv"]),
             environment=dict(request["environment"]),
-            network=request["network"],
+            fetches=request["mirrors"] is not None,
             package_cache=request["package_cache"],
             output=f"{sandbox.WORK}/output/{request['output']}" if request["output"] else None,
         )
+        if request["mirrors"] is not None:
+            self._mirrors = codec.from_value(Mirrors, request["mirrors"])
         child = os.fork()
         if child == 0:
             ours.close()
@@ -135,6 +156,10 @@ class Supervisor:
             return self._wait(child, ours, deadline)
         finally:
             ours.close()
+            if self._proxy:
+                os.kill(self._proxy, signal.SIGKILL)
+                os.waitpid(self._proxy, 0)
+                self._proxy = 0
 
     def _wait(self, child: int, channel: socket.socket, deadline: float) -> dict[str, object]:
         """Serve notifications until the child ends; kill it at the deadline or on hang-up."""
@@ -189,10 +214,21 @@ class Supervisor:
         if not message:
             selector.unregister(channel)
             return ""
+        if message == b"proxy":
+            self._start_proxy(descriptors[0])
+            return ""
         if descriptors:
             selector.register(descriptors[0], selectors.EVENT_READ, "listener")
             return ""
         return message.decode("utf-8", "replace")
+
+    def _start_proxy(self, descriptor: int) -> None:
+        """Serve a socket of the program's network from this one, which is the host's."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        with socket.socket(fileno=descriptor) as listener:
+            told = os.open(f"{sandbox.WORK}/output/{proxy.REFUSED}", flags, 0o644)
+            self._proxy = proxy.start(listener, self._mirrors, told)
+            os.close(told)
 
     # --- functions of ours that must see the guest's owners ---
 
@@ -240,7 +276,15 @@ class Supervisor:
         return request
 
 
-def _mount_ext4(volume: int) -> None:
+def _liken(upper: str, lower: str) -> None:
+    """Give the root of a union what the guest's has: overlayfs shows the upper one's."""
+    like = os.stat(lower)  # noqa: PTH116 - neither is a link
+    os.chown(upper, like.st_uid, like.st_gid)
+    os.chmod(upper, stat.S_IMODE(like.st_mode))  # noqa: PTH101
+    os.utime(upper, ns=(like.st_atime_ns, like.st_mtime_ns))
+
+
+def _mount_ext(volume: int) -> None:
     options = ",".join(_MOUNT_OPTIONS)
     mounted = _output([_FUSE2FS, sandbox.export(volume), sandbox.lower(volume), "-o", options])
     if mounted.returncode != 0:

@@ -1,6 +1,7 @@
 """Serves seccomp user notifications: one call at a time, arguments copied, results injected.
 
-Source: Linux include/uapi/linux/seccomp.h (``struct seccomp_notif`` and its ioctls).
+Source: Linux include/uapi/linux/seccomp.h (``struct seccomp_notif`` and its ioctls),
+kernel/seccomp.c (``seccomp_do_user_notification``).
 """
 
 from __future__ import annotations
@@ -11,32 +12,74 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from typing import Final, Protocol
 
 from ouassister.shadow.syscalls.filter import AUDIT_ARCH_I386
 
-_NOTIF = struct.Struct("<QIIiIQ6Q")  # id, pid, flags, nr, arch, instruction pointer, args
-_RESPONSE = struct.Struct("<QqiI")  # id, val, error, flags
-_IOCTL_RECV = 0xC0502100  # SECCOMP_IOCTL_NOTIF_RECV: _IOWR('!', 0, struct seccomp_notif)
-_IOCTL_SEND = 0xC0182101  # SECCOMP_IOCTL_NOTIF_SEND: _IOWR('!', 1, struct seccomp_notif_resp)
-_IOCTL_ID_VALID = 0x40082102  # SECCOMP_IOCTL_NOTIF_ID_VALID: _IOW('!', 2, __u64)
+_NOTIF: Final = struct.Struct("<QIIiIQ6Q")  # id, pid, flags, nr, arch, instruction pointer, args
+_RESPONSE: Final = struct.Struct("<QqiI")  # id, val, error, flags
+_ADDFD: Final = struct.Struct("<QIIII")  # id, flags, srcfd, newfd, newfd_flags
+_IOCTL_RECV: Final = 0xC0502100  # SECCOMP_IOCTL_NOTIF_RECV: _IOWR('!', 0, struct seccomp_notif)
+_IOCTL_SEND: Final = 0xC0182101  # SECCOMP_IOCTL_NOTIF_SEND: _IOWR('!', 1, struct ..._resp)
+_IOCTL_ID_VALID: Final = 0x40082102  # SECCOMP_IOCTL_NOTIF_ID_VALID: _IOW('!', 2, __u64)
+_IOCTL_ADDFD: Final = 0x40182103  # SECCOMP_IOCTL_NOTIF_ADDFD: _IOW('!', 3, struct ..._addfd)
+_CONTINUE: Final = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
+_ADDFD_SEND: Final = 2  # SECCOMP_ADDFD_FLAG_SEND
+_PAGE: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One intercepted system call of a process that waits for the answer."""
+    """One intercepted system call of a thread that waits for the answer."""
 
     cookie: int
-    pid: int  # in the reader's pid namespace
+    pid: int  # of the thread, in the reader's pid namespace
     compat: bool  # a 32-bit program
     number: int
     args: tuple[int, ...]
 
+    def signed(self, index: int) -> int:
+        """An argument that the kernel takes as ``int``."""
+        value = self.args[index] & 0xFFFF_FFFF
+        return value - (1 << 32) if value >> 31 else value
 
-Handler = Callable[[int, Call], int]
-"""Takes the listener and the call; returns the result, or raises OSError to fail the call."""
+    def unsigned(self, index: int) -> int:
+        """An argument that the kernel takes as ``unsigned int``."""
+        return self.args[index] & 0xFFFF_FFFF
 
 
-def serve_one(listener: int, handlers: dict[tuple[bool, int], Handler]) -> None:
+class Pass(Enum):
+    """The host's kernel does the call itself.
+
+    Only for what is safe whatever another thread of the caller makes of the memory that it points
+    to: numbers alone, or a call that the kernel judges by its own rules anyway.
+    """
+
+    CONTINUE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """The result is a copy of a descriptor of ours; ours is closed then."""
+
+    descriptor: int
+    close_on_exec: bool = True
+
+
+Result = int | Pass | Descriptor
+Handler = Callable[[int, Call], Result]
+"""Takes the listener and the call; raises OSError to fail the call with its number."""
+
+
+class Table(Protocol):
+    """Finds who answers a call."""
+
+    def find(self, call: Call) -> Handler:
+        """The handler of a call; there is always one."""
+
+
+def serve_one(listener: int, table: Table) -> None:
     """Answer the next call that waits at the listener; a caller that died is no error."""
     request = bytearray(_NOTIF.size)  # the kernel demands zeroes
     try:
@@ -47,19 +90,40 @@ def serve_one(listener: int, handlers: dict[tuple[bool, int], Handler]) -> None:
         raise
     cookie, pid, _flags, number, arch, _ip, *args = _NOTIF.unpack(request)
     call = Call(cookie, pid, arch == AUDIT_ARCH_I386, number, tuple(args))
-    result, failure = 0, 0
     try:
-        handler = handlers.get((call.compat, number))
-        if handler is None:
-            raise OSError(errno.ENOSYS, "no handler")
-        result = handler(listener, call)
+        result = table.find(call)(listener, call)
     except OSError as error:
-        failure = -(error.errno or errno.EIO)
+        _send(listener, _IOCTL_SEND, _RESPONSE.pack(cookie, 0, -(error.errno or errno.EIO), 0))
+        return
+    match result:
+        case Pass.CONTINUE:
+            _send(listener, _IOCTL_SEND, _RESPONSE.pack(cookie, 0, 0, _CONTINUE))
+        case Descriptor(descriptor, close_on_exec):
+            flags = os.O_CLOEXEC if close_on_exec else 0
+            copy = _ADDFD.pack(cookie, _ADDFD_SEND, descriptor, 0, flags)
+            try:
+                _send(listener, _IOCTL_ADDFD, copy)
+            finally:
+                os.close(descriptor)
+        case _:
+            _send(listener, _IOCTL_SEND, _RESPONSE.pack(cookie, result, 0, 0))
+
+
+def _send(listener: int, request: int, answer: bytes) -> None:
     try:
-        fcntl.ioctl(listener, _IOCTL_SEND, bytearray(_RESPONSE.pack(cookie, result, failure, 0)))
+        fcntl.ioctl(listener, request, bytearray(answer))
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise
+
+
+def check(listener: int, call: Call) -> None:
+    """Make sure that the caller still waits: what was opened by its pid before is its own.
+
+    Raises:
+        OSError: It does not; ENOENT.
+    """
+    fcntl.ioctl(listener, _IOCTL_ID_VALID, struct.pack("<Q", call.cookie))
 
 
 def write_memory(listener: int, call: Call, address: int, data: bytes) -> None:
@@ -69,11 +133,11 @@ def write_memory(listener: int, call: Call, address: int, data: bytes) -> None:
     caller, even when its pid is used again.
 
     Raises:
-        OSError: EFAULT for a bad address, ESRCH when the caller is gone.
+        OSError: EFAULT for a bad address, ENOENT when the caller is gone.
     """
     descriptor = os.open(f"/proc/{call.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(listener, _IOCTL_ID_VALID, struct.pack("<Q", call.cookie))
+        check(listener, call)
         try:
             written = os.pwrite(descriptor, data, address)
         except (OSError, OverflowError) as error:
@@ -82,3 +146,59 @@ def write_memory(listener: int, call: Call, address: int, data: bytes) -> None:
             raise OSError(errno.EFAULT, "bad address")
     finally:
         os.close(descriptor)
+
+
+def read_memory(listener: int, call: Call, address: int, size: int) -> bytes:
+    """Copy out of the caller's memory.
+
+    Raises:
+        OSError: EFAULT for a bad address, ENOENT when the caller is gone.
+    """
+    descriptor = os.open(f"/proc/{call.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        check(listener, call)
+        data = _read(descriptor, address, size)
+    finally:
+        os.close(descriptor)
+    if len(data) != size:
+        raise OSError(errno.EFAULT, "bad address")
+    return data
+
+
+def read_string(listener: int, call: Call, address: int, limit: int = _PAGE) -> bytes:
+    """Copy a string out of the caller's memory, without its end.
+
+    Args:
+        listener: The listener.
+        call: The call.
+        address: Of its first byte.
+        limit: Bytes, with the end.
+
+    Raises:
+        OSError: EFAULT for a bad address, ENAMETOOLONG without an end, ENOENT for no caller.
+    """
+    descriptor = os.open(f"/proc/{call.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    found = b""
+    try:
+        check(listener, call)
+        while len(found) < limit:
+            at = address + len(found)
+            # Not over the end of a page: the next one may not be there.
+            part = _read(descriptor, at, min(_PAGE - at % _PAGE, limit - len(found)))
+            text, end, _rest = part.partition(b"\0")
+            found += text
+            if end:
+                return found
+    finally:
+        os.close(descriptor)
+    raise OSError(errno.ENAMETOOLONG, "no end of a string")
+
+
+def _read(descriptor: int, address: int, size: int) -> bytes:
+    try:
+        data = os.pread(descriptor, size, address)
+    except (OSError, OverflowError) as error:
+        raise OSError(errno.EFAULT, "bad address") from error
+    if not data and size:
+        raise OSError(errno.EFAULT, "bad address")
+    return data

@@ -1,7 +1,8 @@
-"""The support table of system calls: what is answered from the guest, and what is kept away.
+"""The support table of system calls: every one that x86 has, and who answers it in the shadow.
 
-Everything that stands in no row goes to the host's kernel, inside the namespaces of the shadow.
-Numbers: Linux arch/x86/entry/syscalls/syscall_64.tbl and syscall_32.tbl.
+What stands in no row is a call that did not exist when the table was written: it fails with
+ENOSYS, as on an older kernel, and is reported. Programs of the x32 ABI and of other
+architectures are killed.
 """
 
 from __future__ import annotations
@@ -11,18 +12,59 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from ouassister.shadow.syscalls.numbers import I386, X86_64
+from ouassister.shadow.syscalls.policy import GROUPS
+
 
 class Answer(StrEnum):
-    """How a call is answered."""
+    """Who answers a call, and how."""
 
-    NOTIFY = "emulated"  # by a handler, from the guest's kernel
-    SUCCEED = "elided"  # returns 0 and does nothing
-    REFUSE = "refused"  # fails with ``errno``
+    FULL = "full"  # the host's kernel, inside of the shadow's namespaces
+    PARTIAL = "partial"  # the host's kernel, with a difference that the note tells
+    EMULATED = "emulated"  # a handler, from the guest's kernel
+    RECORDED = "recorded"  # a handler: written down for the guest, not done here
+    ELIDED = "elided"  # returns 0 and does nothing
+    DENIED = "denied"  # fails with ``errno``, and is reported
+    ABSENT = "absent"  # fails with ENOSYS, as from a kernel without it
+
+
+NOTIFIED: Final = frozenset((Answer.EMULATED, Answer.RECORDED, Answer.DENIED))
+"""Answers that are given by the supervisor; the filter gives the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPid:
+    """Matches when an argument is the pid of a guest's process; ``groups``: or a group's, or -1.
+
+    Pids of the shadow start above all of the guest's.
+    """
+
+    arg: int
+    groups: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Matches when ``low <= (argument & mask) <= high``; arguments are taken as 32 bits."""
+
+    arg: int
+    low: int
+    high: int
+    mask: int = 0xFFFF_FFFF
+
+
+Condition = GuestPid | Bits
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One system call: its numbers per architecture (None where it does not exist)."""
+    """One system call: its numbers per ABI (None where it does not exist), and its answer.
+
+    With conditions, ``answer`` holds where one of them does; every other call goes to the host's
+    kernel. Rows without conditions are decided by the number alone, which lets the kernel
+    remember that a call is allowed and skip the filter (kernel/seccomp.c,
+    ``seccomp_cache_check_allow``, since Linux 5.11).
+    """
 
     name: str
     x86_64: int | None
@@ -30,37 +72,48 @@ class Row:
     answer: Answer
     note: str
     errno: int = 0
+    when: tuple[Condition, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The answer in words: with its error, and whether it holds for some arguments alone."""
+        error = f" {errno.errorcode[self.errno]}" if self.answer is Answer.DENIED else ""
+        return f"{self.answer}{error}{' in part' if self.when else ''}"
 
 
-_SYNC_NOTE: Final = "the union layer is thrown away or extracted, which syncs by itself"
-_KERNEL_NOTE: Final = "would reach the host's kernel"
+def _condition(text: str) -> Condition:
+    """Read one of the forms that `policy` has."""
+    kind, _, rest = text.partition(" ")
+    numbers = [int(word, 0) for word in rest.split()]
+    match kind:
+        case "pid":
+            return GuestPid(numbers[0])
+        case "group":
+            return GuestPid(numbers[0], groups=True)
+        case "is":
+            return Bits(numbers[0], numbers[1], numbers[1])
+        case "flag":
+            return Bits(numbers[0], 1, 0xFFFF_FFFF, numbers[1])
+        case "type":
+            return Bits(numbers[0], numbers[1], numbers[1], 0o170000)
+    raise ValueError(text)
 
-TABLE: Final[tuple[Row, ...]] = (
-    Row("uname", 63, 122, Answer.NOTIFY, "the guest's struct new_utsname"),
-    Row("olduname", None, 109, Answer.REFUSE, "obsolete struct; no program found", errno.ENOSYS),
-    Row("oldolduname", None, 59, Answer.REFUSE, "obsolete struct; no program found", errno.ENOSYS),
-    Row("sync", 162, 36, Answer.SUCCEED, _SYNC_NOTE),
-    Row("fsync", 74, 118, Answer.SUCCEED, _SYNC_NOTE),
-    Row("fdatasync", 75, 148, Answer.SUCCEED, _SYNC_NOTE),
-    Row("msync", 26, 144, Answer.SUCCEED, _SYNC_NOTE),
-    Row("sync_file_range", 277, 314, Answer.SUCCEED, _SYNC_NOTE),
-    Row("syncfs", 306, 344, Answer.SUCCEED, _SYNC_NOTE),
-    Row("io_uring_setup", 425, 425, Answer.REFUSE, "bypasses system call filters", errno.ENOSYS),
-    Row("io_uring_enter", 426, 426, Answer.REFUSE, "bypasses system call filters", errno.ENOSYS),
-    Row("io_uring_register", 427, 427, Answer.REFUSE, "bypasses the filter", errno.ENOSYS),
-    Row("bpf", 321, 357, Answer.REFUSE, _KERNEL_NOTE, errno.ENOSYS),
-    Row("perf_event_open", 298, 336, Answer.REFUSE, _KERNEL_NOTE, errno.ENOSYS),
-    Row("userfaultfd", 323, 374, Answer.REFUSE, _KERNEL_NOTE, errno.ENOSYS),
-    Row("add_key", 248, 286, Answer.REFUSE, _KERNEL_NOTE, errno.ENOSYS),
-    Row("request_key", 249, 287, Answer.REFUSE, _KERNEL_NOTE, errno.ENOSYS),
-    Row("keyctl", 250, 288, Answer.REFUSE, _KERNEL_NOTE, errno.ENOSYS),
-    Row("init_module", 175, 128, Answer.REFUSE, _KERNEL_NOTE, errno.EPERM),
-    Row("finit_module", 313, 350, Answer.REFUSE, _KERNEL_NOTE, errno.EPERM),
-    Row("delete_module", 176, 129, Answer.REFUSE, _KERNEL_NOTE, errno.EPERM),
-    Row("kexec_load", 246, 283, Answer.REFUSE, _KERNEL_NOTE, errno.EPERM),
-    Row("kexec_file_load", 320, None, Answer.REFUSE, _KERNEL_NOTE, errno.EPERM),
-    Row("reboot", 169, 88, Answer.REFUSE, _KERNEL_NOTE, errno.EPERM),
-    Row("swapon", 167, 87, Answer.REFUSE, _KERNEL_NOTE, errno.EPERM),
-    Row("swapoff", 168, 115, Answer.REFUSE, _KERNEL_NOTE, errno.EPERM),
-    Row("syslog", 103, 103, Answer.REFUSE, "the host's kernel log", errno.EPERM),
-)
+
+def _rows() -> tuple[Row, ...]:
+    rows = []
+    for head, note, names in GROUPS:
+        word, *conditions = head.split(" if ")
+        answer, _, error = word.partition(" ")
+        when = tuple(_condition(one) for one in conditions[0].split(" or ")) if conditions else ()
+        code = getattr(errno, error) if error else 0
+        if answer == Answer.ABSENT:
+            code = errno.ENOSYS
+        rows += [
+            Row(name, X86_64.get(name), I386.get(name), Answer(answer), note, code, when)
+            for name in names.split()
+        ]
+    return tuple(rows)
+
+
+TABLE: Final[tuple[Row, ...]] = _rows()
+ROWS: Final = {row.name: row for row in TABLE}

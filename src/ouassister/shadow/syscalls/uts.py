@@ -1,16 +1,26 @@
-"""uname(2), answered with the guest's ``struct new_utsname``."""
+"""uname(2) from the guest's ``struct new_utsname``, and the names that a program sets.
+
+Source: Linux v6.1 kernel/sys.c (``newuname``, ``override_release``, ``override_architecture``),
+include/uapi/linux/{utsname,personality}.h.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import errno
+import functools
+from typing import TYPE_CHECKING, Final
 
-from ouassister.shadow.syscalls.notify import Call, Handler, write_memory
-from ouassister.shadow.syscalls.table import TABLE
+from ouassister.shadow.syscalls import caller
+from ouassister.shadow.syscalls.notify import Call, Result, read_memory, write_memory
+from ouassister.shadow.syscalls.records import RECORDED
 
 if TYPE_CHECKING:
     from ouassister.model import Uts
+    from ouassister.shadow.syscalls.context import Answerer, Context
 
-_FIELD = 65  # __NEW_UTS_LEN + 1, include/uapi/linux/utsname.h
+_FIELD: Final = 65  # __NEW_UTS_LEN + 1
+_PER_MASK, _PER_LINUX32 = 0xFF, 0x08
 
 
 def pack_utsname(uts: Uts) -> bytes:
@@ -22,18 +32,47 @@ def pack_utsname(uts: Uts) -> bytes:
     )
 
 
-def uname_handlers(uts: Uts) -> dict[tuple[bool, int], Handler]:
-    """Handlers of uname for 64-bit and 32-bit callers; the structure is the same for both.
+def _uname(context: Context, listener: int, call: Call) -> Result:
+    """The structure is the same in both ABIs; the machine depends on the caller's personality."""
+    personality = int(caller.read_small(call, "personality"), 16)
+    narrow = personality & _PER_MASK == _PER_LINUX32
+    packed = _packed(context.facts.uts, context.nodename, context.domainname, narrow=narrow)
+    write_memory(listener, call, call.args[0], packed)
+    return 0
 
-    A 32-bit caller under a 64-bit kernel sees machine ``i686`` only with a changed personality,
-    so the guest's own machine string is right for both.
-    """
-    packed = pack_utsname(uts)
 
-    def handle(listener: int, call: Call) -> int:
-        write_memory(listener, call, call.args[0], packed)
-        return 0
+@functools.lru_cache(maxsize=4)
+def _packed(uts: Uts, nodename: bytes, domainname: bytes, *, narrow: bool) -> bytes:
+    told = dataclasses.replace(
+        uts,
+        nodename=nodename.decode("utf-8", "surrogateescape"),
+        domainname=domainname.decode("utf-8", "surrogateescape"),
+    )
+    return pack_utsname(dataclasses.replace(told, machine="i686") if narrow else told)
 
-    (row,) = (row for row in TABLE if row.name == "uname")
-    numbers = ((False, row.x86_64), (True, row.i386))
-    return {(compat, number): handle for compat, number in numbers if number is not None}
+
+def _sethostname(context: Context, listener: int, call: Call) -> Result:
+    context.nodename = _name(context, listener, call, "sethostname")
+    return 0
+
+
+def _setdomainname(context: Context, listener: int, call: Call) -> Result:
+    context.domainname = _name(context, listener, call, "setdomainname")
+    return 0
+
+
+def _name(context: Context, listener: int, call: Call, what: str) -> bytes:
+    caller.require(listener, call, caller.CAP_SYS_ADMIN)
+    size = call.signed(1)
+    if not 0 <= size < _FIELD:
+        raise OSError(errno.EINVAL, "too long a name")
+    name = read_memory(listener, call, call.args[0], size)
+    context.journal.note(call, what, RECORDED, [name])
+    return name.partition(b"\0")[0]
+
+
+ANSWERERS: Final[dict[str, Answerer]] = {
+    "uname": _uname,
+    "sethostname": _sethostname,
+    "setdomainname": _setdomainname,
+}
