@@ -304,7 +304,7 @@ def test_update_reaches_them(nights: Nights, worlds: _Worlds) -> None:
         ]
         assert out("tail -qn1 /srv/*/a/b/numbers") == "\n".join(["more"] * 5)
         assert out("stat -c '%a %u %g' /srv/*/c/secret") == "\n".join(["640 33 1000"] * 5)
-        assert out("tail -qn1 /srv/*/a/moved; ls /srv/*/away 2>/dev/null; true") == "\n".join(
+        assert out("tail -qc4 /srv/*/a/moved; ls /srv/*/away 2>/dev/null; true") == "\n".join(
             ["end"] * 5
         )
         assert out("dpkg --verify oua-other; dpkg --audit") == ""
