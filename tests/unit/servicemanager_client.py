@@ -203,9 +203,7 @@ class Served:
         procfs = os.open("/proc", os.O_PATH)
 
         def run() -> None:
-            serve(
-                listeners, STATE, records, Callers(procfs), self.systemctl, self._stop, str(root)
-            )
+            serve(listeners, STATE, records, Callers(procfs), self.systemctl, self._stop, str(root))
             listeners.close()
             os.close(records)
             os.close(procfs)
