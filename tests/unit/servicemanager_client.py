@@ -99,11 +99,13 @@ class Client:
             (self.name,) = self.call("Hello", path="/", interface="org.freedesktop.DBus",
                                      to="org.freedesktop.DBus")  # fmt: skip
 
-    def send(self, member: str, signature: str = "", *body: Any, **where: str) -> None:
+    def send(self, member: str, signature: str = "", *body: object, **where: str) -> None:
         message = encode(self._next(), member, signature, *body, **where)  # type: ignore[arg-type]
         self.socket.sendall(message)
 
-    def call(self, member: str, signature: str = "", *body: Any, **where: str) -> tuple[Any, ...]:
+    def call(
+        self, member: str, signature: str = "", *body: object, **where: str
+    ) -> tuple[Any, ...]:
         """Call; an error answer comes as its name and text."""
         if self._bus:
             where.setdefault("to", "org.freedesktop.systemd1")
@@ -117,7 +119,7 @@ class Client:
                 result: tuple[Any, ...] = message.body
                 return result
 
-    def receive(self) -> Any:
+    def receive(self) -> Any:  # noqa: ANN401 - D-Bus
         while (message := self._parser.get_next_message()) is None:
             data = self.socket.recv(65536)
             if not data:
@@ -125,7 +127,7 @@ class Client:
             self._parser.add_data(data)
         return message
 
-    def property(self, unit: str, interface: str, name: str) -> Any:
+    def property(self, unit: str, interface: str, name: str) -> Any:  # noqa: ANN401
         answer = self.call(
             "Get", "ss", f"org.freedesktop.systemd1.{interface}", name,
             path=f"{ROOT}/unit/{unit}", interface="org.freedesktop.DBus.Properties",
@@ -141,7 +143,7 @@ def encode(
     serial: int,
     member: str,
     signature: str = "",
-    *body: Any,
+    *body: object,
     path: str = ROOT,
     interface: str = MANAGER,
     to: str = "",

@@ -59,11 +59,11 @@ class Unflushed:
         files: Pieces of files, by inode number; files that nobody can open any more are left out.
         names: Cached directory entries: directory's inode, name, inode or 0 for none.
         clean: Pieces of files that the disk has, too, by inode number: a sample.
-        first: The first piece of each cached file of a file system with ``inline_data``. A file that
-            outgrows its inode gets its first block through the device's cache, under the journal
-            (ext4_convert_inline_data_nolock). Nothing takes it from there when the file's own
-            page is written, so that the old contents may reach the disk last; what is read is
-            the page.
+        first: The first piece of each cached file of a file system with ``inline_data``. A file
+            that outgrows its inode gets its first block through the device's cache, under the
+            journal (ext4_convert_inline_data_nolock). Nothing takes it from there when the file's
+            own page is written, so that the old contents may reach the disk last; what is read
+            is the page.
     """
 
     file_system: CachedFileSystem
