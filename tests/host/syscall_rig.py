@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import pytest
 from tests.conftest import lacking, need
 
 from ouassister import codec
@@ -62,6 +63,13 @@ FACTS: Final = GuestFacts(
     threads=99,
     mounted=(b"/", b"/boot"),
 )
+
+BOTH = pytest.mark.parametrize("bits", [64, 32])
+OWN = 4_000_000  # the pid of the program
+FILE = "/tmp/file"  # noqa: S108 - in the probe's own tree
+DISK = "/tmp/disk"  # noqa: S108 - the same
+NODES = "/tmp/%s/node"  # noqa: S108 - the same
+PACKAGE = {"DPKG_MAINTSCRIPT_PACKAGE": "postfix"}
 
 
 @dataclass(frozen=True)

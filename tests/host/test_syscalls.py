@@ -12,7 +12,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.host.syscall_rig import FACTS, NGINX, SHELL, UTS, Rig, opened, words
+from tests.host.syscall_rig import BOTH, FACTS, NGINX, OWN, PACKAGE, SHELL, UTS, Rig, opened, words
 
 from ouassister.shadow.syscalls.facts import GuestFacts
 from ouassister.shadow.syscalls.uts import pack_utsname
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.host
-BOTH = pytest.mark.parametrize("bits", [64, 32])
-OWN = 4_000_000  # the pid of the program
-FILE = "/tmp/file"  # noqa: S108 - in the probe's own tree
-DISK = "/tmp/disk"  # noqa: S108 - the same
-NODES = "/tmp/%s/node"  # noqa: S108 - the same
-PACKAGE = {"DPKG_MAINTSCRIPT_PACKAGE": "postfix"}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import stat
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.host.syscall_rig import Rig, opened
+from tests.host.syscall_rig import BOTH, DISK, FILE, NODES, OWN, PACKAGE, Rig, opened
 
 from ouassister.shadow.syscalls.filter import bounds
 from ouassister.shadow.syscalls.table import TABLE, Answer, Bits, Row
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.host
-BOTH = pytest.mark.parametrize("bits", [64, 32])
-OWN = 4_000_000  # the pid of the program
-FILE = "/tmp/file"  # noqa: S108 - in the probe's own tree
-DISK = "/tmp/disk"  # noqa: S108 - the same
-NODES = "/tmp/%s/node"  # noqa: S108 - the same
-PACKAGE = {"DPKG_MAINTSCRIPT_PACKAGE": "postfix"}
 
 
 @pytest.fixture(scope="module")
