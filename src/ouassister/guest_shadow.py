@@ -23,6 +23,7 @@ from ouassister.shadow.procfs.collect import collect as collect_proc
 from ouassister.shadow.remove import remove_tree
 from ouassister.shadow.servicemanager.state import collect as collect_services
 from ouassister.shadow.session import Shadow, ShadowSpec, launch, open_shadow
+from ouassister.shadow.trees.collect import collect as collect_trees
 from ouassister.sleeping import Sleeping, open_sleeping, refuse_unsafe
 from ouassister.state.running import writer_of
 from ouassister.text import to_text
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.shadow.procfs.snapshot import Tree
     from ouassister.shadow.servicemanager.state import ManagerState
+    from ouassister.shadow.trees.handover import Trees
     from ouassister.store.database import Store
     from ouassister.timeline import Timeline
 
@@ -143,7 +145,9 @@ def open_guest(
             shadow.mount()
             notes += tuple(shadow.finish(filling))
             tmpfs_handover.forget(memory)
-            shadow.tell(*telling.result())
+            told = telling.result()
+            notes += told[2].notes
+            shadow.tell(*told)
         layout = replace(layout, notes=(*layout.notes, *notes))
         sleeping = replace(sleeping, layout=layout)
         guest = Guest(sleeping, shadow, folder, proofs)
@@ -154,11 +158,13 @@ def open_guest(
             raise
 
 
-def _what_memory_tells(sleeping: Sleeping) -> tuple[Tree, ManagerState]:
+def _what_memory_tells(sleeping: Sleeping) -> tuple[Tree, ManagerState, Trees]:
     """Read what programs in the shadow are told."""
     memory = sleeping.memory
-    tree = collect_proc(GuestReader(memory.kernel), sleeping.view)
-    return tree, collect_services(memory.look(sleeping.view, _SERVICES))
+    reader = GuestReader(memory.kernel)
+    tree = collect_proc(reader, sleeping.view)
+    services = collect_services(memory.look(sleeping.view, _SERVICES))
+    return tree, services, collect_trees(reader)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ tells them.
 Source: Linux v6.1 ``include/linux/kernfs.h`` (``struct kernfs_node``, ``enum kernfs_node_type``,
 ``KERNFS_*``), ``fs/kernfs/dir.c`` (``kernfs_active``, ``kernfs_dir_pos``), ``fs/kernfs/inode.c``
 (``kernfs_refresh_inode``), ``fs/kernfs/symlink.c`` (``kernfs_get_target_path``),
-``fs/sysfs/mount.c`` (``sysfs_root_kn``). The parent is ``__parent`` since 633488947ef6 ("kernfs: Use
-RCU to access kernfs_node::parent", v6.15).
+``fs/sysfs/mount.c`` (``sysfs_root_kn``). The parent is ``__parent`` since 633488947ef6 ("kernfs:
+Use RCU to access kernfs_node::parent", v6.15).
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ class Kernfs:
             CorruptGuestError: The tree contains itself, is too deep, or too large.
         """
         with guest_reads("reading the tree of sysfs"):
-            return self._read(read_word(self._kernel, variable(self._kernel, "sysfs_root_kn")), skip)
+            return self._read(
+                read_word(self._kernel, variable(self._kernel, "sysfs_root_kn")), skip
+            )
 
     def _read(self, root: int, skip: Callable[[bytes], bool]) -> list[KernfsNode]:
         found: list[KernfsNode] = []

@@ -33,6 +33,7 @@ from ouassister.model import Uts
 from ouassister.shadow import host_mounts, raw, sandbox
 from ouassister.shadow.procfs.server import import_library
 from ouassister.shadow.supervisor import Supervisor
+from ouassister.shadow.trees.handover import DEV, SYS
 
 IDS: Final = 65536  # a guest's uids and gids
 _FUSE_DEVICE: Final = os.makedev(10, 229)  # Documentation/admin-guide/devices.txt
@@ -163,7 +164,7 @@ def _build_stage(configuration: Configuration) -> None:
     for name, source in folders.items():
         (stage / name).mkdir()
         raw.mount(source, str(stage / name), "", raw.MS_BIND)
-    places = [sandbox.TMPFS]
+    places = [sandbox.TMPFS, SYS, DEV]
     for volume in range(len(configuration.layout.volumes)):
         places += [sandbox.lower(volume), sandbox.merged(volume)]
     for name in places:

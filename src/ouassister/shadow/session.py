@@ -39,6 +39,8 @@ from ouassister.shadow.procfs import VALUES
 from ouassister.shadow.servicemanager import RECORDS
 from ouassister.shadow.servicemanager.recorders import NAMES
 from ouassister.shadow.syscalls.records import SYSCALLS
+from ouassister.shadow.sysfs.record import ATTRIBUTES
+from ouassister.shadow.trees import handover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from ouassister.shadow.fetch.mirrors import Mirrors
     from ouassister.shadow.procfs.snapshot import Tree
     from ouassister.shadow.servicemanager.state import ManagerState
+    from ouassister.shadow.trees.handover import Trees
 
 TOOLS: Final = Path(__file__).parent / "recorder"
 _MAX_REFUSED: Final = 1 << 16
@@ -178,16 +181,17 @@ class Shadow:
             lines = file.read(_MAX_REFUSED).splitlines()
         return tuple(dict.fromkeys(line.replace("\t", ": ") for line in lines))
 
-    def tell(self, tree: Tree, services: ManagerState) -> None:
+    def tell(self, tree: Tree, services: ManagerState, trees: Trees) -> None:
         """Tell what programs shall see of the guest; those that ran before saw nothing of it."""
         told.write(self.spec.shared, tree, services)
+        handover.write(self.spec.shared, trees)
         self._ask(op="know")
 
     def events(self) -> tuple[Event, ...]:
         """What programs did that belongs to the running guest.
 
-        Calls of the service manager come first, in their order, then values below /proc/sys, then
-        system calls.
+        Calls of the service manager come first, in their order, then values below /proc/sys and
+        /sys, then system calls.
 
         Raises:
             InternalError: What was recorded is not whole.
@@ -196,6 +200,7 @@ class Shadow:
         return (
             *read_events(output / RECORDS),
             *read_values(output / VALUES),
+            *read_values(output / ATTRIBUTES),
             *read_syscalls(output / SYSCALLS),
         )
 

@@ -18,7 +18,9 @@ from ouassister import codec
 from ouassister.shadow import raw, sandbox, told
 from ouassister.shadow.programs import Programs, SetUpError
 from ouassister.shadow.syscalls.facts import GuestFacts
+from ouassister.shadow.sysfs.record import ATTRIBUTES
 from ouassister.shadow.told import Told
+from ouassister.shadow.trees.serve import serve
 
 if TYPE_CHECKING:
     import socket
@@ -83,6 +85,7 @@ class Supervisor:
                 return None
             case "know":
                 self._programs.know(told.read(Path(sandbox.TOLD), self._uts))
+                self._serve_trees()
                 return None
             case "run":
                 try:
@@ -122,6 +125,14 @@ class Supervisor:
                 raise SupervisorError(
                     "host", f"overlayfs over {below}: {error.strerror}"
                 ) from error
+
+    def _serve_trees(self) -> None:
+        """Mount the guest's /sys and /dev, where they were handed over."""
+        records = Path(sandbox.WORK, "output", ATTRIBUTES)
+        try:
+            serve(Path(sandbox.TOLD), Path(self._stage), records)
+        except OSError as error:
+            raise SupervisorError("host", f"/sys and /dev by FUSE: {error}") from error
 
     # --- functions of ours that must see the guest's owners ---
 

@@ -17,7 +17,7 @@ from ouassister.shadow.served.snapshot import MAX_NODES, Node
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from drgn import Object
 
@@ -128,26 +128,26 @@ class _Tree:
             raise CorruptGuestError("the guest's devtmpfs has no root")
         for name, (major, minor) in NODES.items():
             device = os.makedev(major, minor)
-            wanted = Node(0, name, _STANDARD_NODE, device=device)
-            if self._ensure(name, wanted, lambda has, device=device: has.device == device):
+            if self._ensure(Node(0, name, _STANDARD_NODE, device=device)):
                 changed.append(f"/dev/{to_text(name)}: the guest has none, or another")
         for name, mode in FOLDERS.items():
-            wanted = Node(0, name, stat.S_IFDIR | mode, links=2)
-            if self._ensure(name, wanted, lambda _has: True):
+            if self._ensure(Node(0, name, stat.S_IFDIR | mode, links=2)):
                 changed.append(f"/dev/{to_text(name)}: the guest has none, or another")
         return changed
 
-    def _ensure(self, name: bytes, wanted: Node, same: Callable[[Node], bool]) -> bool:
-        place = self._places.get(b"/" + name)
+    def _ensure(self, wanted: Node) -> bool:
+        path = b"/" + wanted.name
+        place = self._places.get(path)
         if place is None:
             self._most += 1
-            return self.add(b"/" + name, wanted._replace(number=self._most))
+            return self.add(path, wanted._replace(number=self._most))
         has = self.nodes[place]
-        if stat.S_IFMT(has.mode) == stat.S_IFMT(wanted.mode) and same(has):
+        is_same = stat.S_IFMT(has.mode) == stat.S_IFMT(wanted.mode)
+        if is_same and (stat.S_ISDIR(has.mode) or has.device == wanted.device):
             return False
         below = any(node.parent == place for node in self.nodes[1:])
         if below:  # a folder where a device should be
-            raise UnsupportedGuestError(f"/dev/{to_text(name)} is a folder in the guest")
+            raise UnsupportedGuestError(f"{to_text(_TARGET + path)} is a folder in the guest")
         self.nodes[place] = wanted._replace(number=has.number)
         return True
 

@@ -262,9 +262,7 @@ class DevFiles:
 
     # --- extended attributes ---
 
-    def setxattr(
-        self, path: str, name: str, value: bytes, options: int, position: int = 0
-    ) -> int:
+    def setxattr(self, path: str, name: str, value: bytes, options: int, position: int = 0) -> int:
         """Set an attribute of the kind that users set."""
         del options, position
         if not name.startswith(_ATTRIBUTES):

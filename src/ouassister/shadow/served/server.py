@@ -30,9 +30,7 @@ def import_library() -> None:
     import mfusepy  # type: ignore[import-untyped]  # noqa: F401
 
 
-def start(
-    source: str, target: str, flags: int, mode: int, operations: Callable[[], Any]
-) -> int:
+def start(source: str, target: str, flags: int, mode: int, operations: Callable[[], Any]) -> int:
     """Mount a tree and start its server.
 
     Args:
@@ -90,3 +88,11 @@ def _serve(connection: int, operations: Callable[[], Any]) -> None:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def caller() -> tuple[int, int]:
+    """Tell who asks what is being answered: user and group."""
+    import mfusepy
+
+    uid, gid, _ = mfusepy.fuse_get_context()
+    return uid, gid

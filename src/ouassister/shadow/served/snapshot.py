@@ -74,9 +74,7 @@ def write(path: Path, nodes: Sequence[Node]) -> int:
         content = node.content
         length = _NOTHING if content is None else len(content)
         try:
-            parts.append(
-                _RECORD.pack(*node[:1], *node[2:10], len(node.name), length)
-            )
+            parts.append(_RECORD.pack(*node[:1], *node[2:10], len(node.name), length))
         except struct.error as error:
             raise InternalError(f"a file that does not fit a record: {error}") from error
         parts.append(node.name)
@@ -120,7 +118,7 @@ def _parse(raw: bytes) -> list[Node]:
         at += 0 if length == _NOTHING else length
         if at > len(raw):
             raise InternalError("a tree of files is cut short")
-        node = Node(parent, name, *attributes, content)
+        node = Node._make((parent, name, *attributes, content))
         wrong = _wrong(nodes, index, node) or ("is there twice" if (parent, name) in taken else "")
         if wrong:
             raise InternalError(f"a tree of files has {name!r}, which {wrong}")

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.kernel.fields import has_member
 from ouassister.shadow.sysfs.look import Structure, UntoldError, Values, line, number, signed
+from ouassister.text import from_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ouassister.guest_model import BlockDevice, MappedDevice
     from ouassister.kernel.program import Kernel
-    from ouassister.shadow.sysfs.look import Look
+from ouassister.shadow.sysfs.look import Look
 
 _SECTOR: Final = 512
 _PAGE_KB: Final = 4

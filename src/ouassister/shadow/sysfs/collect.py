@@ -1,4 +1,4 @@
-"""Makes the snapshot of /sys from a guest's memory: the whole tree, and what is told of its files."""
+"""Makes the snapshot of /sys from a guest's memory: the whole tree, and what files are told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What renderers of attributes are given: the tree, the kernel, and structures of which parts may lack.
+"""What renderers of attributes are given: the tree, the kernel, and structures that may lack parts.
 
 Kernels differ in members, rarely in meaning. A structure is read with the members that it has; an
 attribute that needs another one is not told (`UntoldError`), and all others are.

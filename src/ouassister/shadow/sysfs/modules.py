@@ -56,7 +56,7 @@ class Modules:
                                  "init_layout.size")  # fmt: skip
         self._attribute = Fields(kernel, "struct param_attribute", "param")
         self._param = Fields(kernel, "struct kernel_param", "ops", "arg")
-        self._ops = {
+        self._ops: dict[int, tuple[int, bool] | int] = {
             address: kind
             for name, kind in _KINDS.items()
             if (address := kernel.symbols.address(name)) is not None
@@ -90,9 +90,9 @@ class Modules:
         }
         if one["state"] < len(_STATES):
             told[b"initstate"] = line(_STATES[one["state"]])
-        for name in ("version", "srcversion"):
-            if one[name]:
-                told[name.encode()] = line(self._look.text(one[name]))
+        for text in ("version", "srcversion"):
+            if one[text]:
+                told[text.encode()] = line(self._look.text(one[text]))
         for name, content in told.items():
             self._look.give(folder, name, content)
 
@@ -101,7 +101,12 @@ class Modules:
         kernel = self._look.kernel
         if not has_member(kernel, "struct module", "mem"):
             layouts = Fields(kernel, "struct module", "core_layout.size", "init_layout.size")
-            return lambda module: layouts.read(module)  # type: ignore[return-value]
+
+            def both(module: int) -> tuple[int, int]:
+                core, init = layouts.read(module)
+                return core, init
+
+            return both
         first = offset(kernel, "struct module", "mem")
         kind = kernel.type("struct module").member("mem").type
         step, count = kind.type.size or 0, kind.length or 0

@@ -1,10 +1,9 @@
 """Processors, memory and settings of the kernel below /sys.
 
-Source: Linux v6.1 ``drivers/base/cpu.c``, ``drivers/base/topology.c``, ``drivers/base/cacheinfo.c``,
+Source: Linux v6.1 ``drivers/base/`` (``cpu.c``, ``topology.c``, ``cacheinfo.c``),
 ``arch/x86/include/asm/topology.h``, ``kernel/ksysfs.c``, ``mm/huge_memory.c`` (``enabled_show``),
-``mm/memory_hotplug.c``, ``include/linux/kobject.h`` (``uevent_seqnum``). The topology of x86 is
-``topo`` in cpuinfo_x86 since b9655e702dc5 ("x86/cpu: Encapsulate topology information in
-cpuinfo_x86", v6.7).
+``include/linux/kobject.h`` (``uevent_seqnum``). The topology of x86 is ``topo`` in cpuinfo_x86
+since b9655e702dc5 ("x86/cpu: Encapsulate topology information in cpuinfo_x86", v6.7).
 """
 
 from __future__ import annotations
@@ -74,7 +73,9 @@ class System:
         always = flags >> bits["TRANSPARENT_HUGEPAGE_FLAG"] & 1
         asked = flags >> bits["TRANSPARENT_HUGEPAGE_REQ_MADV_FLAG"] & 1
         chosen = b"always" if always else b"madvise" if asked else b"never"
-        words = (b"[%s]" % one if one == chosen else one for one in (b"always", b"madvise", b"never"))
+        words = (
+            b"[%s]" % one if one == chosen else one for one in (b"always", b"madvise", b"never")
+        )
         self._look.give(folder, b"enabled", line(b" ".join(words)))
         zero = flags >> bits["TRANSPARENT_HUGEPAGE_USE_ZERO_PAGE_FLAG"] & 1
         self._look.give(folder, b"use_zero_page", number(zero))
@@ -161,7 +162,12 @@ class System:
                 self._give_mask(place, b"shared_cpu", mask, b"_map", b"_list")
 
     def _give_mask(
-        self, folder: int, name: bytes, mask: list[int], bits: bytes = b"", numbers: bytes = b"_list"
+        self,
+        folder: int,
+        name: bytes,
+        mask: list[int],
+        bits: bytes = b"",
+        numbers: bytes = b"_list",
     ) -> None:
         self._look.give(folder, name + numbers, cpu_list(mask))
         self._look.give(folder, name + bits, self._hexadecimal(mask))

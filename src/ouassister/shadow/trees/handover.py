@@ -1,0 +1,42 @@
+"""What is handed over of /sys and /dev."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from ouassister.shadow.served import snapshot
+from ouassister.shadow.served.snapshot import Node
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SYS: Final = "sys"
+DEV: Final = "dev"
+
+
+@dataclass(frozen=True, slots=True)
+class Trees:
+    """What memory tells of /sys and /dev; None where it tells nothing.
+
+    Attributes:
+        system: The files of /sys.
+        devices: The files of /dev.
+        notes: What is not there or not told, for the user.
+    """
+
+    system: list[Node] | None = None
+    devices: list[Node] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def write(folder: Path, trees: Trees) -> None:
+    """Write a file for each.
+
+    Args:
+        folder: Exists; private to the run.
+        trees: What is known.
+    """
+    for name, nodes in ((SYS, trees.system), (DEV, trees.devices)):
+        if nodes is not None:
+            snapshot.write(folder / name, nodes)
