@@ -133,7 +133,8 @@ class Programs:
                 self._control.close()
                 for other in others:
                     other.close()
-                procfs.serve(recorder(Path(_OUTPUT, VALUES)))
+                # Whole, since a server of FUSE leaves the working folder.
+                procfs.serve(recorder(Path(self._stage, _OUTPUT, VALUES)))
                 status = 0
             finally:
                 os._exit(status)

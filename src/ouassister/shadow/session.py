@@ -60,6 +60,9 @@ _BASE_ENVIRONMENT: Final = {
     "LANG": "C.UTF-8",
     "LC_ALL": "C.UTF-8",
     "TERM": "dumb",
+    # sd-device(3) would refuse a /sys that statfs(2) does not call sysfs (systemd v251 and later,
+    # docs/ENVIRONMENT.md).
+    "SYSTEMD_DEVICE_VERIFY_SYSFS": "0",
 }
 # What the supervisor and the keeper call it; errors of `call` have their own codes.
 _KINDS: Final = {"host": HostNotReadyError.code, "file-system": UnsupportedGuestError.code}

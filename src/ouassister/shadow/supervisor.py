@@ -128,7 +128,8 @@ class Supervisor:
 
     def _serve_trees(self) -> None:
         """Mount the guest's /sys and /dev, where they were handed over."""
-        records = Path(sandbox.WORK, "output", ATTRIBUTES)
+        # Whole, since a server of FUSE leaves the working folder.
+        records = Path(self._stage, sandbox.WORK, "output", ATTRIBUTES)
         try:
             serve(Path(sandbox.TOLD), Path(self._stage), records)
         except OSError as error:

@@ -95,7 +95,7 @@ class DevFiles:
             "st_ino": file.number,
             "st_rdev": file.device,
             "st_size": size,
-            "st_blocks": -(-len(file.data) // 512),
+            "st_blocks": 8 * -(-len(file.data) // 4096) if stat.S_ISREG(file.mode) else 0,
             "st_mtime": file.mtime_ns,
             "st_atime": file.mtime_ns,
             "st_ctime": file.mtime_ns,

@@ -93,7 +93,8 @@ class Blocks:
         self._disks = disks
         self._mapped = {one.device: one for one in mapped}
         self._disk = Structure(kernel, "struct gendisk", "flags", "minors", "queue", "diskseq",
-                               "bdi", "nr_zones")  # fmt: skip
+                               "bdi", "nr_zones", "fops")  # fmt: skip
+        self._operations = Structure(kernel, "struct block_device_operations", "devnode")
         self._queue = Structure(kernel, "struct request_queue", "queue_flags", "nr_requests",
                                 "backing_dev_info", "nr_zones",
                                 *(f"limits.{name}" for name in _LIMITS))  # fmt: skip
@@ -112,6 +113,11 @@ class Blocks:
             UntoldError: This kernel does not number its disks.
         """
         return int(self._disk.read(self._disks.get(one.disk, 0))["diskseq"])
+
+    def has_plain_node(self, one: BlockDevice) -> bool:
+        """Tell whether the disk's driver leaves name and mode of its node to the kernel."""
+        operations = self._disk.read(self._disks.get(one.disk, 0))["fops"]
+        return not self._operations.read(operations)["devnode"]
 
     def render(self, folder: int) -> None:
         """Fill the folder of a disk or a partition."""

@@ -18,6 +18,7 @@ from ouassister.kernel import walk
 from ouassister.kernel.fields import Fields, labels, offset, read_word, variable
 from ouassister.kernel.modules import module_types
 from ouassister.kernel.modules import struct as module_struct
+from ouassister.model import VirtAddr
 from ouassister.shadow.sysfs.look import Structure, UntoldError, line, number
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ouassister.shadow.sysfs.look import Look, Values
 
 _MAX_IDS: Final = 256
+_MAX_TABLE: Final = 1 << 20
 _RESOURCES: Final = 32  # at most
 _OF_BRIDGES: Final = 4  # PCI_BRIDGE_RESOURCE_NUM: the last ones
 _DEVICE_TREE: Final = b"PRP0001"  # ACPI_DT_NAMESPACE_HID
@@ -272,6 +274,18 @@ class Buses:
         """Fill /sys/class/dmi/id."""
         for name, text in self.products.items():
             self._look.give(folder, name.lower().encode(), line(text))
+
+    def tables(self, folder: int) -> None:
+        """Fill /sys/firmware/dmi/tables, which dmidecode(8) and lscpu(1) read.
+
+        Source: Linux v6.1 ``drivers/firmware/dmi_scan.c`` (``dmi_init``).
+        """
+        fields = Fields(self._look.kernel, "struct bin_attribute", "size", "private")
+        for index in self._look.below[folder].values():
+            size, start = fields.read(self._look.nodes[index].private)
+            if start and size <= _MAX_TABLE:
+                raw = self._look.kernel.virtual.read(VirtAddr(start), size)
+                self._look.contents[index] = raw
 
     def _dmi_alias(self) -> bytes:
         text = b"dmi"

@@ -92,6 +92,8 @@ class _Collector:
             (b"kernel", made.kernel),
             (b"kernel/mm/transparent_hugepage", made.huge_pages),
             (b"devices/system/cpu", made.processors),
+            (b"devices/system/node", made.memory_nodes),
+            (b"firmware/dmi/tables", Buses(look).tables),
         ):
             folder = look.find(path)
             if folder is not None:

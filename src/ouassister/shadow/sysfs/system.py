@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from drgn import sizeof
+
 from ouassister.errors import UnsupportedGuestError
 from ouassister.kernel.cpuinfo import SYMBOLS as CPU_SYMBOLS
 from ouassister.kernel.fields import Fields, has_member, labels, offset, read_word, variable
@@ -35,10 +37,15 @@ _SHARED: Final = {  # files of topology, and the variable that each processor ha
     "cpu_core_map": (b"core_siblings", b"package_cpus"),
     "cpu_die_map": (b"die_cpus",),
 }
+_NODE_STATES: Final = {  # file, and the enumerator of what nodes are
+    b"possible": "N_POSSIBLE", b"online": "N_ONLINE", b"has_normal_memory": "N_NORMAL_MEMORY",
+    b"has_memory": "N_MEMORY", b"has_cpu": "N_CPU", b"has_generic_initiator": "N_GENERIC_INITIATOR",
+}  # fmt: skip
 _HUGE: Final = "transparent_hugepage_flags"
 SYMBOLS: Final = (
     *CPU_SYMBOLS, *(name for name, _ in _WORDS.values()), *_LOADED.values(), *_SHARED,
     *(f"__cpu_{name}_mask" for name in _MASKS), "ci_cpu_cacheinfo", "total_cpus", _HUGE,
+    "node_states", "node_to_cpumask_map",
 )  # fmt: skip
 
 
@@ -160,6 +167,33 @@ class System:
                     self._look.give(place, name, content)
                 mask = self._mask(first + index * step + map_at)
                 self._give_mask(place, b"shared_cpu", mask, b"_map", b"_list")
+
+    # --- memory ---
+
+    def memory_nodes(self, folder: int) -> None:
+        """Fill /sys/devices/system/node: which processors are near to which memory."""
+        kernel = self._kernel
+        states = variable(kernel, "node_states")
+        places = labels(kernel.type("enum node_states"))
+        size = sizeof(kernel.type("nodemask_t"))
+        nodes: list[int] = []
+        for name, label in _NODE_STATES.items():
+            if label not in places:
+                continue
+            raw = kernel.virtual.read(VirtAddr(states + places[label] * size), size)
+            value = int.from_bytes(raw, "little")
+            found = [node for node in range(size * 8) if value >> node & 1]
+            self._look.give(folder, name, cpu_list(found))
+            nodes = found if name == b"possible" else nodes
+        online = self._mask(variable(kernel, "__cpu_online_mask"))
+        each = variable(kernel, "node_to_cpumask_map")
+        step = sizeof(kernel.type("cpumask_var_t"))
+        for node in nodes:
+            place = self._look.find(b"node%d" % node, folder)
+            if place is not None:
+                near = self._mask(self._mask_address(each + node * step))
+                mask = [cpu for cpu in near if cpu in online]
+                self._give_mask(place, b"cpu", mask, b"map", b"list")
 
     def _give_mask(
         self,

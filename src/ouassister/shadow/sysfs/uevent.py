@@ -4,9 +4,10 @@ It is made by functions of the device's bus, class and type. Where one of them i
 those known here, the file is not told.
 
 Source: Linux v6.1 ``drivers/base/core.c`` (``dev_uevent``, ``device_get_devnode``),
-``net/core/net-sysfs.c`` (``netdev_uevent``), ``block/genhd.c`` (``block_uevent``),
-``block/partitions/core.c`` (``part_uevent``), ``drivers/char/mem.c`` (``devlist``),
-``drivers/char/misc.c`` (``misc_devnode``), ``drivers/tty/tty_io.c`` (``tty_devnode``).
+``net/core/net-sysfs.c`` (``netdev_uevent``), ``block/genhd.c`` (``block_uevent``,
+``block_devnode``), ``block/partitions/core.c`` (``part_uevent``), ``drivers/char/mem.c``
+(``devlist``), ``drivers/char/misc.c`` (``misc_devnode``), ``drivers/tty/tty_io.c``
+(``tty_devnode``).
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class Uevents:
             node = self._look.nodes[folder].name.replace(b"!", b"/")
         lines = [b"MAJOR=%d" % major, b"MINOR=%d" % minor, b"DEVNAME=" + node]
         mode = 0
-        if kind and kind["devnode"]:
+        disk = self._blocks.device(folder) if kind and kind["devnode"] else None
+        if kind and kind["devnode"] and not (disk and self._blocks.has_plain_node(disk)):
             raise UntoldError("the mode of its node")
         if group and group["devnode"]:
             mode = self._mode(name, one, major, minor)
@@ -147,21 +149,19 @@ class Uevents:
             one = self._networks.values(folder)
             name = one["name"].partition(b"\0")[0]
             return [b"INTERFACE=" + name, b"IFINDEX=%d" % one["ifindex"]]
+        if subsystem == b"/class/block":
+            device = self._blocks.device(folder)
+            if device is not None:
+                return [b"DISKSEQ=%d" % self._blocks.disk_sequence(device)]
         if subsystem == b"/class/dmi":
             return [b"MODALIAS=" + self._buses.alias(folder, subsystem)]
         raise UntoldError("what its class adds")
 
     def _of_type(self, folder: int, subsystem: bytes) -> list[bytes]:
         device = self._blocks.device(folder) if subsystem == b"/class/block" else None
-        if device is None:
+        if device is None or not device.partition:
             raise UntoldError("what its type adds")
-        lines = []
-        try:
-            lines.append(b"DISKSEQ=%d" % self._blocks.disk_sequence(device))
-        except UntoldError:  # a kernel that does not number its disks
-            lines.clear()
-        if device.partition:
-            lines.append(b"PARTN=%d" % device.partition)
-            if device.partition_label:
-                lines.append(b"PARTNAME=" + from_text(device.partition_label))
+        lines = [b"PARTN=%d" % device.partition]
+        if device.partition_label:
+            lines.append(b"PARTNAME=" + from_text(device.partition_label))
         return lines
