@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from ouassister.kernel.program import Kernel
 
-MAX_NODES: Final = 1 << 18
+MAX_NODES: Final = 1 << 17
+_MAX_PATHS: Final = 64 << 20  # bytes of all paths; a small server has half a million
+_MAX_LINKS: Final = 0xFFFF_FFFF
 _MAX_DEPTH: Final = 64
 _NAME_MAX: Final = 255
 _DIR, _FILE, _LINK = 1, 2, 4
@@ -109,6 +111,8 @@ class Kernfs:
         found: list[KernfsNode] = []
         places: dict[int, int] = {}
         targets: dict[int, int] = {}
+        named: set[tuple[int, bytes]] = set()
+        left = _MAX_PATHS
         waiting = [(root, 0, b"", 0, self._node.read(root))]
         while waiting:
             address, parent, path, depth, values = waiting.pop()
@@ -124,6 +128,10 @@ class Kernfs:
             name = read_string(self._kernel, name_at, _NAME_MAX) if depth else b""
             if depth and (not name or name in (b".", b"..") or b"/" in name):
                 raise CorruptGuestError(f"a node of sysfs is named {name!r}")
+            left -= len(path) + len(name) + 1
+            if (parent, name) in named or left < 0:
+                raise CorruptGuestError(f"too much in sysfs, or twice: {name!r}")
+            named.add((parent, name))
             uid, gid = self._owner.read(attributes) if attributes else (0, 0)
             is_folder = kind == _DIR
             found.append(
@@ -133,7 +141,7 @@ class Kernfs:
                     _MODES[kind] | mode & _PERMISSIONS,
                     uid,
                     gid,
-                    word + 2 if is_folder else 1,
+                    min(word + 2, _MAX_LINKS) if is_folder else 1,
                     number,
                     size if kind == _FILE else 0,
                     private,

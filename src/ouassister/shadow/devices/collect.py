@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ouassister.errors import CorruptGuestError, PageAbsentError, UnsupportedGuestError
 from ouassister.kernel.fields import read_string
 from ouassister.kernel.tmpfs import TmpfsReader
-from ouassister.shadow.served.snapshot import MAX_NODES, Node
+from ouassister.shadow.served.snapshot import KINDS, MAX_NAME, MAX_NODES, Node
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ FOLDERS: Final = {b"pts": 0o755, b"shm": 0o1777}
 _TARGET: Final = b"/dev"
 _KIND: Final = b"devtmpfs"
 _MAX_FILE: Final = 1 << 20
+_MAX_BYTES: Final = 16 << 20  # of all names and files
+_MAX_NS: Final = 1 << 62
 _MAX_IDS: Final = 65536  # that the user namespace has
 _OVERFLOW_ID: Final = 65534
 _STANDARD_NODE: Final = stat.S_IFCHR | 0o666
@@ -74,10 +76,10 @@ def collect(reader: GuestReader) -> tuple[list[Node], list[str]]:
         uid, gid = (owner if owner < _MAX_IDS else _OVERFLOW_ID for owner in (one.uid, one.gid))
         if not tree.add(
             path,
-            Node(0, b"", one.mode, uid, gid, one.links, one.inode, one.size,
-                 os.makedev(one.major, one.minor), one.mtime_ns, content),
+            Node(0, b"", one.mode, uid, gid, one.links, one.inode, max(one.size, 0),
+                 os.makedev(one.major, one.minor), _bounded(one.mtime_ns), content),
         ):  # fmt: skip
-            left_out.append(f"/dev{to_text(path)}: it is in no folder, or leads nowhere")
+            left_out.append(f"/dev{to_text(path)}: it has no place, or leads nowhere")
     left_out += tree.complete()
     return tree.nodes, left_out
 
@@ -105,6 +107,7 @@ class _Tree:
         self.nodes: list[Node] = []
         self._places: dict[bytes, int] = {}
         self._most = 0
+        self._left = _MAX_BYTES
 
     def add(self, path: bytes, node: Node) -> bool:
         """Add a node whose folder is there; tell whether it could be."""
@@ -115,6 +118,10 @@ class _Tree:
         if self.nodes and (parent is None or not name or not stat.S_ISDIR(self.nodes[parent].mode)):
             return False
         if len(self.nodes) >= MAX_NODES or (stat.S_ISLNK(node.mode) and not node.content):
+            return False
+        self._left -= len(name) + len(node.content or b"")
+        odd = stat.S_IFMT(node.mode) not in KINDS or len(name) > MAX_NAME
+        if path in self._places or odd or self._left < 0:
             return False
         self._places[path] = len(self.nodes)
         self._most = max(self._most, node.number)
@@ -150,6 +157,10 @@ class _Tree:
             raise UnsupportedGuestError(f"{to_text(_TARGET + path)} is a folder in the guest")
         self.nodes[place] = wanted._replace(number=has.number)
         return True
+
+
+def _bounded(time_ns: int) -> int:
+    return time_ns if abs(time_ns) < _MAX_NS else 0
 
 
 def _content(tmpfs: TmpfsReader, inode: Object, size: int) -> bytes:

@@ -25,9 +25,7 @@ _NOTHING: Final = 0xFFFF_FFFF  # for the length of a content that is not known
 MAX_NODES: Final = 1 << 18
 MAX_BYTES: Final = 64 << 20
 MAX_NAME: Final = 255
-_UNSIGNED: Final = 0xFFFF_FFFF
-_LONG: Final = (1 << 63) - 1
-_KINDS: Final = frozenset(
+KINDS: Final = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO,
      stat.S_IFSOCK)
 )  # fmt: skip
@@ -63,53 +61,65 @@ class Node(NamedTuple):
     content: bytes | None = None
 
 
-def write(path: Path, nodes: Sequence[Node]) -> int:
-    """Write a tree; return the size of the file.
+def encode(nodes: Sequence[Node]) -> bytes:
+    """Return a tree as what `read` reads from a file.
 
     Raises:
-        InternalError: It is no tree; who made it let a guest's word through.
+        ValueError: It is no tree that could be served; a guest names most of it.
     """
     parts = [_HEADER.pack(_MAGIC, len(nodes), 0)]
     for node in nodes:
         content = node.content
         length = _NOTHING if content is None else len(content)
         try:
-            parts.append(_RECORD.pack(*node[:1], *node[2:10], len(node.name), length))
+            parts.append(_RECORD.pack(node.parent, *node[2:10], len(node.name), length))
         except struct.error as error:
-            raise InternalError(f"a file that does not fit a record: {error}") from error
+            raise ValueError(f"a file that does not fit a record: {error}") from error
         parts.append(node.name)
         parts.append(content or b"")
     raw = b"".join(parts)
-    _parse(raw)
+    decode(raw)
+    return raw
+
+
+def write(path: Path, raw: bytes) -> None:
+    """Write what `encode` made."""
     with path.open("xb") as out:
-        os.fchmod(out.fileno(), 0o644)  # subordinate ids read it; the folder above is private
+        os.fchmod(out.fileno(), 0o644)  # subordinate ids read it; a folder above is private
         out.write(raw)
-    return len(raw)
 
 
 def read(path: Path) -> list[Node]:
     """Read what `write` wrote.
 
     Raises:
-        InternalError: The file is not one that `write` made.
+        InternalError: The file is not one that `encode` made.
     """
     with path.open("rb") as file:
         raw = file.read(MAX_BYTES + 1)
-    return _parse(raw)
+    try:
+        return decode(raw)
+    except ValueError as error:
+        raise InternalError(f"what was handed over of {path.name}: {error}") from error
 
 
-def _parse(raw: bytes) -> list[Node]:
+def decode(raw: bytes) -> list[Node]:
+    """Return the tree that `encode` made.
+
+    Raises:
+        ValueError: It is none.
+    """
     if not _HEADER.size <= len(raw) <= MAX_BYTES:
-        raise InternalError(f"a tree of files has {len(raw)} bytes")
+        raise ValueError(f"a tree of files has {len(raw)} bytes")
     magic, count, reserved = _HEADER.unpack_from(raw)
     if magic != _MAGIC or reserved or not 0 < count <= MAX_NODES:
-        raise InternalError("a tree of files is no such file")
+        raise ValueError("a tree of files is no such file")
     nodes: list[Node] = []
     taken: set[tuple[int, bytes]] = set()
     at = _HEADER.size
     for index in range(count):
         if len(raw) - at < _RECORD.size:
-            raise InternalError("a tree of files is cut short")
+            raise ValueError("a tree of files is cut short")
         parent, *attributes, name_length, length = _RECORD.unpack_from(raw, at)
         at += _RECORD.size
         name = raw[at : at + name_length]
@@ -117,21 +127,21 @@ def _parse(raw: bytes) -> list[Node]:
         content = None if length == _NOTHING else raw[at : at + length]
         at += 0 if length == _NOTHING else length
         if at > len(raw):
-            raise InternalError("a tree of files is cut short")
+            raise ValueError("a tree of files is cut short")
         node = Node._make((parent, name, *attributes, content))
         wrong = _wrong(nodes, index, node) or ("is there twice" if (parent, name) in taken else "")
         if wrong:
-            raise InternalError(f"a tree of files has {name!r}, which {wrong}")
+            raise ValueError(f"a tree of files has {name!r}, which {wrong}")
         taken.add((parent, name))
         nodes.append(node)
     if at != len(raw):
-        raise InternalError(f"a tree of files has {len(raw)} bytes, not {at}")
+        raise ValueError(f"a tree of files has {len(raw)} bytes, not {at}")
     return nodes
 
 
 def _wrong(nodes: list[Node], index: int, node: Node) -> str:
     """Tell why a node cannot stand where it does; a guest names most of them."""
-    if stat.S_IFMT(node.mode) not in _KINDS or node.mode > 0o177777:
+    if stat.S_IFMT(node.mode) not in KINDS or node.mode > 0o177777:
         return f"is of mode {node.mode:o}"
     if node.size < 0:
         return f"has {node.size} bytes"

@@ -285,7 +285,7 @@ class Buses:
             size, start = fields.read(self._look.nodes[index].private)
             if start and size <= _MAX_TABLE:
                 raw = self._look.kernel.virtual.read(VirtAddr(start), size)
-                self._look.contents[index] = raw
+                self._look.set(index, raw)
 
     def _dmi_alias(self) -> bytes:
         text = b"dmi"

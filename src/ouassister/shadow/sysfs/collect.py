@@ -31,6 +31,9 @@ _SLABS: Final = b"/kernel/slab"
 _MODULE: Final = b"/module/"
 _ADDRESSES: Final = (b"/sections", b"/notes")
 _NOWHERE: Final = b"(absent)"
+_MAX_IDS: Final = 65536  # that the user namespace has
+_OVERFLOW_ID: Final = 65534
+_PATH_MAX: Final = 4095
 
 
 def collect(
@@ -71,10 +74,12 @@ def _is_left_out(path: bytes) -> bool:
 def _node(nodes: list[KernfsNode], index: int, contents: dict[int, bytes]) -> Node:
     one = nodes[index]
     if stat.S_ISLNK(one.mode):
-        content: bytes | None = link_text(nodes, index) or _NOWHERE
+        text = link_text(nodes, index) or b""
+        content: bytes | None = text if 0 < len(text) <= _PATH_MAX else _NOWHERE
     else:
         content = contents.get(index)
-    return Node(one.parent, one.name, one.mode, one.uid, one.gid, one.links, one.number,
+    uid, gid = (owner if owner < _MAX_IDS else _OVERFLOW_ID for owner in (one.uid, one.gid))
+    return Node(one.parent, one.name, one.mode, uid, gid, one.links, one.number,
                 max(one.size, 0), 0, 0, content)  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import functools
 import stat
 from typing import TYPE_CHECKING, Any, Final
 
-from ouassister.errors import UnsupportedGuestError
+from ouassister.errors import CorruptGuestError, UnsupportedGuestError
 from ouassister.kernel.fields import Fields, has_member, offset, read_string
 from ouassister.kernel.kernfs import path_of
 from ouassister.kernel.program import guest_reads
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ouassister.kernel.program import Kernel
 
 MAX_TEXT: Final = 4095  # what fits into a page, behind which sysfs cuts
+_MAX_CONTENTS: Final = 16 << 20  # of all files
 _SUBSYSTEM: Final = b"subsystem"
 
 
@@ -94,6 +95,7 @@ class Look:
         self.kernel = kernel
         self.nodes = nodes
         self.contents: dict[int, bytes] = {}
+        self._left = _MAX_CONTENTS
         self.below: dict[int, dict[bytes, int]] = {
             index: {} for index, node in enumerate(nodes) if stat.S_ISDIR(node.mode)
         }
@@ -119,7 +121,18 @@ class Look:
         """Set what a file contains; one that is not there is not made."""
         index = self.find(name, folder)
         if index is not None and stat.S_ISREG(self.nodes[index].mode):
-            self.contents[index] = content[:MAX_TEXT]
+            self.set(index, content[:MAX_TEXT])
+
+    def set(self, index: int, content: bytes) -> None:
+        """Set what a file contains.
+
+        Raises:
+            CorruptGuestError: All of them contain too much.
+        """
+        self._left -= len(content)
+        if self._left < 0:
+            raise CorruptGuestError("files below /sys contain more than they can")
+        self.contents[index] = content
 
     def subsystem(self, folder: int) -> bytes | None:
         """Return ``/bus/pci`` or ``/class/net`` of a device's folder; None for other folders."""

@@ -77,7 +77,7 @@ class Modules:
                     content = line(content)
             except UntoldError:
                 continue
-            self._look.contents[index] = content[:MAX_TEXT]
+            self._look.set(index, content[:MAX_TEXT])
 
     def _loaded(self, folder: int, module: int) -> None:
         one = self._module.read(module)

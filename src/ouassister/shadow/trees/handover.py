@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ouassister.shadow.served import snapshot
-from ouassister.shadow.served.snapshot import Node
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,13 +19,13 @@ class Trees:
     """What memory tells of /sys and /dev; None where it tells nothing.
 
     Attributes:
-        system: The files of /sys.
-        devices: The files of /dev.
+        system: The files of /sys, as `ouassister.shadow.served.snapshot.encode` makes it.
+        devices: The files of /dev, likewise.
         notes: What is not there or not told, for the user.
     """
 
-    system: list[Node] | None = None
-    devices: list[Node] | None = None
+    system: bytes | None = None
+    devices: bytes | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -37,6 +36,6 @@ def write(folder: Path, trees: Trees) -> None:
         folder: Exists; private to the run.
         trees: What is known.
     """
-    for name, nodes in ((SYS, trees.system), (DEV, trees.devices)):
-        if nodes is not None:
-            snapshot.write(folder / name, nodes)
+    for name, raw in ((SYS, trees.system), (DEV, trees.devices)):
+        if raw is not None:
+            snapshot.write(folder / name, raw)
