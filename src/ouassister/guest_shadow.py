@@ -6,11 +6,11 @@ import contextlib
 import shutil
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ouassister.beside import beside
 from ouassister.disk.storage import create_overlays, volume_name
 from ouassister.errors import OUassisterError
 from ouassister.guest_model import Subject
@@ -18,11 +18,12 @@ from ouassister.interrupts import watched
 from ouassister.kernel import GuestReader
 from ouassister.model import Identity
 from ouassister.restart import plan as restart_plan
-from ouassister.shadow import sandbox, tmpfs_handover
+from ouassister.shadow import sandbox, tmpfs_handover, told
 from ouassister.shadow.procfs.collect import collect as collect_proc
 from ouassister.shadow.remove import remove_tree
 from ouassister.shadow.servicemanager.state import collect as collect_services
 from ouassister.shadow.session import Shadow, ShadowSpec, launch, open_shadow
+from ouassister.shadow.trees import handover
 from ouassister.shadow.trees.collect import collect as collect_trees
 from ouassister.sleeping import Sleeping, open_sleeping, refuse_unsafe
 from ouassister.state.running import writer_of
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ouassister.provider.vmtoml import VmConfig
-    from ouassister.shadow.procfs.snapshot import Tree
-    from ouassister.shadow.servicemanager.state import ManagerState
-    from ouassister.shadow.trees.handover import Trees
     from ouassister.store.database import Store
     from ouassister.timeline import Timeline
 
@@ -107,8 +105,8 @@ def open_guest(
         if updating:
             refuse_unsafe(sleeping)
         # The rest of memory is read while the shadow is being built.
-        beside = stack.enter_context(ThreadPoolExecutor(1))
-        telling = beside.submit(_what_memory_tells, sleeping)
+        shared = folder / "shadow"
+        telling = stack.enter_context(beside(lambda: _write_what_memory_tells(sleeping, shared)))
         stack.enter_context(
             watched(config.name, lambda: any(writer_of(disk.path) for disk in config.disks))
         )
@@ -145,9 +143,9 @@ def open_guest(
             shadow.mount()
             notes += tuple(shadow.finish(filling))
             tmpfs_handover.forget(memory)
-            told = telling.result()
-            notes += told[2].notes
-            shadow.tell(*told)
+            telling.wait()
+            notes += handover.read_notes(folder / "shadow")
+            shadow.know()
         layout = replace(layout, notes=(*layout.notes, *notes))
         sleeping = replace(sleeping, layout=layout)
         guest = Guest(sleeping, shadow, folder, proofs)
@@ -158,13 +156,13 @@ def open_guest(
             raise
 
 
-def _what_memory_tells(sleeping: Sleeping) -> tuple[Tree, ManagerState, Trees]:
-    """Read what programs in the shadow are told."""
+def _write_what_memory_tells(sleeping: Sleeping, folder: Path) -> None:
+    """Write down what programs in the shadow are told."""
     memory = sleeping.memory
     reader = GuestReader(memory.kernel)
     tree = collect_proc(reader, sleeping.view)
-    services = collect_services(memory.look(sleeping.view, _SERVICES))
-    return tree, services, collect_trees(reader)
+    told.write(folder, tree, collect_services(memory.look(sleeping.view, _SERVICES)))
+    handover.write(folder, collect_trees(reader))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 SYS: Final = "sys"
 DEV: Final = "dev"
+_NOTES: Final = "trees.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Trees:
 
 
 def write(folder: Path, trees: Trees) -> None:
-    """Write a file for each.
+    """Write a file for each, and one for the notes.
 
     Args:
         folder: Exists; private to the run.
@@ -39,3 +41,9 @@ def write(folder: Path, trees: Trees) -> None:
     for name, raw in ((SYS, trees.system), (DEV, trees.devices)):
         if raw is not None:
             snapshot.write(folder / name, raw)
+    (folder / _NOTES).write_text(json.dumps(trees.notes))
+
+
+def read_notes(folder: Path) -> tuple[str, ...]:
+    """Read the notes that `write` wrote."""
+    return tuple(map(str, json.loads((folder / _NOTES).read_text(encoding="utf-8"))))
