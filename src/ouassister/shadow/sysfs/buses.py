@@ -53,6 +53,7 @@ class Buses:
             b"/bus/pci": self._pci,
             b"/bus/virtio": self._virtio,
             b"/bus/scsi": self._scsi,
+            b"/bus/platform": self._platform_device,
         }
 
     def render(self, folder: int, subsystem: bytes) -> None:
@@ -230,6 +231,11 @@ class Buses:
         if not ids:
             raise UntoldError("modalias")
         return b"acpi:" + b"".join(one + b":" for one in ids)
+
+    def _platform_device(self, folder: int) -> None:
+        layout, at = self._platform
+        if not layout.read(self._look.device(folder) - at)["driver_override"]:
+            self._look.give(folder, b"driver_override", b"(null)\n")
 
     @functools.cached_property
     def _platform(self) -> tuple[Structure, int]:
