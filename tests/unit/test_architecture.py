@@ -106,6 +106,7 @@ PROCESSES: Final = frozenset(
         "shadow/remove.py",
         "shadow/programs.py",
         "shadow/runner.py",
+        "shadow/served/server.py",
         "shadow/servicemanager/guestctl.py",
         "shadow/servicemanager/process.py",
         "shadow/supervisor.py",

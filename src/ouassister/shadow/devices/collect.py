@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ouassister.errors import CorruptGuestError, PageAbsentError, UnsupportedGuestError
 from ouassister.kernel.fields import read_string
@@ -18,8 +18,6 @@ from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from drgn import Object
 
     from ouassister.kernel import GuestReader
 
@@ -163,7 +161,7 @@ def _bounded(time_ns: int) -> int:
     return time_ns if abs(time_ns) < _MAX_NS else 0
 
 
-def _content(tmpfs: TmpfsReader, inode: Object, size: int) -> bytes:
+def _content(tmpfs: TmpfsReader, inode: Any, size: int) -> bytes:  # noqa: ANN401 - of drgn
     """Read a small file; there is none in a /dev that nobody put one into."""
     if size > _MAX_FILE:
         raise UnsupportedGuestError(f"a file of {size} bytes")

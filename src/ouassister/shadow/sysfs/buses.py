@@ -12,10 +12,16 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Final
 
-from drgn import Object
-
 from ouassister.kernel import walk
-from ouassister.kernel.fields import Fields, labels, offset, read_word, variable
+from ouassister.kernel.fields import (
+    Fields,
+    labels,
+    length_of,
+    offset,
+    read_bits,
+    read_word,
+    variable,
+)
 from ouassister.kernel.modules import module_types
 from ouassister.kernel.modules import struct as module_struct
 from ouassister.model import VirtAddr
@@ -129,12 +135,10 @@ class Buses:
         if not one["driver_override"]:
             give(b"driver_override", b"(null)\n")
         address = self._look.device(folder) - self._pci_layout[1]
-        device = Object(
-            self._look.kernel.prog, self._look.kernel.type("struct pci_dev"), address=address
-        )
-        if not device.msi_enabled.value_():  # otherwise it is the first of its own interrupts
+        # With MSI, it is the first of its own interrupts.
+        if not read_bits(self._look.kernel, "struct pci_dev", "msi_enabled", address):
             give(b"irq", number(one["irq"]))
-        count = min(len(device.resource), _RESOURCES)
+        count = min(length_of(self._look.kernel, "struct pci_dev", "resource"), _RESOURCES)
         if not one["subordinate"]:
             count -= _OF_BRIDGES
         start = address + offset(self._look.kernel, "struct pci_dev", "resource")

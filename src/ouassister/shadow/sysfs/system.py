@@ -10,11 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from drgn import sizeof
-
 from ouassister.errors import UnsupportedGuestError
 from ouassister.kernel.cpuinfo import SYMBOLS as CPU_SYMBOLS
-from ouassister.kernel.fields import Fields, has_member, labels, offset, read_word, variable
+from ouassister.kernel.fields import (
+    Fields,
+    has_member,
+    labels,
+    offset,
+    read_word,
+    size_of,
+    variable,
+)
 from ouassister.kernel.percpu import each_cpu
 from ouassister.model import VirtAddr
 from ouassister.shadow.sysfs.look import UntoldError, cpu_list, line, number
@@ -175,7 +181,7 @@ class System:
         kernel = self._kernel
         states = variable(kernel, "node_states")
         places = labels(kernel.type("enum node_states"))
-        size = sizeof(kernel.type("nodemask_t"))
+        size = size_of(kernel, "nodemask_t")
         nodes: list[int] = []
         for name, label in _NODE_STATES.items():
             if label not in places:
@@ -187,7 +193,7 @@ class System:
             nodes = found if name == b"possible" else nodes
         online = self._mask(variable(kernel, "__cpu_online_mask"))
         each = variable(kernel, "node_to_cpumask_map")
-        step = sizeof(kernel.type("cpumask_var_t"))
+        step = size_of(kernel, "cpumask_var_t")
         for node in nodes:
             place = self._look.find(b"node%d" % node, folder)
             if place is not None:
