@@ -17,6 +17,7 @@ from ouassister.kernel.kernfs import KernfsNode
 from ouassister.shadow.sysfs import look as looking
 from ouassister.shadow.sysfs.block import Blocks
 from ouassister.shadow.sysfs.buses import Buses
+from ouassister.shadow.sysfs.inputs import Inputs
 from ouassister.shadow.sysfs.look import Look, Structure, UntoldError, cpu_list, signed
 from ouassister.shadow.sysfs.modules import Modules
 from ouassister.shadow.sysfs.table import TABLE
@@ -316,6 +317,38 @@ def test_machine_is_called_as_modprobe_knows_it() -> None:
 def test_device_of_an_unknown_bus_has_no_name_for_modprobe() -> None:
     with pytest.raises(UntoldError):
         Buses(Look(Kernel().kernel, tree("a/", "a/modalias"))).alias(1, b"/bus/usb")
+
+
+def test_keyboard_is_called_as_modprobe_knows_it() -> None:
+    guest = Kernel()
+    guest.struct("input_id", *((name, "H") for name in ("bustype", "vendor", "product", "version")))
+    bits = [(f"{name}bit", ("Q", 1)) for name in ("prop", "ev", "rel", "abs", "msc", "led", "snd",
+                                                  "ff", "sw")]  # fmt: skip
+    guest.struct("input_dev", ("name", "p"), ("phys", "p"), ("uniq", "p"), ("id", "input_id"),
+                 *bits, ("keybit", ("Q", 12)), ("dev", "device"))  # fmt: skip
+    one = guest.put("input_dev", name=guest.string(b"Power Button"), id__bustype=0x19,
+                    id__product=1)  # fmt: skip
+    guest.place(one + 32 + 8, "Q", 3)  # EV_SYN, EV_KEY
+    guest.place(one + 32 + 72, "QQ", 0, 1 << 0x34 | 1)
+    kobject = one + 32 + 72 + 96 + 8
+    names = ("uevent", "modalias", "name", "uniq", "id/", "id/bustype", "capabilities/",
+             "capabilities/key", "capabilities/ev", "capabilities/led", "event0/")  # fmt: skip
+    look = Look(guest.kernel, tree("in/", *(f"in/{name}" for name in names), **{"in": kobject}))
+    inputs = Inputs(look)
+    inputs.render(1)
+    alias = b"input:b0019v0000p0001e0000-e0,1,k74,ramlsfw"
+    assert said(look) == {
+        b"/in/modalias": alias + b"\n", b"/in/name": b"Power Button\n", b"/in/uniq": b"\n",
+        b"/in/id/bustype": b"0019\n", b"/in/capabilities/key": b"10000000000001 0\n",
+        b"/in/capabilities/ev": b"3\n", b"/in/capabilities/led": b"0\n",
+    }  # fmt: skip
+    assert inputs.lines(1) == [
+        b"PRODUCT=19/0/1/0", b'NAME="Power Button"', b"PROP=0", b"EV=3",
+        b"KEY=10000000000001 0", b"MODALIAS=" + alias,
+    ]  # fmt: skip
+    handler = look.find(b"in/event0")
+    assert handler is not None
+    assert inputs.lines(handler) == []
 
 
 # --- the table ---

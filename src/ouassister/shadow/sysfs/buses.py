@@ -4,7 +4,7 @@ Source: Linux v6.1 ``drivers/pci/pci-sysfs.c`` (``pci_dev_attrs``, ``resource_sh
 ``drivers/pci/pci-driver.c`` (``pci_uevent``), ``drivers/virtio/virtio.c``,
 ``drivers/base/platform.c`` (``platform_uevent``), ``drivers/acpi/device_sysfs.c``
 (``create_pnp_modalias``), ``drivers/firmware/dmi-id.c`` (``get_modalias``),
-``drivers/scsi/scsi_sysfs.c`` (``scsi_bus_uevent``).
+``drivers/scsi/scsi_sysfs.c`` (``scsi_bus_uevent``), ``drivers/base/cpu.c`` (``cpu_uevent``).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 from typing import TYPE_CHECKING, Final
 
 from ouassister.kernel import walk
+from ouassister.kernel.cpuinfo import boot_features
 from ouassister.kernel.fields import (
     Fields,
     labels,
@@ -90,6 +91,8 @@ class Buses:
             return self._platform_alias(folder)
         if subsystem == b"/class/dmi":
             return self._dmi_alias()
+        if subsystem == b"/bus/cpu":
+            return self.processor_alias
         if subsystem == b"/bus/scsi":
             return b"scsi:t-0x%02x" % self._scsi_values(folder)[0]["type"]
         raise UntoldError("modalias")
@@ -259,6 +262,18 @@ class Buses:
         layout, at = self._platform
         one = layout.read(self._look.device(folder) - at)
         return b"platform:" + self._look.text(one["name"])
+
+    @functools.cached_property
+    def processor_alias(self) -> bytes:
+        """The name by which modules for the processor are found."""
+        vendor, family, model, bits = boot_features(self._look.kernel)
+        features = (b",%04X" % bit for bit in range(bits.bit_length()) if bits >> bit & 1)
+        name = b"cpu:type:x86,ven%04Xfam%04Xmod%04X:feature:" % (vendor, family, model)
+        return name + b"".join(features)
+
+    def processors(self, folder: int) -> None:
+        """Fill the one file of /sys/devices/system/cpu that names modules."""
+        self._look.give(folder, b"modalias", line(self.processor_alias))
 
     # --- DMI ---
 

@@ -13,6 +13,7 @@ from ouassister.shadow.served.snapshot import Node
 from ouassister.shadow.sysfs import modules, system
 from ouassister.shadow.sysfs.block import Blocks
 from ouassister.shadow.sysfs.buses import Buses
+from ouassister.shadow.sysfs.inputs import Inputs
 from ouassister.shadow.sysfs.look import Look, UntoldError
 from ouassister.shadow.sysfs.modules import Modules
 from ouassister.shadow.sysfs.net import Networks
@@ -57,7 +58,7 @@ def collect(
     # In one pass over the table of symbols; each alone would take one.
     kernel.symbols.learn(
         ("sysfs_root_kn", "init_net", "dmi_ident", "acpi_device_fwnode_ops", "devlist",
-         *modules.SYMBOLS, *system.SYMBOLS)
+         "boot_cpu_data", *modules.SYMBOLS, *system.SYMBOLS)
     )  # fmt: skip
     with kernel.virtual.bounded(_MAX_READS):
         nodes = Kernfs(kernel).read(_is_left_out)
@@ -97,6 +98,7 @@ class _Collector:
             (b"kernel", made.kernel),
             (b"kernel/mm/transparent_hugepage", made.huge_pages),
             (b"devices/system/cpu", made.processors),
+            (b"devices/system/cpu", Buses(look).processors),
             (b"devices/system/node", made.memory_nodes),
             (b"firmware/dmi/tables", Buses(look).tables),
         ):
@@ -128,12 +130,13 @@ class _Collector:
         devices = self._reader.block_devices
         mapped = self._reader.mapped_devices()
         blocks = Blocks(look, devices.all, devices.disks, mapped)
-        buses, networks = Buses(look), Networks(look)
-        uevents = Uevents(look, buses, blocks, networks, names)
+        buses, networks, inputs = Buses(look), Networks(look), Inputs(look)
+        uevents = Uevents(look, buses, blocks, networks, inputs, names)
         places: dict[bytes, Callable[[int], None]] = {
             b"/class/block": blocks.render,
             b"/class/net": networks.render,
             b"/class/dmi": buses.machine,
+            b"/class/input": inputs.render,
         }
         for folder, inside in look.below.items():
             subsystem = look.subsystem(folder)

@@ -23,10 +23,12 @@ TABLE: Final[tuple[Row, ...]] = (
         "file systems of their own; the folders are empty"),
     Row("/sys/devices/**/dev", Shown.FULL, ""),
     Row("/sys/devices/**/uevent", Shown.PARTIAL,
-        "of PCI, virtio, platform, ACPI, SCSI, block, network, DMI and of what adds nothing of its "
-        "own; not of input, USB, power supplies and others"),
+        "of PCI, virtio, platform, ACPI, SCSI, processors, block, network, input, DMI and of what "
+        "adds nothing of its own; not of USB, power supplies and others"),
     Row("/sys/devices/**/modalias", Shown.PARTIAL,
-        "of PCI, virtio, platform, ACPI, SCSI and DMI; not of processors, input, USB, HID"),
+        "of PCI, virtio, platform, ACPI, SCSI, processors, input and DMI; not of USB, HID"),
+    Row("/sys/class/input/input*", Shown.PARTIAL,
+        "name, phys, uniq, id, capabilities, properties"),
     Row("/sys/class/block/*: size, ro, removable, hidden, range, start, partition, "
         "alignment_offset, discard_alignment, diskseq, dm/name, dm/uuid", Shown.FULL, ""),
     Row("/sys/class/block/*/queue", Shown.PARTIAL,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ouassister.shadow.sysfs.block import Blocks
     from ouassister.shadow.sysfs.buses import Buses
+    from ouassister.shadow.sysfs.inputs import Inputs
     from ouassister.shadow.sysfs.look import Look, Values
     from ouassister.shadow.sysfs.net import Networks
 
@@ -43,6 +44,7 @@ class Uevents:
         buses: Names for modprobe.
         blocks: Disks and partitions.
         networks: Interfaces.
+        inputs: Keyboards and their like.
         names: What the guest's devtmpfs calls a device, below /dev; by being a disk, and number.
     """
 
@@ -52,12 +54,14 @@ class Uevents:
         buses: Buses,
         blocks: Blocks,
         networks: Networks,
+        inputs: Inputs,
         names: Mapping[tuple[bool, int, int], bytes],
     ) -> None:
         self._look = look
         self._buses = buses
         self._blocks = blocks
         self._networks = networks
+        self._inputs = inputs
         self._names = names
         kernel = look.kernel
         self._bus = Structure(kernel, "struct bus_type", "name", "uevent")
@@ -135,6 +139,8 @@ class Uevents:
     def _of_bus(self, folder: int, subsystem: bytes, name: bytes) -> list[bytes]:
         if name == b"pci":
             return self._buses.pci_lines(folder)
+        if name == b"cpu":  # whose line ends twice
+            return [b"MODALIAS=" + self._buses.processor_alias, b""]
         if name in _ALIASED:
             try:
                 return [b"MODALIAS=" + self._buses.alias(folder, subsystem)]
@@ -153,6 +159,8 @@ class Uevents:
             device = self._blocks.device(folder)
             if device is not None:
                 return [b"DISKSEQ=%d" % self._blocks.disk_sequence(device)]
+        if subsystem == b"/class/input":
+            return self._inputs.lines(folder)
         if subsystem == b"/class/dmi":
             return [b"MODALIAS=" + self._buses.alias(folder, subsystem)]
         raise UntoldError("what its class adds")
