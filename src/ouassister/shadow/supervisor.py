@@ -20,7 +20,7 @@ from ouassister.shadow.programs import Programs, SetUpError
 from ouassister.shadow.syscalls.facts import GuestFacts
 from ouassister.shadow.sysfs.record import ATTRIBUTES
 from ouassister.shadow.told import Told
-from ouassister.shadow.trees.serve import serve
+from ouassister.shadow.trees.serve import ServerDiedError, Servers
 
 if TYPE_CHECKING:
     import socket
@@ -65,6 +65,7 @@ class Supervisor:
         self._layout = layout
         self._uts = uts
         self._programs = Programs(control, stage, layout, Told(GuestFacts(uts)))
+        self._servers = Servers()
         self._calls: dict[int, int] = {}  # pid, and where its answer comes from
         self._buffer = b""
 
@@ -88,10 +89,7 @@ class Supervisor:
                 self._serve_trees()
                 return None
             case "run":
-                try:
-                    return self._programs.run(request)
-                except SetUpError as error:
-                    raise SupervisorError("host", str(error)) from error
+                return self._run(request)
             case "begin":
                 return self._begin(request)
             case "finish":
@@ -126,12 +124,22 @@ class Supervisor:
                     "host", f"overlayfs over {below}: {error.strerror}"
                 ) from error
 
+    def _run(self, request: dict[str, Any]) -> dict[str, object]:
+        """Run a program; it ends well only where all that it saw was there to its end."""
+        try:
+            answer = self._programs.run(request)
+            self._servers.check()
+        except SetUpError as error:
+            raise SupervisorError("host", str(error)) from error
+        except ServerDiedError as error:
+            raise SupervisorError("internal", str(error)) from error
+        return answer
+
     def _serve_trees(self) -> None:
         """Mount the guest's /sys and /dev, where they were handed over."""
-        # Whole, since a server of FUSE leaves the working folder.
         records = Path(self._stage, sandbox.WORK, "output", ATTRIBUTES)
         try:
-            serve(Path(sandbox.TOLD), Path(self._stage), records)
+            self._servers.start(Path(sandbox.TOLD), Path(self._stage), records)
         except OSError as error:
             raise SupervisorError("host", f"/sys and /dev by FUSE: {error}") from error
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Final
 
 from ouassister.shadow import raw
 from ouassister.shadow.devices.filesystem import DevFiles
@@ -12,45 +13,65 @@ from ouassister.shadow.sysfs.record import recorders
 from ouassister.shadow.trees.handover import DEV, SYS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from ouassister.shadow.served.snapshot import Node
+_PERMISSIONS: Final = 0o7777
 
 
-def serve(folder: Path, stage: Path, records: Path) -> tuple[int, ...]:
-    """Mount what was handed over, in the supervisor; return the pids of the servers.
+class ServerDiedError(Exception):
+    """A tree is not served any more: programs get ENOTCONN there."""
 
-    Args:
-        folder: Where `write` wrote.
-        stage: Has an empty folder for each.
-        records: The file that takes what programs do to /sys.
 
-    Raises:
-        InternalError: What was handed over is no tree.
-        OSError: The host refuses a mount.
-    """
-    made: dict[str, tuple[int, Callable[[list[Node]], Any]]] = {
-        SYS: (raw.MS_NOEXEC, lambda nodes: SysFiles(nodes, *recorders(records))),
-        DEV: (0, lambda nodes: DevFiles(nodes, server.caller)),
-    }
-    pids = []
-    for name, (flags, operations) in made.items():
-        if not (folder / name).exists():
-            continue
-        nodes = snapshot.read(folder / name)
+class Servers:
+    """What serves the trees of one shadow."""
 
-        def make(
-            nodes: list[Node] = nodes, operations: Callable[[list[Node]], Any] = operations
-        ) -> object:
-            return operations(nodes)
+    def __init__(self) -> None:
+        self._pids: dict[str, int] = {}
 
-        source = "sysfs" if name == SYS else "udev"
-        mode = nodes[0].mode & 0o7777
-        pids.append(server.start(source, str(stage / name), flags, mode, make))
-    return tuple(pids)
+    def start(self, folder: Path, stage: Path, records: Path) -> None:
+        """Mount and serve what was handed over; called in the supervisor.
+
+        Args:
+            folder: Where `ouassister.shadow.trees.handover.write` wrote.
+            stage: Has an empty folder for each.
+            records: The file that takes what programs do to /sys; a whole path, since a server of
+                FUSE leaves the working folder.
+
+        Raises:
+            InternalError: What was handed over is no tree.
+            OSError: The host refuses a mount.
+        """
+        if (folder / SYS).exists():
+            system = snapshot.read(folder / SYS)
+            self._pids[SYS] = server.start(
+                "sysfs", str(stage / SYS), raw.MS_NOEXEC, system[0].mode & _PERMISSIONS,
+                lambda: SysFiles(system, *recorders(records)),
+            )  # fmt: skip
+        if (folder / DEV).exists():
+            devices = snapshot.read(folder / DEV)
+            self._pids[DEV] = server.start(
+                "udev", str(stage / DEV), 0, devices[0].mode & _PERMISSIONS,
+                lambda: DevFiles(devices, server.caller),
+            )  # fmt: skip
+
+    def pids(self) -> tuple[int, ...]:
+        """Return who serves."""
+        return tuple(self._pids.values())
+
+    def check(self) -> None:
+        """Make sure that all are served.
+
+        Raises:
+            ServerDiedError: One is not; what programs did since they were checked may be wrong.
+        """
+        for name, pid in self._pids.items():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del self._pids[name]
+                code = os.waitstatus_to_exitcode(status)
+                raise ServerDiedError(f"the server of the shadow's /{name} ended with {code}")
 
 
 def served(stage: Path) -> frozenset[str]:
-    """Tell which of them `serve` has mounted."""
+    """Tell which of them are mounted."""
     return frozenset(name for name in (SYS, DEV) if (stage / name).is_mount())
