@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Final
 
+from ouassister.errors import UnsupportedGuestError
 from ouassister.kernel import walk
 from ouassister.kernel.cpuinfo import boot_features
 from ouassister.kernel.fields import (
@@ -45,6 +46,10 @@ _PRODUCTS: Final = {  # the order is that of the name
     b"cvn": "CHASSIS_VENDOR", b"ct": "CHASSIS_TYPE", b"cvr": "CHASSIS_VERSION",
     b"sku": "PRODUCT_SKU",
 }  # fmt: skip
+
+
+class NoDeviceError(UntoldError):
+    """What is on the bus is no device, and has no driver of its kind."""
 
 
 class Buses:
@@ -183,21 +188,23 @@ class Buses:
     # --- SCSI, a module ---
 
     @functools.cached_property
-    def _scsi_layout(self) -> tuple[Fields, int, Fields]:
+    def _scsi_layout(self) -> tuple[Fields, int]:
         kernel = self._look.kernel
         built_in = kernel.types.struct("scsi_device") is not None
-        types = kernel.types if built_in else module_types(kernel, "scsi_mod")
+        try:
+            types = kernel.types if built_in else module_types(kernel, "scsi_mod")
+        except UnsupportedGuestError as error:  # before v5.11
+            raise UntoldError(error.message) from error
         kind = module_struct(types, "scsi_device")
         members = Fields(kernel, kind, "vendor", "model", "rev", "type", "scsi_level")
-        named = Fields(kernel, "struct device_type", "name")
-        return members, offset(kernel, kind, "sdev_gendev"), named
+        return members, offset(kernel, kind, "sdev_gendev")
 
     def _scsi_values(self, folder: int) -> tuple[dict[str, int], int]:
         kind = self._look.common(folder)["type"]
-        name = b"" if not kind else self._look.text(self._scsi_layout[2].read(kind)[0])
-        if name != b"scsi_device":
-            raise UntoldError("no device")
-        members, at, _ = self._scsi_layout
+        named = Fields(self._look.kernel, "struct device_type", "name")
+        if not kind or self._look.text(named.read(kind)[0]) != b"scsi_device":
+            raise NoDeviceError("a host or a target")
+        members, at = self._scsi_layout
         address = self._look.device(folder) - at
         names = ("vendor", "model", "rev", "type", "scsi_level")
         return dict(zip(names, members.read(address), strict=True)), address
@@ -236,7 +243,7 @@ class Buses:
     def _acpi_alias(self, acpi_device: int) -> bytes:
         ids = [one for one in self.hardware_ids(acpi_device) if one != _DEVICE_TREE]
         if not ids:
-            raise UntoldError("modalias")
+            raise NoDeviceError("a device without a name")
         return b"acpi:" + b"".join(one + b":" for one in ids)
 
     def _platform_device(self, folder: int) -> None:

@@ -19,6 +19,7 @@ from ouassister.shadow.sysfs.modules import Modules
 from ouassister.shadow.sysfs.net import Networks
 from ouassister.shadow.sysfs.system import System
 from ouassister.shadow.sysfs.uevent import Uevents
+from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -123,7 +124,7 @@ class _Collector:
         folder = self.look.find(b"module")
         made = Modules(self.look)
         for name, index in self.look.below.get(folder or 0, {}).items() if folder else ():
-            self._ask(f"module/{name!r}", functools.partial(made.render, index))
+            self._ask(f"module/{to_text(name)}", functools.partial(made.render, index))
 
     def _devices(self, names: Mapping[tuple[bool, int, int], bytes]) -> None:
         look = self.look
@@ -146,7 +147,7 @@ class _Collector:
             if subsystem is None:  # neither a bus nor a class: nothing adds to it
                 look.give(folder, b"uevent", b"")
                 continue
-            what = repr(path[1:])
+            what = to_text(path[1:])
             if subsystem in places:
                 self._ask(what, functools.partial(places[subsystem], folder))
             self._quietly(what, functools.partial(buses.render, folder, subsystem))

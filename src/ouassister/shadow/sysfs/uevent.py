@@ -16,6 +16,7 @@ import functools
 from typing import TYPE_CHECKING, Final
 
 from ouassister.kernel.fields import variable
+from ouassister.shadow.sysfs.buses import NoDeviceError
 from ouassister.shadow.sysfs.look import Structure, UntoldError
 from ouassister.text import from_text
 
@@ -144,10 +145,8 @@ class Uevents:
         if name in _ALIASED:
             try:
                 return [b"MODALIAS=" + self._buses.alias(folder, subsystem)]
-            except UntoldError:
-                if name in (b"acpi", b"scsi"):  # not each has one
-                    return []
-                raise
+            except NoDeviceError:
+                return []
         raise UntoldError("what its bus adds")
 
     def _of_class(self, folder: int, subsystem: bytes) -> list[bytes]:
