@@ -214,7 +214,7 @@ class Loaded(FakeGuest):
 
     def __init__(self) -> None:
         super().__init__()
-        self.struct("kobject", ("name", "p"))
+        self.struct("kobject", ("name", "p"), ("ktype", "p"))
         self.struct("module_kobject", ("kobj", "kobject"), ("mod", "p"))
         self.struct("atomic", ("counter", "i"))
         self.struct("module_layout", ("base", "p"), ("size", "I"))
@@ -226,7 +226,7 @@ class Loaded(FakeGuest):
         self.struct("kparam_string", ("maxlen", "I"), ("string", "p"))
         self.struct("kparam_array", ("max", "I"), ("elemsize", "I"), ("num", "p"), ("ops", "p"),
                     ("elem", "p"))  # fmt: skip
-        self.variables = dict(self.OPS)
+        self.variables = {**self.OPS, "module_ktype": 0x50}
 
     def param(self, ops: str | int, arg: int) -> int:
         address = ops if isinstance(ops, int) else self.OPS[ops]
@@ -234,7 +234,7 @@ class Loaded(FakeGuest):
 
     def parameters(self, **params: int) -> dict[bytes, bytes]:
         paths = ["mod/", "mod/parameters/", *(f"mod/parameters/{name}" for name in params)]
-        holder = self.put("module_kobject")
+        holder = self.put("module_kobject", kobj__ktype=0x50)
         look = Look(self.kernel, tree(*paths, mod=holder, **params))
         Modules(look).render(1)
         return {path.rpartition(b"/")[2]: content for path, content in said(look).items()}
@@ -284,7 +284,7 @@ def test_module_that_is_loaded() -> None:
     guest = Loaded()
     module = guest.put("module", refcnt__counter=3, taints=1 << 12 | 1 << 13,
                        srcversion=guest.string(b"ABC"), core_layout__size=4096)  # fmt: skip
-    holder = guest.put("module_kobject", mod=module)
+    holder = guest.put("module_kobject", kobj__ktype=0x50, mod=module)
     names = ("coresize", "initsize", "initstate", "refcnt", "taint", "version", "srcversion")
     look = Look(guest.kernel, tree("mod/", *(f"mod/{name}" for name in names), mod=holder))
     Modules(look).render(1)
@@ -292,6 +292,14 @@ def test_module_that_is_loaded() -> None:
         b"/mod/coresize": b"4096\n", b"/mod/initsize": b"0\n", b"/mod/initstate": b"live\n",
         b"/mod/refcnt": b"2\n", b"/mod/taint": b"OE\n", b"/mod/srcversion": b"ABC\n",
     }  # fmt: skip
+
+
+def test_folder_that_is_no_module_is_left_alone() -> None:
+    guest = Loaded()
+    holder = guest.put("module_kobject", kobj__ktype=0x58, mod=8)
+    look = Look(guest.kernel, tree("compression/", "compression/coresize", compression=holder))
+    Modules(look).render(1)
+    assert said(look) == {}
 
 
 # --- buses ---

@@ -17,6 +17,7 @@ from ouassister.kernel import walk
 from ouassister.kernel.cpuinfo import boot_features
 from ouassister.kernel.fields import (
     Fields,
+    has_member,
     labels,
     length_of,
     offset,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ouassister.shadow.sysfs.look import Look, Values
 
 _MAX_IDS: Final = 256
+_MAX_FEATURES: Final = 64  # bytes
 _MAX_TABLE: Final = 1 << 20
 _RESOURCES: Final = 32  # at most
 _OF_BRIDGES: Final = 4  # PCI_BRIDGE_RESOURCE_NUM: the last ones
@@ -171,8 +173,16 @@ class Buses:
     @functools.cached_property
     def _virtio_layout(self) -> tuple[Structure, int]:
         kernel, of = self._look.kernel, "struct virtio_device"
-        layout = Structure(kernel, of, "id.device", "id.vendor", "features", "features_array")
+        layout = Structure(kernel, of, "id.device", "id.vendor")
         return layout, offset(kernel, of, "dev")
+
+    @functools.cached_property
+    def _virtio_features(self) -> tuple[int, int]:
+        """Where the features lie, and how many bytes they have: 64 bits until v6.17."""
+        kernel, of = self._look.kernel, "struct virtio_device"
+        if has_member(kernel, of, "features_array"):
+            return offset(kernel, of, "features_array"), 8 * length_of(kernel, of, "features_array")
+        return offset(kernel, of, "features"), 8
 
     def _virtio_values(self, folder: int) -> Values:
         layout, at = self._virtio_layout
@@ -182,8 +192,11 @@ class Buses:
         one = self._virtio_values(folder)
         self._look.give(folder, b"device", b"0x%04x\n" % one["id.device"])
         self._look.give(folder, b"vendor", b"0x%04x\n" % one["id.vendor"])
-        if "features_array" not in one:
-            self._look.give(folder, b"features", line(f"{one['features']:064b}"[::-1].encode()))
+        at, size = self._virtio_features
+        device = self._look.device(folder) - self._virtio_layout[1]
+        raw = self._look.kernel.virtual.read(VirtAddr(device + at), min(size, _MAX_FEATURES))
+        bits = int.from_bytes(raw, "little")
+        self._look.give(folder, b"features", line(f"{bits:0{len(raw) * 8}b}"[::-1].encode()))
 
     # --- SCSI, a module ---
 

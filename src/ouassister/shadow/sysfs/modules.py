@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Final
 
-from ouassister.kernel.fields import Fields, constant, has_member, offset
+from ouassister.kernel.fields import Fields, constant, has_member, offset, variable
 from ouassister.model import VirtAddr
 from ouassister.shadow.sysfs.look import MAX_TEXT, Structure, UntoldError, line, number
 
@@ -36,7 +36,7 @@ _KINDS: Final[dict[str, tuple[int, bool] | int]] = {
     "param_ops_aaintbool": _BOOL, "param_ops_invbool": _INVERTED, "param_ops_charp": _TEXT,
     "param_ops_string": _STRING, "param_array_ops": _ARRAY, "param_ops_hexint": _HEX,
 }  # fmt: skip
-SYMBOLS: Final = tuple(_KINDS)
+SYMBOLS: Final = (*_KINDS, "module_ktype")
 
 
 class Modules:
@@ -49,6 +49,8 @@ class Modules:
     def __init__(self, look: Look) -> None:
         self._look = look
         kernel = look.kernel
+        self._type = Fields(kernel, "struct kobject", "ktype")
+        self._module_type = variable(kernel, "module_ktype")
         self._object = Fields(kernel, "struct module_kobject", "mod")
         self._object_at = offset(kernel, "struct module_kobject", "kobj")
         self._module = Structure(kernel, "struct module", "state", "refcnt.counter", "taints",
@@ -64,7 +66,10 @@ class Modules:
 
     def render(self, folder: int) -> None:
         """Fill the folder of one module, which may be a part of the kernel's image."""
-        (module,) = self._object.read(self._look.nodes[folder].private - self._object_at)
+        kobject = self._look.nodes[folder].private
+        if self._type.read(kobject)[0] != self._module_type:  # "compression", since v6.4
+            return
+        (module,) = self._object.read(kobject - self._object_at)
         if module:
             self._loaded(folder, module)
         parameters = self._look.below[folder].get(b"parameters")
