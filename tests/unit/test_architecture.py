@@ -52,9 +52,12 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "guest_shadow": BASE
     | {"disk", "interrupts", "kernel", "provider", "restart", "shadow", "sleeping", "state"}
     | {"store", "timeline"},
+    "offline": BASE
+    | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "restart", "shadow"}
+    | {"sleeping", "state", "store", "timeline"},
     "pipeline": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
-    | {"restart", "shadow", "sleeping", "state", "store", "timeline"},
+    | {"offline", "restart", "shadow", "sleeping", "state", "store", "timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},
     "demo": BASE
