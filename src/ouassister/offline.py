@@ -7,28 +7,37 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset import archive
-from ouassister.changeset.extract import collect
-from ouassister.guest_shadow import EXTRACT
-from ouassister.model import Changeset, Kind, LeftOut, Plan, Request, UpdateReport
+from ouassister.model import (
+    Changeset,
+    Kind,
+    LeftOut,
+    Mode,
+    PackageMode,
+    Plan,
+    Request,
+    UpdateReport,
+)
 from ouassister.packages import apt, update
+from ouassister.packages.owners import files_of, owners
 from ouassister.restart import plan as restart_plan
-from ouassister.restart import uses as restart_uses
 from ouassister.restart.actions import coalesce
-from ouassister.shadow import sandbox
 from ouassister.shadow.events import actions_of
-from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
+from ouassister.staging import held, predict
+from ouassister.staging.ground import RealGround
+from ouassister.staging.settle import settle
 from ouassister.state.fence import check_fence
-from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ouassister.disk.layout import Layout
     from ouassister.guest_shadow import Guest, Options
-    from ouassister.restart.uses import ProcessUse
+    from ouassister.model import PackageChange
+    from ouassister.packages.update import Prepared
+    from ouassister.staging.held import Running
     from ouassister.store.database import Store
     from ouassister.timeline import Timeline
 
@@ -52,8 +61,8 @@ def run(
         OUassisterError: Nothing of the VM was written, whichever error it is.
     """
     with ThreadPoolExecutor(1) as beside:  # the save file is read while archives are fetched
-        uses = beside.submit(restart_uses.read, guest.sleeping.config.save)
-        return _update_with(guest, wish, store, timeline, options, uses.result)
+        running = beside.submit(held.read, guest.sleeping.config.save)
+        return _update_with(guest, wish, store, timeline, options, running.result)
 
 
 def _update_with(
@@ -62,7 +71,7 @@ def _update_with(
     store: Store,
     timeline: Timeline,
     options: Options,
-    read_uses: Callable[[], tuple[ProcessUse, ...]],
+    running: Callable[[], Running],
 ) -> UpdateReport:
     vm = guest.sleeping.config.name
     stored = wish if isinstance(wish, Plan) else None
@@ -79,25 +88,49 @@ def _update_with(
     store.add_plan(prepared.plan)
     if not prepared.plan.changes:
         return _report(prepared.plan, None, timeline, _notes(guest))
-    with timeline.phase("emulate"):
-        tool.emulate(prepared.request)
-    with timeline.phase("extract"):
-        argument = {
-            "trees": _trees(guest.sleeping.layout),
-            "layer": f"{sandbox.WORK}/output/layer.tar",
-            "record": f"{sandbox.WORK}/output/record.json",
-            "devices": list(read_devices(guest.shadow.output_path(SYSCALLS)).items()),
-        }
-        summary = guest.shadow.call(EXTRACT, "run", argument)
-        extraction = collect(summary, guest.shadow.output_path("record.json"))
+    ground = RealGround(guest, tool, prepared, timeline, running)
+    settled = settle(
+        ground,
+        prepared.plan.changes,
+        prepared.request,
+        staging=options.staging,
+        tell=timeline.say,
+    )
+    guest.settle()
+    changeset = _keep(guest, prepared, ground, settled.staged, store, timeline)
+    for change, reason in settled.staged.items():
+        store.log(vm, "update", predict.STAGED, predict.remember(change, reason))
+    modes = tuple(
+        PackageMode(change.name, change.architecture, Mode.STAGED, settled.staged[change])
+        if change in settled.staged
+        else PackageMode(change.name, change.architecture, Mode.EMULATED)
+        for change in prepared.plan.changes
+    )
+    return replace(_report(prepared.plan, changeset, timeline, changeset.notes), modes=modes)
+
+
+def _keep(
+    guest: Guest,
+    prepared: Prepared,
+    ground: RealGround,
+    staged: dict[PackageChange, str],
+    store: Store,
+    timeline: Timeline,
+) -> Changeset:
+    """Make a change set of what was settled, and store it."""
+    vm, extraction = prepared.plan.vm, ground.extraction
     check_fence(guest.sleeping.fence)
     with timeline.phase("plan restarts"):
         due = restart_plan.make_plan(
-            read_uses,
+            ground.uses,
             extraction.entries,
             guest.sleeping.view.uts.release,
             guest.sleeping.layout,
             guest.shadow,
+            restart_plan.Staged(
+                files_of(guest.shadow, (change.name for change in staged if change.old)),
+                tuple(change.name for change in staged if change.new),
+            ),
         )
     actions, recorded_notes = actions_of(guest.shadow.events())
     with timeline.phase("store change set"):
@@ -112,13 +145,16 @@ def _update_with(
             actions=coalesce(actions, due.restarts),
             lock_paths=apt.LOCKS,
             reboot_needed=bool(due.kernel),
-            notes=(*_notes(guest), *recorded_notes, *due.notes),
+            notes=(*_notes(guest), *recorded_notes, *due.notes, *ground.notes),
             restarts=due.restarts,
+            staged=ground.staged,
+            staged_steps=ground.steps,
+            staging_folder=ground.folder if ground.staged else b"",
         )
         layer = guest.shadow.output_path("layer.tar")
         archive.save(changeset, layer, store.changesets(vm))
         store.add_changeset(vm, changeset.changeset_id)
-    return _report(prepared.plan, changeset, timeline, changeset.notes)
+    return changeset
 
 
 def _notes(guest: Guest) -> tuple[str, ...]:
@@ -141,22 +177,17 @@ def refresh(tool: apt.Apt, timeline: Timeline) -> tuple[LeftOut, ...]:
     return tuple(LeftOut(where, reason) for where in unreachable)
 
 
-def _trees(layout: Layout) -> list[dict[str, object]]:
-    """What the extraction compares: the volumes that can be written to."""
-    return [
-        {
-            "upper": sandbox.upper(number),
-            "lower": sandbox.lower(number),
-            "image": sandbox.export(number) if volume.is_ext else None,
-            "places": [
-                (to_text(place.root), to_text(place.target))
-                for place in layout.places
-                if place.volume == number
-            ],
-        }
-        for number, volume in enumerate(layout.volumes)
-        if volume.fstype != "vfat"
-    ]
+def predicted(
+    guest: Guest, changes: tuple[PackageChange, ...], store: Store
+) -> tuple[PackageMode, ...]:
+    """Guess what of a plan will be staged; a guest that does not tell is told of no guess."""
+    before = predict.recall(store.details(predict.STAGED))
+    files: tuple[held.HeldFile, ...] = ()
+    if changes:
+        view = guest.sleeping.memory.look(guest.sleeping.view, held.SUBJECTS)
+        files = predict.suspects(held.of_view(view))
+    programs = owners(guest.shadow, (file.program for file in files))
+    return predict.predict(changes, files, programs, before)
 
 
 def _report(

@@ -55,8 +55,11 @@ def plan(
         left_out = offline.refresh(tool, timeline)
         with timeline.phase("plan"):
             simulated = tool.plan(request)
+            predicted = offline.predicted(guest, simulated.changes, store)
         guest.prove(timeline)
-        made = update.make_plan(config.name, guest.sleeping.fence, request, simulated, left_out)
+        made = update.make_plan(
+            config.name, guest.sleeping.fence, request, simulated, left_out, predicted
+        )
         store.add_plan(made)
         return made
 

@@ -52,9 +52,12 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "guest_shadow": BASE
     | {"disk", "interrupts", "kernel", "provider", "restart", "shadow", "sleeping", "state"}
     | {"store", "timeline"},
-    "offline": BASE
+    "staging": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "restart", "shadow"}
-    | {"sleeping", "state", "store", "timeline"},
+    | {"timeline"},
+    "offline": BASE
+    | {"changeset", "guest_shadow", "packages", "restart", "shadow", "staging", "state", "store"}
+    | {"timeline"},
     "pipeline": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
     | {"offline", "restart", "shadow", "sleeping", "state", "store", "timeline"},

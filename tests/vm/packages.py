@@ -33,6 +33,31 @@ _PLACE: Final = (
     f"mkdir -p /usr/lib/oua-daemon; cp /bin/sleep {_SLEEPER}.new; mv {_SLEEPER}.new {_SLEEPER}"
 )
 
+_CONNECT: Final = (
+    "perl -e 'use Socket; socket(S, AF_UNIX, SOCK_STREAM, 0) or die;"
+    ' connect(S, pack_sockaddr_un("/run/systemd/journal/stdout")) or die "nobody listens: $!\\n"\''
+)
+
+
+def store(version: str) -> Package:
+    """A service that holds its data open for writing, and converts them in its postinst."""
+    return Package(
+        "oua-store",
+        version,
+        files={
+            "/lib/systemd/system/oua-store.service": "[Service]\n"
+            "ExecStartPre=/bin/sh -c 'echo started >>/var/lib/oua-store.starts'\n"
+            "ExecStart=/bin/sh -c 'exec /usr/lib/oua-store/keeper infinity 3>>/srv/oua-store'\n",
+        },
+        scripts={
+            "preinst": "mkdir -p /usr/lib/oua-store; cp /bin/sleep /usr/lib/oua-store/keeper.new\n"
+            "mv /usr/lib/oua-store/keeper.new /usr/lib/oua-store/keeper",
+            "postinst": f"echo {version} >>/srv/oua-store\nsystemctl daemon-reload\n"
+            "systemctl restart oua-store.service",
+        },
+    )
+
+
 BEFORE: Final = (
     Package(
         "oua-daemon",
@@ -103,6 +128,28 @@ AFTER: Final = (
         files={"/usr/share/oua-broken/file": "never configured\n"},
         scripts={"postinst": "echo broken on purpose >&2\nexit 3"},
     ),
+    # Only the running guest has somebody who listens there.
+    Package(
+        "oua-live",
+        "1.0",
+        files={"/usr/share/oua-live/file": "live\n"},
+        scripts={"postinst": f"{_CONNECT}\necho configured >>/var/lib/oua-live.log"},
+    ),
+    Package(
+        "oua-user",
+        "1.0",
+        depends="oua-live",
+        files={"/usr/bin/oua-user": "#!/bin/sh\necho user\n"},
+        scripts={"postinst": "grep -q configured /var/lib/oua-live.log"},
+    ),
+    # The call is refused, and the script does not mind.
+    Package(
+        "oua-keys",
+        "1.0",
+        files={"/usr/share/oua-keys/file": "keys\n"},
+        scripts={"postinst": "perl -e 'syscall(250, 0, -3, 1)'"},  # keyctl(KEYCTL_GET_KEYRING_ID)
+    ),
+    store("2.0"),
     Package(
         "oua-slow",
         "1.0",

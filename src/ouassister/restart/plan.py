@@ -33,12 +33,24 @@ class RestartPlan:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Packages that the guest's own dpkg will install: what they replace, and their names."""
+
+    files: frozenset[bytes] = frozenset()
+    packages: tuple[str, ...] = ()
+
+
+_NOTHING: Final = Staged()
+
+
 def make_plan(
     read_uses: Callable[[], Iterable[ProcessUse]],
     entries: Iterable[Entry],
     release: str,
     layout: Layout,
     shadow: Shadow,
+    staged: Staged = _NOTHING,
 ) -> RestartPlan:
     """Say what is done about each unit that runs what the entries replace.
 
@@ -48,13 +60,14 @@ def make_plan(
         release: Of the kernel that runs.
         layout: Where the guest's file systems are.
         shadow: With the update in it.
+        staged: What follows in the guest.
 
     Raises:
         UpdaterError: The guest's own rules cannot be read.
     """
     notes: tuple[str, ...] = ()
     try:
-        found = exposed(read_uses(), entries)
+        found = exposed(read_uses(), entries, staged.files)
     except OUassisterError as error:
         found = ()
         notes = (f"who runs replaced files cannot be told: {error.message}",)
@@ -67,7 +80,8 @@ def make_plan(
     if tree["needrestart"]:
         units = [one.unit for one in restarts if one.verdict is Verdict.RESTART]
         restarts = policy.decide(found, needrestart.excluded(shadow, units))
-    return RestartPlan(restarts, kernels.newer(release, tree["kernels"]), notes)
+    releases = [*tree["kernels"], *kernels.installed_by(staged.packages)]
+    return RestartPlan(restarts, kernels.newer(release, releases), notes)
 
 
 def _inside(layout: Layout, path: bytes) -> str:
