@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.vm import packages
 from tests.vm.repository import build
-from tests.vm.world import World
 
 from ouassister.demo.frames import count_frames
 from ouassister.provider import qemu, vmtoml
@@ -16,6 +15,8 @@ from ouassister.testing import guest_run
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.vm.world import World
 
     from ouassister.provider.qemu import RunningVM
 

@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ouassister.shadow import sandbox
 
-ARCHIVES: Final = f"{sandbox.CACHE}/apt/archives"
-KEPT: Final = f"{sandbox.WORK}/kept"  # no program of the guest reaches it
+_ARCHIVES: Final = Path(sandbox.CACHE, "apt", "archives")
+_KEPT: Final = Path(sandbox.CACHE, sandbox.KEPT)  # on the same mount, where no program reaches it
 
 
-def link(argument: dict[str, Any]) -> list[str]:
-    """Give files of a folder a second name in another one.
-
-    Args:
-        argument: ``source`` and ``target``: folders; ``names``: of the files.
+def keep(names: list[str]) -> list[str]:
+    """Give these archives a second name, and forget those of earlier runs.
 
     Returns:
-        Names that are not in the source.
+        Those that are not there.
     """
-    source, target = Path(argument["source"]), Path(argument["target"])
-    target.mkdir(exist_ok=True)
+    for path in _KEPT.iterdir():
+        path.unlink()
+    return _link(names, _ARCHIVES, _KEPT)
+
+
+def restore(names: list[str]) -> list[str]:
+    """Give archives their first name again where it is gone.
+
+    Returns:
+        Those that nobody kept.
+    """
+    return _link(names, _KEPT, _ARCHIVES)
+
+
+def _link(names: list[str], source: Path, target: Path) -> list[str]:
     lost = []
-    for name in argument["names"]:
+    for name in names:
         if os.path.lexists(target / name):
             continue
         try:

@@ -10,7 +10,7 @@ from ouassister.guest_shadow import EXTRACT, KEEP
 from ouassister.packages import update
 from ouassister.packages.apt_steps import steps_for
 from ouassister.packages.owners import owners
-from ouassister.shadow import keep, sandbox
+from ouassister.shadow import sandbox
 from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
 from ouassister.staging import carry, held, judge
 from ouassister.text import to_text
@@ -58,7 +58,7 @@ class RealGround:
         self._timeline = timeline
         self._running = running
         self._order: str | None = None  # apt's simulation of the whole plan
-        self._keep(keep.ARCHIVES, keep.KEPT)
+        self._archives("keep")
         self.folder = carry.folder_of(prepared.plan.plan_id)
         self.staged: tuple[Staged, ...] = ()
         self.steps: tuple[StagedStep, ...] = ()
@@ -128,7 +128,7 @@ class RealGround:
         """Forget what programs wrote and recorded."""
         with self._timeline.phase("start over"):
             self._guest.start_over()
-            self._keep(keep.KEPT, keep.ARCHIVES)
+            self._archives("restore")
             for archive in self._tool.lacking(self._prepared.plan.archives):
                 raise UpdaterError(f"a script changed the archive {archive.file_name}")
 
@@ -137,15 +137,15 @@ class RealGround:
             return
         plan = self._prepared.plan
         folder = self._guest.shadow.spec.cache / "apt" / "archives"
-        self._keep(keep.KEPT, keep.ARCHIVES)
+        self._archives("restore")
         self.staged = carry.staged(staged, plan.archives, plan.request, folder)
         numbers = {(one.name, one.architecture): at for at, one in enumerate(self.staged)}
         self.steps = steps_for(self._order or "", numbers)
 
-    def _keep(self, source: str, target: str) -> None:
+    def _archives(self, function: str) -> None:
+        """Keep archives, or restore them; see `ouassister.shadow.keep`."""
         names = [archive.file_name for archive in self._prepared.plan.archives]
-        argument = {"source": source, "target": target, "names": names}
-        for name in self._guest.shadow.call(KEEP, "link", argument):
+        for name in self._guest.shadow.call(KEEP, function, names):
             raise UpdaterError(f"the archive {to_text(str(name).encode())} is gone")
 
 
