@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,6 +20,9 @@ from ouassister.packages.apt import Ran
 from ouassister.packages.apt_status import PackageError, Work
 from ouassister.shadow.events import Event, Outcome
 from ouassister.staging.settle import Settled, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FINE = Ran("", False, (), ())
 
@@ -59,7 +63,7 @@ class Table:
     def events(self) -> tuple[Event, ...]:
         return tuple(self.called[one.name] for one in self.planned if one.name in self.called)
 
-    def extract(self, staged: dict[PackageChange, str]) -> Extraction:
+    def extract(self, staged: Mapping[PackageChange, str]) -> Extraction:
         self.story.append(f"extract with {' '.join(one.name for one in staged)}".strip())
         return Extraction((), (), (), 0, "", 0)
 

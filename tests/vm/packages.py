@@ -39,6 +39,12 @@ _CONNECT: Final = (
 )
 
 
+_KNOCK: Final = (
+    "perl -e 'use Socket; socket(S, AF_INET, SOCK_DGRAM, 0);"
+    ' send(S, "knock", 0, pack_sockaddr_in(9, inet_aton("10.0.2.2")))\' || true'
+)
+
+
 def store(version: str) -> Package:
     """A service that holds its data open for writing, and converts them in its postinst."""
     return Package(
@@ -133,7 +139,11 @@ AFTER: Final = (
         "oua-live",
         "1.0",
         files={"/usr/share/oua-live/file": "live\n"},
-        scripts={"postinst": f"{_CONNECT}\necho configured >>/var/lib/oua-live.log"},
+        # Whoever talks to the guest through its agent loses what the agent had started.
+        scripts={
+            "postinst": f"{_CONNECT}\n{_KNOCK}\nsystemctl restart qemu-guest-agent\n"
+            "echo configured >>/var/lib/oua-live.log"
+        },
     ),
     Package(
         "oua-user",
@@ -141,6 +151,16 @@ AFTER: Final = (
         depends="oua-live",
         files={"/usr/bin/oua-user": "#!/bin/sh\necho user\n"},
         scripts={"postinst": "grep -q configured /var/lib/oua-live.log"},
+    ),
+    # It fails where it was configured before, as in a round that was not forgotten.
+    Package(
+        "oua-once",
+        "1.0",
+        files={"/usr/share/oua-once/file": "once\n"},
+        scripts={
+            "postinst": "for ran in /run/oua-once /var/lib/oua-once; do\n"
+            '    [ ! -e "$ran" ] || exit 5\n    touch "$ran"\ndone'
+        },
     ),
     # The call is refused, and the script does not mind.
     Package(

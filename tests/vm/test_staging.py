@@ -9,16 +9,18 @@ import pytest
 from tests.vm import packages
 from tests.vm.repository import build
 
+from ouassister import pipeline
 from ouassister.demo.frames import count_frames
 from ouassister.provider import qemu, vmtoml
+from ouassister.provider.qemu import RunningVM
+from ouassister.store.database import Store
 from ouassister.testing import guest_run
+from ouassister.timeline import Timeline
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.vm.world import World
-
-    from ouassister.provider.qemu import RunningVM
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -41,15 +43,17 @@ def _modes(update: dict[str, list[dict[str, str]]]) -> dict[str, tuple[str, str]
 
 
 def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is_emulated(
-    world: World,
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capture = _with_capture(world)
     before = world.hashes()
-    wish = [word for name in ("user", "keys", "extra") for word in ("--install", f"oua-{name}")]
+    wish = [
+        word for name in ("user", "keys", "once", "extra") for word in ("--install", f"oua-{name}")
+    ]
     update = world.run("update", *wish)
     assert update.status == 0, update
     modes = _modes(update.result)
-    assert modes["oua-extra"] == ("emulated", "")
+    assert modes["oua-extra"] == modes["oua-once"] == ("emulated", "")
     assert modes["oua-live"][0] == "staged"
     assert "post-installation script subprocess returned error" in modes["oua-live"][1]
     assert modes["oua-user"][0] == "staged"
@@ -66,13 +70,24 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
     assert guessed.keys() == {"oua-live", "oua-user", "oua-keys"}
     assert all("it was staged for" in reason for reason in guessed.values())
 
-    resumed = world.run("resume")
-    assert resumed.status == 0, resumed
-    states = {one["name"]: (one["version"], one["status"]) for one in resumed.result["staged"]}
+    frames: list[int] = []
+    set_links = RunningVM.set_links
+
+    def counted(vm: RunningVM, *, up: bool) -> None:
+        if up:
+            frames.append(count_frames(capture))
+        set_links(vm, up=up)
+
+    with Store(world.home) as opened, monkeypatch.context() as patch:
+        patch.setattr(RunningVM, "set_links", counted)
+        resumed = pipeline.resume(world.config, opened, Timeline())
+    assert frames == [0]
+    assert resumed.failed_actions == ()
+    states = {one.name: (one.version, one.status) for one in resumed.staged}
     assert states == dict.fromkeys(("oua-live", "oua-user", "oua-keys"), ("1.0", "installed"))
     with qemu.attach(world.config) as vm:
         shown = _out(vm, "dpkg-query -W -f '${Package} ${db:Status-Abbrev}\\n' 'oua-*'")
-        assert {"oua-extra ii", "oua-keys ii", "oua-live ii", "oua-user ii"} <= {
+        assert {f"oua-{name} ii" for name in ("extra", "keys", "live", "once", "user")} <= {
             line.strip() for line in shown.splitlines()
         }
         assert _out(vm, "dpkg --audit; dpkg --verify oua-extra oua-keys oua-live oua-user") == ""
@@ -80,7 +95,6 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
         assert _out(vm, "apt-mark showauto 'oua-*'") == "oua-live"
         assert _out(vm, "oua-user; oua-extra") == "user\nextra"
         assert _out(vm, "ls -d /var/cache/ouassister /run/ouassister-*.sh 2>/dev/null; true") == ""
-    assert capture.exists()
 
 
 def test_package_that_fails_everywhere_leaves_the_gate_closed_with_the_words_of_dpkg(
