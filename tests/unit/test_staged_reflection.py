@@ -171,6 +171,11 @@ def test_agent_that_a_script_restarted_needs_no_timer() -> None:
     [
         {"staged_steps": ()},
         {"staged_steps": (StagedStep(StepKind.INSTALL, (0, 1, 2)),)},
+        {"staged_steps": (StagedStep(StepKind.INSTALL, (0,)),)},
+        {"staged_steps": (StagedStep(StepKind.INSTALL, (0, 1)), StagedStep(StepKind.UNPACK, ()))},
+        {"staged_steps": (StagedStep(StepKind.REMOVE, (0, 1)),)},
+        {"staged": (LIBRARY, package("app", new="", file="\u00e9"))},
+        {"staged": (LIBRARY, package("app", new="", file=""))},
         {"staging_folder": b""},
         {"staging_folder": b"/var/cache/$(reboot)"},
         {"staged": (LIBRARY, package("Evil;rm", file="app_2.0_all.deb"))},

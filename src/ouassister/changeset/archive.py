@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ouassister import codec
 from ouassister.changeset.layer import sync_directory
 from ouassister.errors import InternalError, TamperedError, WorkDiskFullError
-from ouassister.model import Changeset, Kind
+from ouassister.model import Changeset, Kind, StepKind
 from ouassister.text import plain, to_text
 
 if TYPE_CHECKING:
@@ -279,17 +279,27 @@ def _defects(changeset: Changeset) -> Iterator[str]:
 def _staging_defects(changeset: Changeset) -> Iterator[str]:
     """Every archive is an entry with its digest; every staged package has its steps."""
     files = {entry.path: entry for entry in changeset.entries if entry.kind is Kind.FILE}
-    done = {number for step in changeset.staged_steps for number in step.packages}
-    if done != set(range(len(changeset.staged))):
-        yield "the steps of staged packages do not match the packages"
     folder = _FOLDER.fullmatch(changeset.staging_folder) is not None
     if bool(changeset.staged) != folder:
         yield f"{to_text(changeset.staging_folder)} is no folder for staged packages"
     for one in changeset.staged:
         names = (_NAME.fullmatch(one.name), _ARCHITECTURE.fullmatch(one.architecture))
-        if not all(names) or (one.new and not _FILE.fullmatch(one.file)):
+        if not all(names) or (one.file if not one.new else not _FILE.fullmatch(one.file)):
             yield f"{plain(one.name)} is no package that could be staged"
             continue
         entry = files.get(changeset.staging_folder + b"/" + one.file.encode("ascii"))
         if one.new and (entry is None or (entry.sha256, entry.size) != (one.sha256, one.size)):
             yield f"the archive of {one.name} is not in the change set"
+    left = set(range(len(changeset.staged)))
+    for step in changeset.staged_steps:
+        known = [changeset.staged[at] for at in step.packages if at in range(len(changeset.staged))]
+        removes = step.kind is StepKind.REMOVE
+        if (
+            len(known) != len(step.packages)
+            or not known
+            or any(removes == bool(x.new) for x in known)
+        ):
+            yield f"a step of staged packages ({step.kind}) does not match them"
+        left -= set(step.packages)
+    if left:
+        yield "a staged package has no step"

@@ -37,6 +37,11 @@ def folder_of(plan_id: str) -> bytes:
     return FOLDER + b"/" + plan_id[:16].encode()
 
 
+def name_of(word: str) -> str:
+    """The package that a word of a request names."""
+    return re.split("[:=]", word)[0]
+
+
 def staged(
     reasons: Mapping[PackageChange, str],
     archives: Iterable[Archive],
@@ -55,7 +60,7 @@ def staged(
         UpdaterError: An archive is not there, or is not what the lists say.
     """
     known = tuple(archives)
-    asked = {re.split("[:=]", word)[0] for word in request.install}
+    asked = {name_of(word) for word in request.install}
     return tuple(
         _describe(change, reason, known, folder, requested=change.name in asked)
         for change, reason in reasons.items()

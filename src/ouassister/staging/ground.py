@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.extract import collect
-from ouassister.errors import OUassisterError, UpdaterError
+from ouassister.errors import OUassisterError, RepositoryError, UpdaterError
 from ouassister.guest_shadow import EXTRACT, KEEP
+from ouassister.model import Request
 from ouassister.packages import update
 from ouassister.packages.apt_steps import steps_for
 from ouassister.packages.owners import owners
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ouassister.changeset.extract import Extraction
     from ouassister.disk.layout import Layout
     from ouassister.guest_shadow import Guest
-    from ouassister.model import PackageChange, Request, Staged, StagedStep
+    from ouassister.model import PackageChange, Staged, StagedStep
     from ouassister.packages.apt import Apt, Ran
     from ouassister.packages.update import Prepared
     from ouassister.restart.uses import ProcessUse
@@ -119,10 +120,18 @@ class RealGround:
             if self._order is None:  # nothing is staged yet: this is the order of all of them
                 self._order = self._tool.plan(self._prepared.request).output
             self._tool.stage(staged)
-            left, _dropped = update.still_possible(self._tool, request)
-            if request.install and not left.install:
+            names = {change.name for change in staged}
+            kept = tuple(word for word in request.install if carry.name_of(word) not in names)
+            left = Request(kept)
+            if request.install and not kept:
                 return left, ()
-            return left, self._tool.plan(left, again=True).changes
+            try:
+                return left, self._tool.plan(left, again=True).changes
+            except (UpdaterError, RepositoryError):  # one of them needs what is staged
+                left, _dropped = update.still_possible(self._tool, left)
+                if request.install and not left.install:
+                    return left, ()
+                return left, self._tool.plan(left, again=True).changes
 
     def start_over(self) -> None:
         """Forget what programs wrote and recorded."""
