@@ -186,7 +186,7 @@ def predicted(
     if changes:
         view = guest.sleeping.memory.look(guest.sleeping.view, held.SUBJECTS)
         files = predict.suspects(held.of_view(view))
-    programs = owners(guest.shadow, (file.program for file in files))
+    programs = owners(guest.shadow, (path for file in files for path in file.known_by))
     return predict.predict(changes, files, programs, before)
 
 

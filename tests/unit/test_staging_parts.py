@@ -21,6 +21,7 @@ from ouassister.model import (
     PackageMode,
     Request,
     Task,
+    TaskDetail,
     Uts,
 )
 from ouassister.packages.apt_status import Work
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 DATA = b"/var/lib/db/data"
 SERVER = b"/usr/sbin/server"
-HELD = HeldFile(DATA, 12, GuestPid(7), b"server", SERVER)
+UNIT = b"/usr/lib/systemd/system/db@.service"
+HELD = HeldFile(DATA, 12, GuestPid(7), b"server", SERVER, "db@main.service")
 
 
 def open_file(path: bytes, **more: object) -> OpenFile:
@@ -45,7 +47,12 @@ def open_file(path: bytes, **more: object) -> OpenFile:
 
 
 def view(*files: OpenFile, vmas: tuple[Vma, ...] = ()) -> GuestView:
-    task = Task(GuestPid(7), GuestPid(1), b"server", "S", 0, SERVER + b" (deleted)", (), 0, False)
+    detail = TaskDetail(
+        GuestPid(7), (), 0, 0, 0, (), None, None, None, (), "db@main.service", "", ""
+    )
+    task = Task(
+        GuestPid(7), GuestPid(1), b"server", "S", 0, SERVER + b" (deleted)", (), 0, False, detail
+    )
     return GuestView(
         uts=Uts("", "", "", "", "", ""), boot_id="", suspended_at_s=0, uptime_s=0, cpus=1,
         memory_bytes=0, tasks=(task,), mounts=(), files=(ProcessFiles(GuestPid(7), files),),
@@ -67,6 +74,13 @@ def test_held_is_what_is_mapped_to_be_shared_and_written() -> None:
     assert of_view(view(vmas=(mapped(DATA, "rw-s"),))) == (HELD,)
     for permissions, path in (("rw-p", DATA), ("r--s", DATA), ("rw-s", DATA + b" (deleted)")):
         assert of_view(view(vmas=(mapped(path, permissions),))) == ()
+
+
+def test_process_is_known_by_its_program_and_its_unit() -> None:
+    assert HELD.known_by == (SERVER, UNIT)
+    for unit in ("", "session-1.scope", "a/../b.service", "x" * 300 + ".service"):
+        assert dataclasses.replace(HELD, unit=unit).known_by == (SERVER,)
+    assert dataclasses.replace(HELD, program=b"", unit="").known_by == ()
 
 
 def test_written_is_the_same_path_and_inode() -> None:
@@ -92,6 +106,8 @@ WORKS = (Work("db-core", 10), Work("db-server", 20), Work("other", 30))
     [
         ({DATA: ("db-server",), SERVER: ("db-core",)}, 20, {"db-server"}),
         ({SERVER: ("db-core",)}, 20, {"db-core"}),
+        ({UNIT: ("db-server",)}, 10, {"db-server"}),
+        ({SERVER: ("db-core",), UNIT: ("db-server",)}, 30, {"db-core", "db-server"}),
         ({SERVER: ("elsewhere",)}, 25, {"db-server"}),  # whose script was at work
         ({}, 20, {"db-core", "db-server"}),  # within one second, both were
         ({}, 5, set(PLANNED)),  # nobody knows

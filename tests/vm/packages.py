@@ -152,6 +152,14 @@ AFTER: Final = (
         files={"/usr/bin/oua-user": "#!/bin/sh\necho user\n"},
         scripts={"postinst": "grep -q configured /var/lib/oua-live.log"},
     ),
+    # It is unpacked only where oua-live is configured.
+    Package(
+        "oua-early",
+        "1.0",
+        depends="dpkg\nPre-Depends: oua-live",
+        files={"/usr/share/oua-early/file": "early\n"},
+        scripts={"preinst": "grep -q configured /var/lib/oua-live.log"},
+    ),
     # It fails where it was configured before, as in a round that was not forgotten.
     Package(
         "oua-once",

@@ -48,7 +48,9 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
     capture = _with_capture(world)
     before = world.hashes()
     wish = [
-        word for name in ("user", "keys", "once", "extra") for word in ("--install", f"oua-{name}")
+        word
+        for name in ("user", "early", "keys", "once", "extra")
+        for word in ("--install", f"oua-{name}")
     ]
     update = world.run("update", *wish)
     assert update.status == 0, update
@@ -58,6 +60,7 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
     assert "post-installation script subprocess returned error" in modes["oua-live"][1]
     assert modes["oua-user"][0] == "staged"
     assert "oua-live" in modes["oua-user"][1]
+    assert modes["oua-early"][0] == "staged"
     assert modes["oua-keys"][0] == "staged"
     assert "keyctl" in modes["oua-keys"][1]
     assert world.hashes() == before
@@ -67,7 +70,8 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
 
     plan = world.run("plan", *wish)
     guessed = {one["name"]: one["reason"] for one in plan.result["predicted"]}
-    assert guessed.keys() == {"oua-live", "oua-user", "oua-keys"}
+    staged = ("oua-live", "oua-user", "oua-early", "oua-keys")
+    assert guessed.keys() == set(staged)
     assert all("it was staged for" in reason for reason in guessed.values())
 
     frames: list[int] = []
@@ -84,12 +88,12 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
     assert frames == [0]
     assert resumed.failed_actions == ()
     states = {one.name: (one.version, one.status) for one in resumed.staged}
-    assert states == dict.fromkeys(("oua-live", "oua-user", "oua-keys"), ("1.0", "installed"))
+    assert states == dict.fromkeys(staged, ("1.0", "installed"))
     with qemu.attach(world.config) as vm:
         shown = _out(vm, "dpkg-query -W -f '${Package} ${db:Status-Abbrev}\\n' 'oua-*'")
-        assert {f"oua-{name} ii" for name in ("extra", "keys", "live", "once", "user")} <= {
-            line.strip() for line in shown.splitlines()
-        }
+        assert {
+            f"oua-{name} ii" for name in ("early", "extra", "keys", "live", "once", "user")
+        } <= {line.strip() for line in shown.splitlines()}
         assert _out(vm, "dpkg --audit; dpkg --verify oua-extra oua-keys oua-live oua-user") == ""
         assert _out(vm, "cat /var/lib/oua-live.log") == "configured"
         assert _out(vm, "apt-mark showauto 'oua-*'") == "oua-live"

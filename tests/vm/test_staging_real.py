@@ -67,6 +67,21 @@ def _new(update: dict[str, Any], name: str) -> str:
     return found
 
 
+def test_script_that_does_not_end_is_staged_and_the_rest_is_emulated(world: World) -> None:
+    """With a limit for each call that a busy machine keeps."""
+    wish = ("--timeout", "45", "--install", "oua-slow", "--install", "oua-extra")
+    update = world.run("update", *wish)
+    assert update.status == 0, update
+    modes = _modes(update.result)
+    assert modes == {
+        "oua-extra": ("emulated", ""),
+        "oua-slow": ("staged", "it did not end in time while the guest slept"),
+    }
+    refused = world.run("update", "--no-staging", *wish)
+    assert (refused.status, refused.code) == (32, "deadline"), refused
+    assert "oua-slow: it did not end in time" in refused.value["error"]["message"]
+
+
 def test_running_database_server_is_staged_and_keeps_its_data(
     asleep: Callable[[str, str], World],
 ) -> None:

@@ -108,7 +108,7 @@ class RealGround:
         files = held.written(running.held, extraction.entries)
         if not files:
             return {}
-        asked = [path for file in files for path in (file.path, file.program) if path]
+        asked = [path for file in files for path in (file.path, *file.known_by)]
         wrote_s = {entry.path: entry.mtime_ns // _NS for entry in extraction.entries}
         return judge.holders(files, owners(self._guest.shadow, asked), wrote_s, ran.works, names)
 

@@ -8,6 +8,7 @@ Source: Linux v6.1 ``fs/proc/fd.c``; ``mmap(2)`` (a shared mapping outlives its 
 
 from __future__ import annotations
 
+import re
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -24,19 +25,33 @@ if TYPE_CHECKING:
 
     from ouassister.model import Entry, GuestView
 
+_UNIT: Final = re.compile(r"[A-Za-z0-9:_.@\\-]{1,200}\.service")
 _DELETED: Final = b" (deleted)"
 SUBJECTS: Final = frozenset((Subject.TASKS, Subject.MAPS, Subject.FILES))
 
 
 @dataclass(frozen=True, slots=True)
 class HeldFile:
-    """A file and the process that may write to it; ``program`` is that process's executable."""
+    """A file and the process that may write to it.
+
+    ``program`` is that process's executable, ``unit`` the service manager's unit that it is of.
+    """
 
     path: bytes
     inode: int
     pid: GuestPid
     comm: bytes
     program: bytes
+    unit: str = ""
+
+    @property
+    def known_by(self) -> tuple[bytes, ...]:
+        """Files whose package is the process's: its program, and what its unit is defined by."""
+        files = [self.program] if self.program else []
+        if _UNIT.fullmatch(self.unit):
+            name = re.sub("@.*(?=[.])", "@", self.unit).encode("ascii")
+            files.append(b"/usr/lib/systemd/system/" + name)
+        return tuple(files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +78,15 @@ def read(save: Path) -> Running:
 
 def of_view(view: GuestView) -> tuple[HeldFile, ...]:
     """Read it from a view with open files and mappings; each file once for each process."""
-    names = {task.pid: (task.comm, (task.exe or b"").removesuffix(_DELETED)) for task in view.tasks}
+    tasks = {task.pid: task for task in view.tasks}
     found: dict[tuple[GuestPid, bytes, int], HeldFile] = {}
     for pid, path, inode in (*_open(view), *_mapped(view)):
-        comm, program = names.get(pid, (b"", b""))
-        found.setdefault((pid, path, inode), HeldFile(path, inode, pid, comm, program))
+        task = tasks.get(pid)
+        if task is None:
+            continue
+        program = (task.exe or b"").removesuffix(_DELETED)
+        unit = task.detail.unit if task.detail else ""
+        found.setdefault((pid, path, inode), HeldFile(path, inode, pid, task.comm, program, unit))
     return tuple(found.values())
 
 

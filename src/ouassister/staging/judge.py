@@ -67,12 +67,12 @@ def holders(
 ) -> Reasons:
     """Packages that wrote to files which sleeping processes hold open.
 
-    Whose it is: the file's own package, or that of the program which holds it, or whose script was
-    at work in the second in which the file was last written; else it may be any of them.
+    Whose it is: the file's own package, or those of the program and of the unit which hold it, or
+    whose script was at work in the second in which the file was last written; else it may be any.
 
     Args:
         files: What is held and written.
-        owners: Packages of the files and programs, where dpkg knows them.
+        owners: Packages of the files, and of what `HeldFile.known_by` names, as dpkg knows them.
         wrote_s: When the update wrote each, in seconds since the epoch.
         works: What dpkg worked on.
         planned: Names of the update's packages.
@@ -85,7 +85,7 @@ def holders(
         )
         guesses = (
             owners.get(file.path, ()),
-            owners.get(file.program, ()),
+            tuple(name for path in file.known_by for name in owners.get(path, ())),
             at_work(works, wrote_s.get(file.path, -1)),
         )
         mine = next((kept for guess in guesses if (kept := set(guess) & set(planned))), planned)

@@ -62,13 +62,14 @@ def predict(
     Args:
         changes: The plan's.
         held: See `suspects`.
-        owners: Packages of the programs.
+        owners: Packages of what `HeldFile.known_by` names.
         before: See `recall`.
     """
     holds: dict[str, HeldFile] = {}
     for file in held:
-        for name in owners.get(file.program, ()):
-            holds.setdefault(name, file)
+        for path in file.known_by:
+            for name in owners.get(path, ()):
+                holds.setdefault(name, file)
     found = []
     for change in changes:
         base = (change.name, change.architecture)
