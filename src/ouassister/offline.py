@@ -142,7 +142,7 @@ def _keep(
             identity=guest.identity(),
             changes=prepared.plan.changes,
             left_out=prepared.plan.left_out,
-            actions=coalesce(actions, due.restarts),
+            actions=coalesce(actions, due.restarts, due.again),
             lock_paths=apt.LOCKS,
             reboot_needed=bool(due.kernel),
             notes=(*_notes(guest), *recorded_notes, *due.notes, *ground.notes),

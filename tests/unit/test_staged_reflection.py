@@ -97,14 +97,15 @@ def test_script_follows_the_steps_of_apt() -> None:
 
 GOOD = (
     b"code 0\nstate libfoo amd64 2.0 installed\nstate app all 2.0 installed\n"
-    b"alive 8\nalive x\nend\n"
+    b"before 7\nbefore 8\nalive 8\nalive x\nend\n"
 )
 
 
 def test_answer_that_all_is_installed_is_good() -> None:
     problem, installed = staged.judge((LIBRARY, APP), GOOD)
     assert problem == ""
-    assert installed.alive == {8}
+    assert sorted(installed.before) == [7, 8]
+    assert sorted(installed.alive) == [8]
     assert [(one.name, one.version, one.status) for one in installed.states] == [
         ("libfoo", "2.0", "installed"),
         ("app", "2.0", "installed"),
@@ -124,7 +125,10 @@ def test_removed_package_is_good_when_it_is_not_there() -> None:
     [
         (GOOD.replace(b"code 0", b"code 1"), "no message"),
         (GOOD.replace(b"end\n", b""), "no message"),
-        (GOOD.replace(b"2.0 installed\nalive", b"1.0 installed\nalive"), "app is installed 1.0"),
+        (
+            GOOD.replace(b"2.0 installed\nbefore 7", b"1.0 installed\nbefore 7"),
+            "app is installed 1.0",
+        ),
         (GOOD.replace(b"state libfoo", b"state libbar"), "libfoo is not-installed"),
         (GOOD.replace(b"amd64 2.0 installed", b"amd64 2.0 unpacked"), "libfoo is unpacked 2.0"),
         (b"", "libfoo is not-installed"),
@@ -153,17 +157,38 @@ def test_problem_names_the_package_with_the_words_of_dpkg() -> None:
     )
 
 
-def test_unit_whose_processes_are_gone_is_not_restarted_again() -> None:
-    made = changeset()
-    assert staged.due(made, {8, 9}) == ACTIONS
-    assert staged.due(made, {8})[1].argv == ("systemctl", "try-restart", "a.service")
-    assert staged.due(made, ()) == (ACTIONS[0], ACTIONS[2])
+def after(before: set[int], alive: set[int]) -> staged.Installed:
+    return staged.Installed((), frozenset(before), frozenset(alive))
+
+
+def test_what_scripts_asked_for_comes_first_and_restarts_from_memory_last() -> None:
+    assert staged.split(changeset()) == (ACTIONS[:1], ACTIONS[1:])
+    asked = Action(("systemctl", "try-restart", "other.service"))  # a script's own
+    made = dataclasses.replace(changeset(), actions=(*ACTIONS[:1], asked))
+    assert staged.split(made) == ((ACTIONS[0], asked), ())
+    assert staged.split(dataclasses.replace(changeset(), actions=())) == ((), ())
+
+
+def test_unit_whose_processes_ended_with_staged_packages_is_not_restarted_again() -> None:
+    made, last = changeset(), ACTIONS[1:]
+    every = {7, 8, 9}
+    assert staged.due(made.restarts, last, after(every, {8, 9})) == last
+    left = staged.due(made.restarts, last, after(every, {8}))
+    assert left[0].argv == ("systemctl", "try-restart", "a.service")
+    assert staged.due(made.restarts, last, after(every, set())) == last[1:]
+
+
+def test_unit_that_was_restarted_before_is_restarted_for_what_staged_packages_replaced() -> None:
+    """By a recorded action: its processes were gone when the staged packages came."""
+    made, last = changeset(), ACTIONS[1:]
+    left = staged.due(made.restarts, last, after({7, 8}, set()))
+    assert left[0].argv == ("systemctl", "try-restart", "b.service")
 
 
 def test_agent_that_a_script_restarted_needs_no_timer() -> None:
-    made = dataclasses.replace(changeset(), restarts=(restart(AGENT, 5),))
-    assert staged.due(made, {5}) == ACTIONS
-    assert staged.due(made, ()) == ACTIONS[:2]
+    restarts, last = (restart(AGENT, 5),), ACTIONS[1:]
+    assert staged.due(restarts, last, after({5}, {5})) == last
+    assert staged.due(restarts, last, after({5}, set())) == last[:1]
 
 
 @pytest.mark.parametrize(

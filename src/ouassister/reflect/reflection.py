@@ -105,14 +105,18 @@ def reflect(
             vm.cont()
             with timeline.phase("apply"):
                 result = _apply(vm, medium)
-            actions = changeset.actions
             states: tuple[StagedState, ...] = ()
+            asked, last = staged.split(changeset)
+            if not changeset.staged:
+                asked, last = changeset.actions, ()
+            with timeline.phase("actions"):
+                failed = _act(vm, asked)
             if changeset.staged:
                 with timeline.phase("install staged packages"):
                     installed = staged.install(vm, changeset, _GATE_HINT)
-                actions, states = staged.due(changeset, installed.alive), installed.states
-            with timeline.phase("actions"):
-                failed = _act(vm, actions)
+                states = installed.states
+                with timeline.phase("restarts"):
+                    failed += _act(vm, staged.due(changeset.restarts, last, installed))
             with timeline.phase("open gate"):
                 vm.set_links(up=True)
             online_s = time.monotonic() - start

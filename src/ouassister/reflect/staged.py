@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import AgentError, DeadlineError, GateClosedError
-from ouassister.model import Action, StagedState, StepKind
+from ouassister.model import Action, StagedState, StepKind, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,6 +50,7 @@ setsid /bin/sh "$state/script" </dev/null >/dev/null 2>&1 &
 """
 _ASK: Final = """n=0; until [ -e "$1/told" ] || [ $n -ge 40 ]; do sleep 0.25; n=$((n + 1)); done
 cat "$1/told" 2>/dev/null || [ -d "$1" ]"""
+_TRY_RESTART: Final = ("systemctl", "try-restart")
 _STATE: Final = re.compile(r"state (\S{1,255}) (\S{1,64}) (\S{1,255}) ([a-z-]{1,32})")
 _BLAME: Final = re.compile(
     r"dpkg: error processing (?:package (?P<package>\S+)|archive (?P<file>\S+)) .*"
@@ -58,9 +59,10 @@ _BLAME: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """What came of it: the packages' states, and which of the asked-for processes still run."""
+    """What came of it: the packages' states, and which exposed processes ran before and after."""
 
     states: tuple[StagedState, ...]
+    before: frozenset[int]
     alive: frozenset[int]
 
 
@@ -123,9 +125,7 @@ def judge(staged: tuple[Staged, ...], told: bytes) -> tuple[str, Installed]:
     found: dict[str, list[tuple[str, str, str]]] = {}
     for match in filter(None, map(_STATE.fullmatch, lines)):
         found.setdefault(match[1], []).append((match[2], match[3], match[4]))
-    alive = frozenset(
-        int(line[6:]) for line in lines if line.startswith("alive ") and line[6:].isdecimal()
-    )
+    before, alive = _pids("before ", lines), _pids("alive ", lines)
     log = [line[4:] for line in lines if line.startswith("log ")]
     states: list[StagedState] = []
     odd: list[str] = []
@@ -137,7 +137,7 @@ def judge(staged: tuple[Staged, ...], told: bytes) -> tuple[str, Installed]:
         fits = (version, status) == (one.new, "installed") if one.new else status != "installed"
         if not fits:
             odd.append(f"{one.name} is {status} {version}".rstrip())
-    installed = Installed(tuple(states), alive)
+    installed = Installed(tuple(states), before, alive)
     if "code 0" in lines and "end" in lines and not odd:
         return "", installed
     words = "; ".join(_words(log))[:_MAX_WORDS] or "; ".join(odd) or "no message"
@@ -145,21 +145,52 @@ def judge(staged: tuple[Staged, ...], told: bytes) -> tuple[str, Installed]:
     return f"staged packages are not installed ({named[:200]}): {words}", installed
 
 
-def due(changeset: Changeset, alive: Iterable[int]) -> tuple[Action, ...]:
-    """Actions that are left: a unit whose exposed processes are gone was restarted by a script."""
-    still = frozenset(alive)
-    gone = {one.unit for one in changeset.restarts if one.unit and not _runs(one, still)}
+def split(changeset: Changeset) -> tuple[tuple[Action, ...], tuple[Action, ...]]:
+    """What scripts of emulated packages asked for, and the restarts that memory calls for.
+
+    A staged package may depend on what the former start; the latter come last, and once.
+    """
+    asked = list(changeset.actions)
+    last: list[Action] = []
+    units = {one.unit for one in changeset.restarts if one.verdict is Verdict.RESTART}
+    if asked and asked[-1].argv[0] == "systemd-run":
+        last.insert(0, asked.pop())
+    if asked and asked[-1].argv[:2] == _TRY_RESTART and units.issuperset(asked[-1].argv[2:]):
+        last.insert(0, asked.pop())
+    return tuple(asked), tuple(last)
+
+
+def due(
+    restarts: Iterable[Restart], actions: Iterable[Action], installed: Installed
+) -> tuple[Action, ...]:
+    """Restarts that are left: not of units whose exposed processes ended with the staged packages.
+
+    Args:
+        restarts: The change set's.
+        actions: The second part of `split`.
+        installed: Which of the processes ran before and after.
+    """
+    gone = {
+        one.unit
+        for one in restarts
+        if one.unit and _runs(one, installed.before) and not _runs(one, installed.alive)
+    }
     left: list[Action] = []
-    for action in changeset.actions:
-        if action.argv[:2] == ("systemctl", "try-restart"):
-            units = [unit for unit in action.argv[2:] if unit not in gone]
-            if not units:
-                continue
-            action = Action((*action.argv[:2], *units))
+    for action in actions:
+        units = [unit for unit in action.argv[2:] if unit not in gone]
         if action.argv[0] == "systemd-run" and action.argv[-1] in gone:
             continue
+        if action.argv[:2] == _TRY_RESTART:
+            if not units:
+                continue
+            action = Action((*_TRY_RESTART, *units))
         left.append(action)
     return tuple(left)
+
+
+def _pids(word: str, lines: list[str]) -> frozenset[int]:
+    told = [line.removeprefix(word) for line in lines if line.startswith(word)]
+    return frozenset(int(one) for one in told if one.isascii() and one.isdecimal())
 
 
 def _runs(restart: Restart, alive: frozenset[int]) -> bool:

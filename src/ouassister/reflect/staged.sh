@@ -22,6 +22,10 @@ step() { # one call of dpkg, in what is left of the time; who has its lock is wa
 		sleep 1
 	done
 }
+running() { # which of the processes are there
+	for pid in $pids; do [ ! -d "/proc/$pid" ] || echo "$1 $pid"; done
+}
+before=$(running before)
 result=0
 if [ -d "$folder" ]; then # else an earlier resume has done it
 	{ cd "$folder" && steps; } || result=$?
@@ -32,7 +36,8 @@ fi
 	echo "code $result"
 	dpkg-query -W -f '${Package} ${Architecture} ${Version} ${db:Status-Status}\n' $names \
 		2>/dev/null | sed 's/^/state /'
-	for pid in $pids; do [ ! -d "/proc/$pid" ] || echo "alive $pid"; done
+	echo "$before"
+	running alive
 	[ $result -eq 0 ] || tail -c 16000 "$state/log" | sed 's/^/log /'
 	echo end
 } >"$state/new"

@@ -26,11 +26,15 @@ _CONFIGURATION: Final = b"/etc/needrestart/needrestart.conf"
 
 @dataclass(frozen=True, slots=True)
 class RestartPlan:
-    """What is due in the guest. ``kernel`` is the newest one, unless it runs already."""
+    """What is due in the guest. ``kernel`` is the newest one, unless it runs already.
+
+    ``again`` are units that run what staged packages will replace.
+    """
 
     restarts: tuple[Restart, ...]
     kernel: str
     notes: tuple[str, ...]
+    again: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,12 @@ def make_plan(
         UpdaterError: The guest's own rules cannot be read.
     """
     notes: tuple[str, ...] = ()
+    again: frozenset[str] = frozenset()
     try:
-        found = exposed(read_uses(), entries, staged.files)
+        running = tuple(read_uses())
+        found = exposed(running, entries, staged.files)
+        if staged.files:
+            again = frozenset(use.unit for use, _files in exposed(running, (), staged.files))
     except OUassisterError as error:
         found = ()
         notes = (f"who runs replaced files cannot be told: {error.message}",)
@@ -81,7 +89,7 @@ def make_plan(
         units = [one.unit for one in restarts if one.verdict is Verdict.RESTART]
         restarts = policy.decide(found, needrestart.excluded(shadow, units))
     releases = [*tree["kernels"], *kernels.installed_by(staged.packages)]
-    return RestartPlan(restarts, kernels.newer(release, releases), notes)
+    return RestartPlan(restarts, kernels.newer(release, releases), notes, again)
 
 
 def _inside(layout: Layout, path: bytes) -> str:
