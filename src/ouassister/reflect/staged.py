@@ -11,7 +11,6 @@ the same script.
 from __future__ import annotations
 
 import re
-import secrets
 import shlex
 import time
 from dataclasses import dataclass
@@ -41,6 +40,10 @@ _CALLS: Final = {
 _SCRIPT: Final = Path(__file__).with_suffix(".sh")
 # A service of its own: the agent's restart ends what is in the agent's control group.
 _START: Final = """state=$1; umask 077
+if [ -d "$state" ] && systemctl is-active --quiet "$3"; then # an earlier resume began it
+	rm -f "$2"
+	exit 0
+fi
 rm -rf "$state"; mkdir "$state" && mv "$2" "$state/script" || exit 1
 if [ -d /run/systemd/system ]; then
 	exec systemd-run --quiet --collect --property=KillMode=process --unit="$3" \\
@@ -79,7 +82,7 @@ def install(vm: RunningVM, changeset: Changeset, hint: str) -> Installed:
     """
     name = f"ouassister-{changeset.changeset_id[:16]}"
     state = f"/run/{name}"
-    unit = f"{name}-{secrets.token_hex(4)}"
+    unit = f"{name}.service"
     try:
         vm.qga().write_file(f"{state}.sh", script(changeset, state).encode("ascii"))
         start = ["/bin/sh", "-c", _START, "ouassister", state, f"{state}.sh", unit]
