@@ -42,9 +42,11 @@ _NAMES: Final = "ouassister.disk.names_proof"
 _IDENTITY: Final = "ouassister.disk.identity"
 _TMPFS: Final = "ouassister.shadow.tmpfs_fill"
 EXTRACT: Final = "ouassister.changeset.extract"
+KEEP: Final = "ouassister.shadow.keep"
+_FILL: Final = {"folder": sandbox.MEMORY, "mounts": sandbox.TMPFS}
 _WANT: Final = frozenset((Subject.LOCKS, Subject.TMPFS_CONTENT))
 _SERVICES: Final = frozenset((Subject.TASKS, Subject.FILES, Subject.NETWORK, Subject.SWAP))
-_MODULES: Final = (_COHERENT, _PROOF, _NAMES, _IDENTITY, EXTRACT, _TMPFS, restart_plan.TREE)
+_MODULES: Final = (_COHERENT, _PROOF, _NAMES, _IDENTITY, EXTRACT, KEEP, _TMPFS, restart_plan.TREE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Options:
 
     timeout_s: float = 3600.0  # of each call of the guest's updater
     keep: bool = False  # the work folder stays
+    staging: bool = True  # what cannot be emulated is installed in the guest; else it is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,15 @@ class Guest:
         with timeline.phase("prove the view"):
             while self.proofs:
                 self.shadow.finish(self.proofs.pop())
+
+    def start_over(self) -> None:
+        """Forget what programs did; the next see the guest as it fell asleep."""
+        self.shadow.reset()
+        self.shadow.call(_TMPFS, "fill", _FILL)
+
+    def settle(self) -> None:
+        """There is no starting over any more."""
+        tmpfs_handover.forget(self.folder / "shadow" / "tmpfs")
 
     def identity(self) -> Identity:
         """Whose disk it is."""
@@ -130,9 +142,7 @@ def open_guest(
                 for number, volume in enumerate(layout.volumes)
                 if volume.is_ext
             ]
-            filling = shadow.begin(
-                _TMPFS, "fill", {"folder": sandbox.MEMORY, "mounts": sandbox.TMPFS}
-            )
+            filling = shadow.begin(_TMPFS, "fill", _FILL)
             for view in views:
                 shadow.call(_COHERENT, "apply", view)
             proofs = [shadow.begin(_PROOF, "prove", view) for view in views]
@@ -142,7 +152,8 @@ def open_guest(
                     proofs.append(shadow.begin(_NAMES, "prove", names))
             shadow.mount()
             notes += tuple(shadow.finish(filling))
-            tmpfs_handover.forget(memory)
+            if not updating:
+                tmpfs_handover.forget(memory)
             telling.wait()
             notes += handover.read_notes(folder / "shadow")
             shadow.know()

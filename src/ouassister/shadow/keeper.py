@@ -135,7 +135,7 @@ def _prepare_folders(configuration: Configuration) -> None:
     folders = [work / name for name in ("upper", "overlay", "output", "log", "excerpt")]
     for volume in range(len(configuration.layout.volumes)):
         folders += [work / "upper" / str(volume), work / "overlay" / str(volume)]
-    folders.append(cache / "apt")
+    folders += [cache / "apt", cache / sandbox.KEPT]
     for name in ("lists", "apt/archives"):
         folders += [cache / name, cache / name / "partial"]
     for folder in folders:  # parents before what is in them

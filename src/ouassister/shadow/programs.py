@@ -66,9 +66,14 @@ class Programs:
 
     def know(self, told: Told) -> None:
         """From now on, answer from this."""
+        self._told = told
+        self.forget()
+
+    def forget(self) -> None:
+        """Answer as if no program had run before."""
         if self._handlers is not None:
             self._handlers.close()
-        self._told, self._handlers = told, None
+        self._handlers = None
 
     def run(self, request: dict[str, Any]) -> dict[str, object]:
         """Run a program to its end.

@@ -103,6 +103,14 @@ class Shadow:
         """
         self._ask(op="mount")
 
+    def reset(self) -> None:
+        """Forget what programs wrote and recorded; the caller makes each tmpfs again.
+
+        Raises:
+            HostNotReadyError: The host does not let the union be mounted again.
+        """
+        self._ask(op="reset")
+
     def run(
         self,
         argv: Sequence[str],
