@@ -22,7 +22,13 @@ from ouassister.shadow import sandbox, tmpfs_handover
 from ouassister.shadow.procfs.collect import collect as collect_proc
 from ouassister.shadow.remove import remove_tree
 from ouassister.shadow.servicemanager.state import collect as collect_services
-from ouassister.shadow.session import Shadow, ShadowSpec, launch, open_shadow
+from ouassister.shadow.session import (
+    SCRIPT_TIMEOUT_S,
+    Shadow,
+    ShadowSpec,
+    launch,
+    open_shadow,
+)
 from ouassister.sleeping import Sleeping, open_sleeping, refuse_unsafe
 from ouassister.state.running import writer_of
 from ouassister.text import to_text
@@ -53,6 +59,7 @@ class Options:
 
     timeout_s: float = 3600.0  # of each call of the guest's updater
     keep: bool = False  # the work folder stays
+    script_timeout_s: float = SCRIPT_TIMEOUT_S  # of each script of a package
 
 
 @dataclass(frozen=True, slots=True)

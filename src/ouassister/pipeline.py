@@ -197,7 +197,7 @@ def _notes(guest: Guest) -> tuple[str, ...]:
 
 def _apt(guest: Guest, timeline: Timeline, options: Options) -> apt.Apt:
     mirrors = guest.sleeping.config.local_mirrors
-    return apt.Apt(guest.shadow, timeline.say, options.timeout_s, mirrors)
+    return apt.Apt(guest.shadow, timeline.say, options.timeout_s, mirrors, options.script_timeout_s)
 
 
 def _refresh(tool: apt.Apt, timeline: Timeline) -> tuple[LeftOut, ...]:

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_request(parser)
     parser.add_argument("--plan", metavar="ID", help="carry out exactly this plan")
     common.add_run(parser)
+    common.add_script_timeout(parser)
 
 
 def run(arguments: argparse.Namespace) -> common.Result:
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
     with Store() as store:
         config = common.find_vm(store, arguments.vm)
         story = common.timeline(arguments, store, config)
-        options = pipeline.Options(arguments.timeout, arguments.keep)
+        options = pipeline.Options(arguments.timeout, arguments.keep, arguments.script_timeout)
         report = pipeline.update_sleeping(config, wish, store, story, options)
     return status_of(report), codec.to_value(report), "\n".join(_lines(report, arguments.vm))
 

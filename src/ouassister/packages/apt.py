@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import (
+    DeadlineError,
     PackageNotFoundError,
     RepositoryError,
     UnsupportedGuestError,
@@ -26,6 +27,7 @@ from ouassister.model import Archive, LeftOut, PackageChange
 from ouassister.packages import apt_mirrors, apt_output
 from ouassister.shadow.events import open_regular
 from ouassister.shadow.fetch.proxy import PROXY
+from ouassister.shadow.session import SCRIPT_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +60,8 @@ _OPTIONS: Final = (
     "Dpkg::Options::=--force-confdef",
     "Dpkg::Options::=--force-confold",
 )
+# The second: a file larger than the room that was left when the program began (RLIMIT_FSIZE).
+_NO_ROOM: Final = ("No space left on device", "File too large")
 _PINS: Final = "preferences"
 # With all of a release's 60,000 packages in view, apt works for about a second before it calls dpkg
 # (dependency cache, solution, request to the planner). The plan has answered all that, so the run
@@ -100,6 +104,8 @@ class Apt:
         shadow: Where it runs.
         tell: Takes one line of progress.
         timeout_s: Limit of each call, in seconds.
+        local_mirrors: Addresses of this host that are meant when a source names them.
+        script_timeout_s: Limit of each script of a package, in seconds.
     """
 
     def __init__(
@@ -108,11 +114,13 @@ class Apt:
         tell: Callable[[str], None],
         timeout_s: float,
         local_mirrors: tuple[tuple[str, int], ...] = (),
+        script_timeout_s: float = SCRIPT_TIMEOUT_S,
     ) -> None:
         self._shadow = shadow
         self._tell = tell
         self._timeout_s = timeout_s
         self._local_mirrors = local_mirrors
+        self._script_timeout_s = script_timeout_s
         self._calls = 0
         self._pins: tuple[PackageChange, ...] = ()
         self._narrow = False
@@ -177,7 +185,7 @@ class Apt:
         if status != 0:
             raise UpdaterError(f"apt-get --print-uris: {apt_output.error_lines(output)}")
         if fetch:
-            if "No space left on device" in results["download"][1]:
+            if any(words in results["download"][1] for words in _NO_ROOM):
                 detail = apt_output.error_lines(results["download"][1])
                 raise WorkDiskFullError(f"no room for archives: {detail}")
             self._narrow = apt_output.same_changes(changes, results["simulate-excerpt"][1])
@@ -207,6 +215,7 @@ class Apt:
 
         Raises:
             UpdaterError: apt or dpkg failed, or left a package half-way.
+            DeadlineError: The same, since a script of a package was killed by its limit.
             WorkDiskFullError: The union layer found no room.
         """
         script = '"$@" && dpkg --audit >/run/ouassister/log/audit'
@@ -215,8 +224,14 @@ class Apt:
         argv = ["sh", "-c", script, "apt-get", *command]
         status, output = self._run(argv)
         if status != 0:
-            if "No space left on device" in output:
+            if any(words in output for words in _NO_ROOM):
                 raise WorkDiskFullError(f"the union layer: {apt_output.error_lines(output)}")
+            if self._shadow.expired:
+                told = "; ".join(f"{one} and was killed" for one in self._shadow.expired)
+                raise DeadlineError(
+                    f"{told}: {apt_output.error_lines(output)}",
+                    hint="look at what hangs in the run's log, or raise --script-timeout",
+                )
             raise UpdaterError(f"apt-get: {apt_output.error_lines(output)}")
         audit = self._shadow.read_log("audit")
         if audit.strip():
@@ -277,6 +292,7 @@ class Apt:
             mirrors=self._fetching[0] if network else None,
             output=name,
             timeout_s=self._timeout_s,
+            script_timeout_s=self._script_timeout_s,
             environment=_ENVIRONMENT,
             on_output=self._progress,
         )
