@@ -29,7 +29,7 @@ PIDS: Final = "pids"
 MEMORY: Final = "memory"
 _PREFIX: Final = "ouassister-"
 _OLD_S: Final = 3600.0
-_GONE_S: Final = 5.0  # for the kernel to take the last process out of a group
+_GONE_S: Final = 5.0
 _MAX_COUNTERS: Final = 1 << 16
 _V2_LIMITS: Final = {PIDS: "pids.max", MEMORY: "memory.max"}
 _V1_LIMITS: Final = {PIDS: "pids.max", MEMORY: "memory.limit_in_bytes"}
@@ -85,6 +85,17 @@ def find(proc: Path = Path("/proc/self")) -> tuple[Place, ...]:
                 if group is not None and _is_open(group):
                     places[controller] = Place(controller, 1, group)
     return tuple(places[name] for name in sorted(places))
+
+
+def forget(pid: int, patience_s: float = _GONE_S) -> None:
+    """Remove the group that a process made which has ended, however that came.
+
+    Raises:
+        OSError: A process is still in it.
+    """
+    for place in find():
+        for folder in place.folder.glob(f"{_PREFIX}{pid}-*"):
+            _remove(folder, patience_s)
 
 
 class Group:
@@ -146,18 +157,8 @@ class Group:
             os.close(descriptor)
         self._entrances.clear()
         self._counters.clear()
-        end = time.monotonic() + _GONE_S
         while self._folders:
-            try:
-                self._folders[-1].rmdir()
-            except FileNotFoundError:
-                self._folders.pop()
-            except OSError as error:
-                if error.errno != errno.EBUSY or time.monotonic() > end:
-                    raise
-                time.sleep(0.01)
-            else:
-                self._folders.pop()
+            _remove(self._folders.pop(), _GONE_S)
 
     def _limit(self, place: Place, folder: Path, most: int) -> None:
         if place.most is not None:
@@ -224,12 +225,28 @@ def _least(most: int | None, file: Path) -> int | None:
 
 def _is_open(folder: Path) -> bool:
     """Whether the caller may make a group here and move processes to it."""
-    return os.access(folder, os.W_OK | os.X_OK) and os.access(folder / "cgroup.procs", os.W_OK)
+    wanted = ((folder, os.W_OK | os.X_OK), (folder / "cgroup.procs", os.W_OK))
+    return all(os.access(path, mode, effective_ids=True) for path, mode in wanted)
 
 
 def _make(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def _remove(folder: Path, patience_s: float) -> None:
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.01)  # for the kernel to take the last process out of it
+        else:
+            return
 
 
 def _sweep(folder: Path) -> None:

@@ -1,13 +1,16 @@
 """What the guest's programs may take of the host, beside time: processes, memory, files, output.
 
-A control group (`cgroups`) counts all of a shadow together. Where there is none, resource limits
-do what they can. They are set in any case:
+A control group (`cgroups`) counts all of a shadow together. For what has none, there are resource
+limits, which do what they can:
 
-    RLIMIT_NPROC   processes of one user of the guest. A program with many users has it for each
+    RLIMIT_NPROC   without a group for processes. It counts those of one user of the guest, ours of
+                   the same id included; a program with many users has it for each
     RLIMIT_FSIZE   one file is not larger than what the disk has left. Only a sum fills a disk, and
                    `room` looks at that; but fallocate(2) takes any size at once
     RLIMIT_CORE    none
-    oom_score_adj  without a group for memory, the first that the kernel ends when memory is short
+    oom_score_adj  without a group for memory, the kernel ends something of the shadow first when
+                   memory is short, and of that the largest. Set by the keeper for all: who has
+                   changed its owner may not write it any more
 
 RLIMIT_AS and RLIMIT_DATA are not: they count what is reserved, not what is used, and a runtime
 reserves more than a host has.
@@ -43,11 +46,13 @@ class Limits:
         pids: Processes and threads, all together.
         memory_bytes: With what they keep in a tmpfs; 0 for half of the host's.
         output_bytes: What one program prints; more is dropped.
+        grouped: Make a control group, where the host lets us.
     """
 
     pids: int = 4096
     memory_bytes: int = 0
     output_bytes: int = 64 << 20
+    grouped: bool = True
 
     def memory(self) -> int:
         """The bytes of memory."""
@@ -60,17 +65,19 @@ class Limits:
 class Bounds:
     """The limits of one shadow, in force for whoever enters.
 
-    Made by the keeper, which has the caller's rights; entered by programs, which have none.
+    Made by the keeper, which has the caller's rights, for all that it will start; entered by
+    programs, which have none.
 
     Args:
         limits: How much.
-        grouped: Make a control group, where the host lets us.
     """
 
-    def __init__(self, limits: Limits, *, grouped: bool = True) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._most = {PIDS: limits.pids, MEMORY: limits.memory()}
-        self._group = Group(find() if grouped else (), self._most)
+        self._group = Group(find() if limits.grouped else (), self._most)
+        if MEMORY not in self._group.controllers:
+            Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_END)
 
     @property
     def controllers(self) -> tuple[str, ...]:
@@ -90,9 +97,8 @@ class Bounds:
         except OSError as error:
             grouped = ()
             recorder(record(f"the control group cannot be entered: {error.strerror}"))
-        if MEMORY not in grouped:
-            Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_END)
-        _lower(resource.RLIMIT_NPROC, self.limits.pids)
+        if PIDS not in grouped:
+            _lower(resource.RLIMIT_NPROC, self.limits.pids)
         _lower(resource.RLIMIT_FSIZE, largest_file)
         _lower(resource.RLIMIT_CORE, 0)
 

@@ -26,7 +26,7 @@ from ouassister.errors import (
     from_code,
 )
 from ouassister.model import Uts
-from ouassister.shadow import ids, raw, sandbox, told, watch
+from ouassister.shadow import cgroups, ids, raw, sandbox, told, watch
 from ouassister.shadow.events import (
     Event,
     open_regular,
@@ -148,7 +148,7 @@ class Shadow:
             package_cache=package_cache,
             output=output,
             timeout_s=timeout_s,
-            script_timeout_s=script_timeout_s,
+            script_timeout_s=float(script_timeout_s),
         )
         if output is not None and on_output is not None:
             self._follow(self.output_path(output), on_output)
@@ -301,6 +301,7 @@ def launch(preload: Sequence[str]) -> Iterator[Launch]:
             finally:
                 keeper.terminate()  # it kills the init and waits for it: then all is gone
                 keeper.wait()
+                cgroups.forget(keeper.pid)  # if it was killed
 
 
 @contextlib.contextmanager
