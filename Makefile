@@ -5,7 +5,8 @@
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
-# make bench  time and memory of inspect, beside volatility3 on the same guests
+# make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep
+#             beside the same in a plain chroot
 #
 # Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
 # environment in .venv with the versions and hashes of requirements/.
@@ -58,7 +59,8 @@ fuzz: .venv/ready
 
 # volatility3 has a licence of its own: a virtual environment of the bench alone.
 bench: .venv/ready build/bench-venv/ready
-	$(ROOT) $(BIN)/python -m bench.inspect_bench build/bench.json
+	$(ROOT) $(BIN)/python -m bench.inspect_bench build/bench.json; inspect=$$?; \
+	$(ROOT) $(BIN)/python -m bench.offline_bench build/bench.json && exit $$inspect
 
 build/bench-venv/ready: build/deps bench/requirements.txt
 	$(PYTHON) -m venv build/bench-venv
