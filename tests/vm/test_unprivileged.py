@@ -31,6 +31,8 @@ def user() -> Iterator[User]:
 
 
 def test_user_plans_updates_and_resumes_a_guest(user: User, prepared: Path) -> None:
+    capabilities = user.run(["sh", "-c", "grep ^Cap /proc/self/status; id -G"]).stdout.split()
+    assert capabilities[1::2][:3] == ["0" * 16] * 3, capabilities
     toml = give_guest(user, prepared)
     checks = user.ouassister("doctor").result
     missing = [f"{one['name']}: {one['detail']}" for one in checks if not one["ok"]]

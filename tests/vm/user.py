@@ -199,7 +199,7 @@ def take_ids(user: User) -> None:
 
 def _install(folder: Path) -> None:
     """Put the package and what it needs, without what only tests need, into an environment."""
-    _do(sys.executable, "-m", "venv", "--without-pip", str(folder))
+    _do(_interpreter(), "-m", "venv", "--without-pip", str(folder))
     purelib = sysconfig.get_path("purelib", vars={"base": str(folder)})
     target = Path(purelib)
     names = re.findall(r"^([\w.-]+)==", (ROOT / "requirements/runtime.txt").read_text(), re.M)
@@ -214,6 +214,16 @@ def _install(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
+
+
+def _interpreter() -> str:
+    """A Python of our version that everybody may run: extension modules fit no other."""
+    ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for name in (os.path.realpath(sys.executable), f"/usr/bin/python{ours}"):
+        path = Path(name).resolve()
+        if path.exists() and all(one.stat().st_mode & 0o001 for one in (path, *path.parents)):
+            return str(path)
+    return lacking(f"no Python {ours} that users may run ('make deps' installs Debian's)")
 
 
 def _do(*command: str) -> None:
