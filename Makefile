@@ -3,6 +3,7 @@
 # make check  format, lint, types and the fast tests
 # make view-test SEEDS=n   the view of n random guests against what they say when they wake up
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
+# make cgroup-test         control groups of version 2, in a guest that has them
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
 # make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep
@@ -47,6 +48,10 @@ view-test: .venv/ready
 kernel-test: .venv/ready
 	$(ROOT) env OUASSISTER_KERNELS=all \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_kernels.py $(PYTEST)
+
+cgroup-test: .venv/ready
+	$(ROOT) env OUASSISTER_CGROUP_TEST=1 \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_cgroup_version_2.py $(PYTEST)
 
 GUEST := bookworm
 fidelity: .venv/ready $(APPLIER)
@@ -110,4 +115,4 @@ lock:
 clean:
 	rm -rf build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test fidelity fuzz bench applier guest-tests deps lock clean
+.PHONY: demo test check view-test kernel-test cgroup-test fidelity fuzz bench applier guest-tests deps lock clean

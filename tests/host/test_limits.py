@@ -60,8 +60,6 @@ def run(
     shadow: Shadow, argv: list[str], *, timeout_s: float = 120, script_timeout_s: float = 300
 ) -> tuple[int, list[str]]:
     """Status, and what was printed by this run."""
-    path = shadow.output_path("told")
-    path.unlink(missing_ok=True)
     status = shadow.run(
         argv,
         package_cache=False,
@@ -69,7 +67,7 @@ def run(
         timeout_s=timeout_s,
         script_timeout_s=script_timeout_s,
     )
-    return status, path.read_text().splitlines()
+    return status, shadow.output_path("told").read_text().splitlines()
 
 
 @pytest.mark.parametrize("name", ["oua-forever", "oua-held", "oua-chatty"])

@@ -17,7 +17,7 @@ class Output:
     """One program's standard output and error.
 
     Args:
-        path: The file to append to; made when it is missing.
+        path: The file; what an earlier program printed there is gone.
         limit: Bytes that are kept.
 
     Attributes:
@@ -26,7 +26,7 @@ class Output:
     """
 
     def __init__(self, path: str, limit: int) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._file = os.open(path, flags, 0o644)
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
