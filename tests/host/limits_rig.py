@@ -48,6 +48,8 @@ def make_disk(folder: Path) -> Path:
     tree = folder / "tree"
     for name in ("dev", "proc", "sys", "run", "tmp", "etc", "root", "debs"):
         (tree / name).mkdir(parents=True)
+    for name in ("lib/apt/lists", "cache/apt"):
+        (tree / "var" / name).mkdir(parents=True)
     for name in ("info", "updates", "triggers"):
         (tree / "var/lib/dpkg" / name).mkdir(parents=True)
     for name in ("status", "available"):
@@ -81,7 +83,7 @@ def _install(program: Path, target: Path, tree: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(disk: Path, work: Path, limits: Limits) -> Iterator[Shadow]:
+def opened(disk: Path, work: Path, limits: Limits, cache: Path | None = None) -> Iterator[Shadow]:
     """A shadow with its tree mounted; nothing of it is left afterwards."""
     size = disk.stat().st_size
     layout = Layout(
@@ -93,7 +95,7 @@ def opened(disk: Path, work: Path, limits: Limits) -> Iterator[Shadow]:
         launched = stack.enter_context(launch(()))
         spec = ShadowSpec(
             work=work,
-            cache=work / "cache",
+            cache=cache or work / "cache",
             storage=create_overlays(layout.volumes, {"vda": Image(disk, "raw")}, work),
             layout=layout,
             uts=UTS,

@@ -173,6 +173,18 @@ def test_disk_that_is_being_filled_keeps_a_reserve(disk: Path, small: Path) -> N
             run(shadow, ["true"])
 
 
+def test_download_keeps_a_reserve_of_its_own_disk(disk: Path, tmp_path: Path, small: Path) -> None:
+    fill = (
+        "while :; do dd if=/dev/zero bs=512k count=1 2>/dev/null; done >/var/cache/apt/archives/x"
+    )
+    cache = small / "cache"
+    with opened(disk, tmp_path / "work", Limits(), cache) as shadow:
+        with pytest.raises(WorkDiskFullError, match=f"only a reserve is left at {cache}"):
+            shadow.run(["sh", "-c", fill], output="told", timeout_s=240)
+        left = os.statvfs(small)
+        assert left.f_bavail * left.f_frsize > room.reserve_bytes(192 * MIB) // 2
+
+
 def test_file_that_is_larger_than_the_disk_is_refused_at_once(disk: Path, small: Path) -> None:
     with opened(disk, small / "work", Limits()) as shadow:
         before = os.statvfs(small).f_bavail

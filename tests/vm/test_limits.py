@@ -31,3 +31,19 @@ def test_script_that_does_not_end_is_named_and_nothing_is_left(world: World) -> 
 def test_limit_that_is_no_time_is_refused(world: World) -> None:
     done = world.run("update", "--script-timeout", "0")
     assert done.status == 2
+
+
+def test_programs_that_the_stand_in_starts_have_limits_too(world: World) -> None:
+    """A package may bring a systemctl of its own, and the service manager's stand-in starts it."""
+    script = (
+        "mv /usr/bin/systemctl /usr/bin/real; ulimit -f;"
+        " printf '#!/bin/sh\\nulimit -f >>/root/limits\\nexec /usr/bin/real \"$@\"\\n'"
+        " >/usr/bin/systemctl; chmod 755 /usr/bin/systemctl;"
+        " /usr/bin/real disable ssh.service >/dev/null 2>&1; cat /root/limits"
+    )
+    done = world.run("run", "--", "sh", "-c", script)
+    assert done.status == 0, done
+    own, *others = done.result["output"].split()
+    assert own.isdigit()
+    assert others
+    assert set(others) == {own}

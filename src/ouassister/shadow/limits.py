@@ -84,19 +84,20 @@ class Bounds:
         """What the control group bounds."""
         return self._group.controllers
 
-    def enter(self, largest_file: int, recorder: Recorder) -> None:
+    def enter(self, largest_file: int, recorder: Recorder | None) -> None:
         """Bound the calling process and what it starts.
 
         Args:
             largest_file: Bytes.
-            recorder: Told when the control group cannot be entered.
+            recorder: Told when the control group cannot be entered; None where that was told.
         """
         grouped = self.controllers
         try:
             self._group.join()
         except OSError as error:
             grouped = ()
-            recorder(record(f"the control group cannot be entered: {error.strerror}"))
+            if recorder is not None:
+                recorder(record(f"the control group cannot be entered: {error.strerror}"))
         if PIDS not in grouped:
             _lower(resource.RLIMIT_NPROC, self.limits.pids)
         _lower(resource.RLIMIT_FSIZE, largest_file)

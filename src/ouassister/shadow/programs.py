@@ -131,7 +131,8 @@ class Programs:
                 limit = self._bounds.limits.output_bytes
                 printed = Output(f"{_OUTPUT}/{output}", limit)
                 program = replace(program, output=printed.writer)
-            enter = partial(self._bounds.enter, room.left()[0], self._recorder)
+            largest = room.left()[0]
+            enter = partial(self._bounds.enter, largest, self._recorder)
             child = os.fork()
             if child == 0:
                 ours.close()
@@ -141,7 +142,11 @@ class Programs:
             procfs.close()
             if printed is not None:
                 printed.started()
-        services = Attached(self._told.services, f"{_OUTPUT}/{RECORDS}")
+        services = Attached(
+            self._told.services,
+            f"{_OUTPUT}/{RECORDS}",
+            partial(self._bounds.enter, largest, None),
+        )
         try:
             answer = self._wait(child, ours, services, printed, watch)
         except BaseException:
