@@ -47,3 +47,10 @@ def test_programs_that_the_stand_in_starts_have_limits_too(world: World) -> None
     assert own.isdigit()
     assert others
     assert set(others) == {own}
+
+
+def test_download_that_no_disk_has_room_for_is_named(world: World) -> None:
+    done = world.run("update", "--install", "oua-huge")
+    assert (done.status, done.code) == (31, "work-disk-full"), done
+    assert "no room for archives" in done.value["error"]["message"]
+    assert leftovers(world.home) == NOTHING

@@ -141,7 +141,9 @@ def temporary_user() -> Iterator[User]:
     lock = Path(tempfile.gettempdir(), f"{_NAME}.lock")
     with lock.open("w") as locked:
         fcntl.flock(locked, fcntl.LOCK_EX)
-        _remove()  # of a run that was killed
+        _remove()  # of a run that was killed, as the folders
+        for left in Path("/var/tmp").glob("ouassister-user-*"):  # noqa: S108
+            shutil.rmtree(left)
         place = Path(tempfile.mkdtemp(prefix="ouassister-user-", dir="/var/tmp"))
         try:
             place.chmod(0o755)
@@ -241,7 +243,7 @@ def _take_all() -> None:
 
 
 def _remove() -> None:
-    subprocess.run(["userdel", _NAME], check=False, capture_output=True)
+    subprocess.run(["userdel", "--force", _NAME], check=False, capture_output=True)
     with contextlib.suppress(KeyError):
         pwd.getpwnam(_NAME)
         raise AssertionError(f"the user {_NAME} cannot be removed")

@@ -60,8 +60,13 @@ _OPTIONS: Final = (
     "Dpkg::Options::=--force-confdef",
     "Dpkg::Options::=--force-confold",
 )
-# The second: a file larger than the room that was left when the program began (RLIMIT_FSIZE).
-_NO_ROOM: Final = ("No space left on device", "File too large")
+# The second: a file larger than the room that was left when the program began (RLIMIT_FSIZE). The
+# third is apt's own, before it fetches.
+_NO_ROOM: Final = (
+    "No space left on device",
+    "File too large",
+    "You don't have enough free space in",
+)
 _PINS: Final = "preferences"
 # With all of a release's 60,000 packages in view, apt works for about a second before it calls dpkg
 # (dependency cache, solution, request to the planner). The plan has answered all that, so the run
