@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ouassister.shadow import cgroups, room, scripts
+from ouassister.shadow import cgroups, limits, room, scripts
 from ouassister.shadow.cgroups import Place
 from ouassister.shadow.limits import Limits
 from ouassister.shadow.output import CUT, Output
@@ -273,3 +273,25 @@ def test_host_without_the_controllers_has_none(tmp_path: Path) -> None:
     top = group(tmp_path / "top", cgroup__subtree_control="cpu")
     place = proc(tmp_path, "0::/\n", f"/ {top} - cgroup2 cgroup2 rw,nsdelegate")
     assert cgroups.find(place) == ()
+
+
+def test_group_that_cannot_be_limited_is_left_out_and_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It could be made, but is none: a folder of some other file system."""
+    monkeypatch.setattr(cgroups, "find", lambda: (Place("pids", 2, tmp_path),))
+    monkeypatch.setattr(limits, "find", cgroups.find)
+    monkeypatch.setattr(limits, "_WHO_ENDS_FIRST", str(tmp_path / "oom_score_adj"))
+    bounds = limits.Bounds(Limits())
+    assert bounds.controllers == ()
+    records: list[dict[str, object]] = []
+    bounds.tell_reached(records.append)
+    bounds.tell_reached(records.append)
+    (record,) = records
+    assert record["outcome"] == "limited"
+    assert "no control group bounds programs in the shadow: pids: [Errno 2]" in str(
+        record["detail"]
+    )
+    assert (tmp_path / "oom_score_adj").read_text() == "1000"
+    bounds.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["oom_score_adj"]

@@ -102,8 +102,12 @@ class Group:
     """A group, made in one or more trees.
 
     Args:
-        places: Where; see `find`. One that turns out to be closed is left out.
+        places: Where; see `find`. One where it cannot be made is left out.
         limits: For each controller, the most.
+
+    Attributes:
+        controllers: What is bounded.
+        refused: What is not, though there was a place for it, and why.
     """
 
     def __init__(self, places: tuple[Place, ...], limits: dict[str, int]) -> None:
@@ -112,21 +116,14 @@ class Group:
         self._counters: dict[str, tuple[int, bytes]] = {}
         self._seen: dict[str, int] = {}
         self.controllers: tuple[str, ...] = ()
+        self.refused: tuple[str, ...] = ()
         name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-        made: dict[Path, Path] = {}
         for place in places:
             _sweep(place.folder)
             try:
-                if place.folder not in made:
-                    made[place.folder] = _make(place.folder / name)
-                    self._folders.append(made[place.folder])
-                self._limit(place, made[place.folder], limits[place.controller])
+                self._add(place, place.folder / name, limits[place.controller])
             except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
-                    self.remove()
-                    raise
-        for folder in self._folders:
-            self._entrances.append(os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC))
+                self.refused = (*self.refused, f"{place.controller}: {error}")
 
     def join(self) -> None:
         """Put the calling process in, and with it what it will start.
@@ -160,7 +157,11 @@ class Group:
         while self._folders:
             _remove(self._folders.pop(), _GONE_S)
 
-    def _limit(self, place: Place, folder: Path, most: int) -> None:
+    def _add(self, place: Place, folder: Path, most: int) -> None:
+        if folder not in self._folders:
+            folder.mkdir()
+            self._folders.append(folder)
+            self._entrances.append(os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC))
         if place.most is not None:
             most = min(most, place.most)
         name = (_V1_LIMITS if place.version == 1 else _V2_LIMITS)[place.controller]
@@ -227,11 +228,6 @@ def _is_open(folder: Path) -> bool:
     """Whether the caller may make a group here and move processes to it."""
     wanted = ((folder, os.W_OK | os.X_OK), (folder / "cgroup.procs", os.W_OK))
     return all(os.access(path, mode, effective_ids=True) for path, mode in wanted)
-
-
-def _make(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 def _remove(folder: Path, patience_s: float) -> None:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from ouassister.shadow.syscalls.records import Recorder
 
 _LEAST_MEMORY: Final = 1 << 30
-_FIRST_TO_END: Final = "1000"
+_WHO_ENDS_FIRST: Final = "/proc/self/oom_score_adj"
+_MOST_LIKELY: Final = "1000"
 _WHAT: Final = {PIDS: "{} processes", MEMORY: "{} bytes of memory"}
 
 
@@ -76,8 +77,9 @@ class Bounds:
         self.limits = limits
         self._most = {PIDS: limits.pids, MEMORY: limits.memory()}
         self._group = Group(find() if limits.grouped else (), self._most)
+        self._untold = self._group.refused
         if MEMORY not in self._group.controllers:
-            Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_END)
+            Path(_WHO_ENDS_FIRST).write_text(_MOST_LIKELY)
 
     @property
     def controllers(self) -> tuple[str, ...]:
@@ -104,7 +106,13 @@ class Bounds:
         _lower(resource.RLIMIT_CORE, 0)
 
     def tell_reached(self, recorder: Recorder) -> None:
-        """Write down which limits of the group refused something since the last call."""
+        """Write down which limits of the group refused something since the last call.
+
+        At the first call also what could not be put into one.
+        """
+        for refused in self._untold:
+            recorder(record(f"no control group bounds programs in the shadow: {refused}"))
+        self._untold = ()
         for controller in self._group.reached():
             what = _WHAT[controller].format(self._most[controller])
             recorder(record(f"programs in the shadow reached the limit of {what}"))
