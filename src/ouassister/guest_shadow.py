@@ -22,7 +22,13 @@ from ouassister.shadow import sandbox, tmpfs_handover, told
 from ouassister.shadow.procfs.collect import collect as collect_proc
 from ouassister.shadow.remove import remove_tree
 from ouassister.shadow.servicemanager.state import collect as collect_services
-from ouassister.shadow.session import Shadow, ShadowSpec, launch, open_shadow
+from ouassister.shadow.session import (
+    SCRIPT_TIMEOUT_S,
+    Shadow,
+    ShadowSpec,
+    launch,
+    open_shadow,
+)
 from ouassister.shadow.trees import handover
 from ouassister.shadow.trees.collect import collect as collect_trees
 from ouassister.sleeping import Sleeping, open_sleeping, refuse_unsafe
@@ -55,6 +61,7 @@ class Options:
 
     timeout_s: float = 3600.0  # of each call of the guest's updater
     keep: bool = False  # the work folder stays
+    script_timeout_s: float = SCRIPT_TIMEOUT_S  # of each script of a package
     staging: bool = True  # what cannot be emulated is installed in the guest; else it is refused
 
 

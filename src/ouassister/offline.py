@@ -166,7 +166,7 @@ def _notes(guest: Guest) -> tuple[str, ...]:
 def apt_of(guest: Guest, timeline: Timeline, options: Options) -> apt.Apt:
     """The guest's apt, with the story as its progress."""
     mirrors = guest.sleeping.config.local_mirrors
-    return apt.Apt(guest.shadow, timeline.say, options.timeout_s, mirrors)
+    return apt.Apt(guest.shadow, timeline.say, options.timeout_s, mirrors, options.script_timeout_s)
 
 
 def refresh(tool: apt.Apt, timeline: Timeline) -> tuple[LeftOut, ...]:

@@ -172,7 +172,7 @@ def texts() -> Iterator[tuple[Path, str]]:
         below[:] = [
             one for one in below if one not in skipped and not one.endswith((".egg-info", "_cache"))
         ]
-        for file in files:
+        for file in set(files) - {".git"}:  # in a work tree of git(1) it is a file
             path = Path(folder, file)
             data = path.read_bytes()
             if b"\0" not in data:

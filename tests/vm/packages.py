@@ -91,6 +91,18 @@ BEFORE: Final = (
     ),
 )
 
+# In the index alone: nobody has a disk for it.
+HUGE: Final = f"""
+Package: oua-huge
+Version: 1.0
+Architecture: all
+Maintainer: Tests <tests@localhost>
+Description: larger than any disk
+Filename: ./oua-huge_1.0_all.deb
+Size: {1 << 60}
+SHA256: {"0" * 64}
+"""
+
 AFTER: Final = (
     Package(
         "oua-daemon",

@@ -70,6 +70,7 @@ class Repository:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.missing: set[str] = set()
+        self.more = ""  # stanzas of what does not lie in the folder
         self.requests: list[str] = []
         handler = partial(_Handler, self, directory=str(folder))
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -85,14 +86,14 @@ class Repository:
         self._server.server_close()
 
     def publish(self) -> None:
-        """Write the indexes for what lies in the folder."""
+        """Write the indexes for what lies in the folder, and ``more``."""
         index = subprocess.run(
             ["apt-ftparchive", "packages", "."],
             cwd=self.folder,
             check=True,
             capture_output=True,
         ).stdout
-        (self.folder / "Packages").write_bytes(index)
+        (self.folder / "Packages").write_bytes(index + self.more.encode())
         release = subprocess.run(
             ["apt-ftparchive", "release", "."],
             cwd=self.folder,

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refuse what cannot be emulated, instead of having the guest install it",
     )
     common.add_run(parser)
+    common.add_script_timeout(parser)
 
 
 def run(arguments: argparse.Namespace) -> common.Result:
@@ -40,7 +41,10 @@ def run(arguments: argparse.Namespace) -> common.Result:
         config = common.find_vm(store, arguments.vm)
         story = common.timeline(arguments, store, config)
         options = pipeline.Options(
-            arguments.timeout, arguments.keep, staging=not arguments.no_staging
+            arguments.timeout,
+            arguments.keep,
+            arguments.script_timeout,
+            staging=not arguments.no_staging,
         )
         report = pipeline.update_sleeping(config, wish, store, story, options)
     return status_of(report), codec.to_value(report), "\n".join(_lines(report, arguments.vm))

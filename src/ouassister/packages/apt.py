@@ -28,6 +28,7 @@ from ouassister.packages import apt_mirrors, apt_output, apt_status
 from ouassister.packages.apt_status import PackageError, Work
 from ouassister.shadow.events import open_regular
 from ouassister.shadow.fetch.proxy import PROXY
+from ouassister.shadow.session import SCRIPT_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,13 @@ _OPTIONS: Final = (
     # The administrator's configuration files stay.
     "Dpkg::Options::=--force-confdef",
     "Dpkg::Options::=--force-confold",
+)
+# The second: a file larger than the room that was left when the program began (RLIMIT_FSIZE). The
+# third is apt's own, before it fetches.
+_NO_ROOM: Final = (
+    "No space left on device",
+    "File too large",
+    "You don't have enough free space in",
 )
 _PINS: Final = "preferences"
 _KEPT, _NEVER = 1001, -1  # apt_preferences(5), "How APT Interprets Priorities"
@@ -129,6 +137,8 @@ class Apt:
         shadow: Where it runs.
         tell: Takes one line of progress.
         timeout_s: Limit of each call, in seconds.
+        local_mirrors: Addresses of this host that are meant when a source names them.
+        script_timeout_s: Limit of each script of a package, in seconds.
     """
 
     def __init__(
@@ -137,11 +147,13 @@ class Apt:
         tell: Callable[[str], None],
         timeout_s: float,
         local_mirrors: tuple[tuple[str, int], ...] = (),
+        script_timeout_s: float = SCRIPT_TIMEOUT_S,
     ) -> None:
         self._shadow = shadow
         self._tell = tell
         self._timeout_s = timeout_s
         self._local_mirrors = local_mirrors
+        self._script_timeout_s = script_timeout_s
         self._calls = 0
         self._pins: tuple[PackageChange, ...] = ()
         self._staged: tuple[PackageChange, ...] = ()
@@ -209,7 +221,7 @@ class Apt:
         status, output = results["uris"]
         if status != 0:
             raise UpdaterError(f"apt-get --print-uris: {apt_output.error_lines(output)}")
-        if fetch and "No space left on device" in results["download"][1]:
+        if fetch and any(words in results["download"][1] for words in _NO_ROOM):
             detail = apt_output.error_lines(results["download"][1])
             raise WorkDiskFullError(f"no room for archives: {detail}")
         if "simulate-excerpt" in chains[0]:
@@ -251,7 +263,7 @@ class Apt:
             status, output = self._run(argv)
         except DeadlineError as error:
             timed_out, status, output = True, 1, f"E: {error.message}"
-        if "No space left on device" in output:
+        if status != 0 and any(words in output for words in _NO_ROOM):
             raise WorkDiskFullError(f"the union layer: {apt_output.error_lines(output)}")
         problem = f"apt-get: {apt_output.error_lines(output)}" if status != 0 else ""
         if status == 0 and (audit := self._shadow.read_log("audit")).strip():
@@ -314,6 +326,7 @@ class Apt:
             mirrors=self._fetching[0] if network else None,
             output=name,
             timeout_s=self._timeout_s,
+            script_timeout_s=self._script_timeout_s,
             environment=_ENVIRONMENT,
             on_output=self._progress,
         )

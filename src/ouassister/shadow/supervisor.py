@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ouassister.disk.layout import Layout
     from ouassister.model import Uts
+    from ouassister.shadow.limits import Bounds
 
 _MAX_REQUEST: Final = 1 << 20
 _FUSE2FS: Final = "fuse2fs"
@@ -59,12 +60,14 @@ class SupervisorError(Exception):
 class Supervisor:
     """The loop. One request at a time; what a running program asks is answered in between."""
 
-    def __init__(self, control: socket.socket, stage: str, layout: Layout, uts: Uts) -> None:
+    def __init__(
+        self, control: socket.socket, stage: str, layout: Layout, uts: Uts, bounds: Bounds
+    ) -> None:
         self._control = control
         self._stage = stage
         self._layout = layout
         self._uts = uts
-        self._programs = Programs(control, stage, layout, Told(GuestFacts(uts)))
+        self._programs = Programs(control, stage, layout, Told(GuestFacts(uts)), bounds)
         self._servers = Servers()
         self._calls: dict[int, int] = {}  # pid, and where its answer comes from
         self._buffer = b""

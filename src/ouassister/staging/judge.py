@@ -45,12 +45,14 @@ def failed(ran: Ran, planned: Collection[str]) -> Reasons:
 
 
 def refused(events: Iterable[Event], planned: Collection[str]) -> Reasons:
-    """Packages whose scripts called what the shadow has no true answer to.
+    """Packages whose scripts called what the shadow has no true answer to, or did not end.
 
     A script of an installed package that a trigger ran is named in the notes, and stages nothing.
     """
     reasons: Reasons = {}
     for event in events:
+        if event.outcome is Outcome.EXPIRED and event.package in planned:
+            reasons[event.package] = f"{event.detail} while the guest slept"
         ended = _ENDED.get(event.outcome)
         if ended is not None and event.package in planned:
             called = f"{' '.join(event.words)[:_MAX_SHOWN]!a}"
