@@ -6,25 +6,29 @@ import contextlib
 import shlex
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tests.fidelity import facts
 from tests.fidelity.facts import Facts
 from tests.vm.world import World
 
+from ouassister.errors import OUassisterError
 from ouassister.provider import qemu, vmtoml
 from ouassister.testing import Recipe, build_image, clone, guest_run, make_suspended
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from ouassister.provider.qemu import RunningVM
 
 BUILD: Final = Path(__file__).parents[2] / "build"
-_LIMIT_S: Final = 1800.0
-_SETTLED_S: Final = 120.0
+_LIMIT_S: Final = 3000.0
+_SETTLED_S: Final = 300.0
+_MARGIN_S: Final = 10.0  # the save file is finished some time after the guest fell asleep
+_MEMORY_MIB: Final = 1024
 # Nothing but the update shall change the twins.
 _QUIET: Final = "systemctl stop '*.timer'"
 # As a careful administrator would: nobody is asked, and what was edited stays.
@@ -33,9 +37,14 @@ _APT: Final = (
     " -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold"
 )
 _SETTLED: Final = (
-    'for i in $(seq 300); do [ -z "$(systemctl list-jobs --no-legend)" ] && exit 0;'
+    'for i in $(seq 600); do [ -z "$(systemctl list-jobs --no-legend)" ] && exit 0;'
     " sleep 0.2; done; systemctl list-jobs; exit 1"
 )
+# The repository of a test is on the host's loopback, which a guest has at this address (slirp).
+# The list is in memory: the guest's own says what it says to both twins.
+_HOST: Final = "10.0.2.2"
+_SOURCES: Final = "/dev/shm/twin.list"  # noqa: S108 - of the guest
+_ONLY: Final = f" -o Dir::Etc::SourceList={_SOURCES} -o Dir::Etc::SourceParts=-"
 
 
 class UpdateFailedError(Exception):
@@ -43,27 +52,45 @@ class UpdateFailedError(Exception):
 
 
 @dataclass(frozen=True)
+class Wish:
+    """What both shall do: install packages, or upgrade everything when there are none."""
+
+    packages: tuple[str, ...] = ()
+    local_port: int = 0  # of the only repository, on the host's loopback; 0: the guest's sources
+    may_fail: bool = False  # some package of it does not install, in the twin either
+
+
+@dataclass(frozen=True)
 class Pair:
-    """What came of one update of both twins. ``since_s``: when they fell asleep."""
+    """What came of one update of both twins.
+
+    ``since_s``: when they fell asleep, or a little earlier. ``update`` and ``resume`` are the
+    reports of the one that was updated in its sleep.
+    """
 
     theirs: Facts
     ours: Facts
     since_s: float
-    staged: frozenset[str]
-    reasons: tuple[str, ...]
+    update: Mapping[str, Any]
+    resume: Mapping[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def staged(self) -> dict[str, str]:
+        """Packages that the guest's own dpkg installed, and why."""
+        return {one["package"]: one["reason"] for one in self.update.get("staged", ())}
 
-def sleeping(release: str, packages: Sequence[str], *, outdated: bool) -> Path:
+
+def sleeping(release: str, packages: tuple[str, ...], *, outdated: bool) -> Path:
     """The ``vm.toml`` of a suspended guest with these packages beside the usual ones; cached."""
     usual = Recipe(suite=release)
     recipe = Recipe(suite=release, packages=(*usual.packages, *packages))
     image = build_image(BUILD / "guests", recipe, outdated=outdated, progress=print)
-    folder = BUILD / "guests" / f"{image.disk.parent.name}-suspended"
-    return make_suspended(image, folder, progress=print)
+    folder = BUILD / "guests" / f"{image.disk.parent.name}-{_MEMORY_MIB}-suspended"
+    return make_suspended(image, folder, memory_mib=_MEMORY_MIB, progress=print)
 
 
-def update_both(base: Path, folder: Path, packages: Sequence[str], *, upgrade: bool) -> Pair:
+def update_both(base: Path, folder: Path, wish: Wish) -> Pair:
     """Update a pair of twins, each its way, and ask both.
 
     Raises:
@@ -71,61 +98,86 @@ def update_both(base: Path, folder: Path, packages: Sequence[str], *, upgrade: b
     """
     subprocess.run(["make", "-s", "-C", str(Path(__file__).parents[1] / "view")], check=True)
     seconds: dict[str, float] = {}
-    since_s = base.with_name("save.img").resolve().stat().st_mtime
-    with _timed(seconds, "ours"):
-        ours, report = _in_its_sleep(clone(base, folder / "ours"), folder / "home", packages,
-                                     upgrade=upgrade)  # fmt: skip
-    with _timed(seconds, "twin"):
-        theirs = _by_itself(clone(base, folder / "twin"), packages, upgrade=upgrade)
-    staged = frozenset(report.get("staged", ()))
-    return Pair(theirs, ours, since_s, staged, tuple(report["notes"]), seconds)
+    save = base.with_name("save.img").resolve()
+    since_s = save.stat().st_mtime - _MARGIN_S
+    with contextlib.ExitStack() as stack:
+        with _timed(seconds, "ours"):
+            own, update, resume = _in_its_sleep(clone(base, folder / "ours"), folder / "home", wish)
+            stack.enter_context(_ended(own))
+        with _timed(seconds, "ask ours"):
+            ours = _settled_facts(own, since_s)
+            own.qmp.execute("stop")
+        with _timed(seconds, "twin"):
+            twin = _by_itself(clone(base, folder / "twin"), wish, stack)
+        with _timed(seconds, "ask the twin"):
+            theirs = _settled_facts(twin, since_s)
+            both = facts.one_sided(theirs, ours)
+            theirs = facts.with_digests(theirs, facts.digests(twin, both))
+            own.cont()
+            ours = facts.with_digests(ours, facts.digests(own, both))
+    return Pair(theirs, ours, since_s, update, resume, seconds)
 
 
-def _by_itself(toml: Path, packages: Sequence[str], *, upgrade: bool) -> Facts:
-    config = vmtoml.load(toml)
-    wish = "upgrade --with-new-pkgs" if upgrade else f"install {shlex.join(packages)}"
-    with qemu.restore(config, links_up=True) as vm, _ended(vm):
-        vm.qga()
-        vm.cont()
-        vm.qga().execute("guest-set-time", time=time.time_ns())
-        for command in (_QUIET, f"{_APT} update", f"{_APT} {wish}"):
-            done = guest_run(vm, command, timeout_s=_LIMIT_S, check=False)
-            if done.exit_status != 0:
-                words = (done.stdout + done.stderr).decode(errors="replace").strip()[-500:]
-                raise UpdateFailedError(f"the twin: {command!r}: {words}")
-        return _settled_facts(vm)
+def _by_itself(toml: Path, wish: Wish, stack: contextlib.ExitStack) -> RunningVM:
+    vm = stack.enter_context(_ended(qemu.restore(vmtoml.load(toml), links_up=True)))
+    vm.qga()
+    vm.cont()
+    guest_run(vm, _QUIET)
+    guest_run(vm, f"date -s @{time.time():.0f}")  # the agent would write /etc/adjtime
+    apt = _APT
+    if wish.local_port:
+        source = f"deb [trusted=yes] http://{_HOST}:{wish.local_port}/ ./\n"
+        vm.qga().write_file(_SOURCES, source.encode())
+        apt += _ONLY
+    words = shlex.join(wish.packages)
+    what = f"install {words}" if words else "upgrade --with-new-pkgs"
+    for command in (f"{apt} update", f"{apt} {what}"):
+        done = guest_run(vm, command, timeout_s=_LIMIT_S, check=False)
+        if done.exit_status != 0 and not (wish.may_fail and what in command):
+            told = (done.stdout + done.stderr).decode(errors="replace").strip()[-1500:]
+            raise UpdateFailedError(f"the twin: {command!r}: {told}")
+    return vm
 
 
 def _in_its_sleep(
-    toml: Path, home: Path, packages: Sequence[str], *, upgrade: bool
-) -> tuple[Facts, dict[str, list[str]]]:
-    world = World(toml, home)
-    words = [] if upgrade else [f"--install={name}" for name in packages]
-    report: dict[str, list[str]] = {}
-    for verb, arguments in (("update", words), ("resume", [])):
+    toml: Path, home: Path, wish: Wish
+) -> tuple[RunningVM, dict[str, Any], dict[str, Any]]:
+    world = World(toml, home, _LIMIT_S)
+    reports = []
+    for verb, arguments in (
+        ("update", [f"--install={name}" for name in wish.packages]),
+        ("resume", []),
+    ):
         done = world.run(verb, *arguments)
-        if done.status not in (0, 12):
-            raise UpdateFailedError(f"ours: {verb} ended with {done.status}: {done.value}")
-        report = report or done.result
-        if verb == "resume" and done.result["failed_actions"]:
-            raise UpdateFailedError(f"ours: {'; '.join(done.result['failed_actions'])}")
-    with qemu.attach(world.config) as vm, _ended(vm):
+        if done.status not in ((0, 11, 12) if wish.may_fail else (0, 12)):
+            with contextlib.suppress(OUassisterError), qemu.attach(world.config) as lost:
+                lost.kill()
+            told = done.value.get("error") or f"nothing to do: {done.value}"
+            raise UpdateFailedError(f"ours: {verb} ended with {done.status}: {told}")
+        reports.append(done.result)
+    vm = qemu.attach(world.config)
+    try:
         guest_run(vm, _QUIET)
-        return _settled_facts(vm), report
+        if reports[1]["failed_actions"] and not wish.may_fail:
+            raise UpdateFailedError(f"ours: {'; '.join(reports[1]['failed_actions'])}")
+    except BaseException:
+        vm.kill()
+        raise
+    return vm, reports[0], reports[1]
 
 
-def _settled_facts(vm: RunningVM) -> Facts:
+def _settled_facts(vm: RunningVM, since_s: float) -> Facts:
     done = guest_run(vm, _SETTLED, timeout_s=_SETTLED_S, check=False)
     if done.exit_status != 0:
         raise UpdateFailedError(f"jobs do not end: {done.stdout.decode(errors='replace')}")
-    return facts.ask(vm)
+    return facts.ask(vm, since_s)
 
 
 @contextlib.contextmanager
-def _ended(vm: RunningVM) -> Iterator[None]:
+def _ended(vm: RunningVM) -> Iterator[RunningVM]:
     """The guest does not outlive the block."""
     try:
-        yield
+        yield vm
     finally:
         vm.kill()
 

@@ -28,6 +28,7 @@ class Package:
     links: dict[str, str] = field(default_factory=dict)
     conffiles: tuple[str, ...] = ()
     scripts: dict[str, str] = field(default_factory=dict)
+    control: dict[str, str] = field(default_factory=dict)  # further control files, as they are
 
 
 def build(package: Package, folder: Path) -> Path:
@@ -42,6 +43,8 @@ def build(package: Package, folder: Path) -> Path:
     (control / "control").write_text("\n".join(lines) + "\n")
     if package.conffiles:
         (control / "conffiles").write_text("\n".join(package.conffiles) + "\n")
+    for name, text in package.control.items():
+        (control / name).write_text(text)
     for name, script in package.scripts.items():
         (control / name).write_text(f"#!/bin/sh\nset -e\n{script}\n")
         (control / name).chmod(0o755)
@@ -49,7 +52,7 @@ def build(package: Package, folder: Path) -> Path:
         target = tree / path.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(content)
-        if "/bin/" in path:
+        if "/bin/" in path or "/init.d/" in path:
             target.chmod(0o755)
     for path, link in package.links.items():
         target = tree / path.lstrip("/")
