@@ -268,8 +268,8 @@ class Entry:
 class Action:
     """Recorded in the shadow, done in the guest after its files are in place.
 
-    ``argv`` starts with the bare name of a program that `ouassister.shadow.recorder` stands in
-    for; every word was checked against its alphabet.
+    ``argv`` starts with the bare name of a program that we chose; every word was checked against
+    its alphabet.
     """
 
     argv: tuple[str, ...]

@@ -10,45 +10,35 @@ reflect        →  ResumeReport      the only step that a guest can feel
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset import archive
 from ouassister.changeset.extract import collect
-from ouassister.disk.storage import create_overlays, volume_name
 from ouassister.errors import (
     NothingPendingError,
     OUassisterError,
     StaleError,
     WorkDiskFullError,
 )
-from ouassister.guest_model import Subject
-from ouassister.interrupts import watched
-from ouassister.model import Changeset, Identity, Kind, LeftOut, Plan, Request, UpdateReport
+from ouassister.guest_shadow import EXTRACT, Guest, open_guest
+from ouassister.guest_shadow import Options as Options
+from ouassister.model import Changeset, Kind, LeftOut, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
 from ouassister.provider import qemu
 from ouassister.reflect.reflection import reflect
 from ouassister.restart import plan as restart_plan
 from ouassister.restart import uses as restart_uses
 from ouassister.restart.actions import coalesce
-from ouassister.shadow import sandbox, tmpfs_handover
-from ouassister.shadow.events import actions_of, read_actions, read_syscalls
-from ouassister.shadow.remove import remove_tree
-from ouassister.shadow.session import RECORDED, Shadow, ShadowSpec, launch, open_shadow
+from ouassister.shadow import sandbox
+from ouassister.shadow.events import actions_of
 from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
-from ouassister.sleeping import (
-    Sleeping,
-    open_sleeping,
-    refuse_running,
-    refuse_unsafe,
-)
+from ouassister.sleeping import refuse_running
 from ouassister.state.fence import check_fence
-from ouassister.state.running import writer_of
 from ouassister.store.database import ChangesetState, Store
 from ouassister.text import to_text
 
@@ -61,119 +51,8 @@ if TYPE_CHECKING:
     from ouassister.restart.uses import ProcessUse
     from ouassister.timeline import Timeline
 
-_COHERENT: Final = "ouassister.disk.coherent"
-_PROOF: Final = "ouassister.disk.proof"
-_NAMES: Final = "ouassister.disk.names_proof"
-_IDENTITY: Final = "ouassister.disk.identity"
-_TMPFS: Final = "ouassister.shadow.tmpfs_fill"
-_WANT: Final = frozenset((Subject.LOCKS, Subject.TMPFS_CONTENT))
-_EXTRACT: Final = "ouassister.changeset.extract"
-_MODULES: Final = (_COHERENT, _PROOF, _NAMES, _IDENTITY, _EXTRACT, _TMPFS, restart_plan.TREE)
 _REFRESH: Final = "refresh lists"
 _FETCH: Final = "plan and download"
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a run behaves; none of it changes what is updated."""
-
-    timeout_s: float = 3600.0  # of each call of the guest's updater
-    keep: bool = False  # the work folder stays
-
-
-@dataclass(frozen=True, slots=True)
-class Guest:
-    """A sleeping VM with its shadow open."""
-
-    sleeping: Sleeping
-    shadow: Shadow
-    folder: Path
-    proofs: list[int]  # calls that go on: is the view what the sleeping kernel knows?
-
-    def prove(self, timeline: Timeline) -> None:
-        """Wait for the proof that the view is true; nothing may leave the run before.
-
-        Raises:
-            CorruptGuestError: It is not.
-        """
-        if not self.proofs:
-            return
-        with timeline.phase("prove the view"):
-            while self.proofs:
-                self.shadow.finish(self.proofs.pop())
-
-    def identity(self) -> Identity:
-        """Whose disk it is."""
-        volume, inside = self.sleeping.layout.locate(b"/etc/machine-id")
-        argument = {"root": sandbox.lower(volume), "path": to_text(inside)}
-        return Identity(
-            self.sleeping.view.boot_id, self.shadow.call(_IDENTITY, "machine_id", argument)
-        )
-
-
-@contextlib.contextmanager
-def open_guest(
-    config: VmConfig, store: Store, timeline: Timeline, options: Options, *, updating: bool = True
-) -> Iterator[Guest]:
-    """Open the saved VM and start a shadow over it; at the end nothing of it is left.
-
-    With ``updating``, a guest whose package manager was at work is refused.
-    """
-    with contextlib.ExitStack() as stack:
-        launched = stack.enter_context(launch(_MODULES))
-        folder = stack.enter_context(_work_folder(store, config.name, keep=options.keep))
-        unflushed = folder / "shadow" / "unflushed"
-        unflushed.mkdir(parents=True)
-        with timeline.phase("read memory"):
-            sleeping = stack.enter_context(
-                open_sleeping(config, _WANT, lambda number: unflushed / volume_name(number))
-            )
-        if updating:
-            refuse_unsafe(sleeping)
-        stack.enter_context(
-            watched(config.name, lambda: any(writer_of(disk.path) for disk in config.disks))
-        )
-        layout = sleeping.layout
-        memory = folder / "shadow" / "tmpfs"
-        memory.mkdir()
-        notes = tmpfs_handover.write(memory, sleeping.view, shutil.disk_usage(folder).free)
-        spec = ShadowSpec(
-            work=folder,
-            cache=store.vm_folder(config.name) / "cache",
-            storage=create_overlays(layout.volumes, sleeping.disks, folder),
-            layout=layout,
-            uts=sleeping.view.uts,
-            avoid=(config.folder, *(Path(stamp.path) for stamp in sleeping.fence.disks)),
-        )
-        with timeline.phase("start shadow"):
-            shadow = stack.enter_context(open_shadow(launched, spec))
-        with timeline.phase("lay memory over disk"):
-            views = [
-                {"image": sandbox.export(number), "handover": sandbox.unflushed(number)}
-                for number, volume in enumerate(layout.volumes)
-                if volume.is_ext
-            ]
-            filling = shadow.begin(
-                _TMPFS, "fill", {"folder": sandbox.MEMORY, "mounts": sandbox.TMPFS}
-            )
-            for view in views:
-                shadow.call(_COHERENT, "apply", view)
-            proofs = [shadow.begin(_PROOF, "prove", view) for view in views]
-            for number, volume in enumerate(layout.volumes):
-                if volume.by_host_kernel:
-                    names = {"mounted": sandbox.lower(number), "names": sandbox.unflushed(number)}
-                    proofs.append(shadow.begin(_NAMES, "prove", names))
-            shadow.mount()
-            notes += tuple(shadow.finish(filling))
-            tmpfs_handover.forget(memory)
-        layout = replace(layout, notes=(*layout.notes, *notes))
-        sleeping = replace(sleeping, layout=layout)
-        guest = Guest(sleeping, shadow, folder, proofs)
-        try:
-            yield guest
-        except OUassisterError:
-            guest.prove(timeline)  # a view that is not true explains any other failure
-            raise
 
 
 def plan(
@@ -277,7 +156,7 @@ def _update_with(
             "record": f"{sandbox.WORK}/output/record.json",
             "devices": list(read_devices(guest.shadow.output_path(SYSCALLS)).items()),
         }
-        summary = guest.shadow.call(_EXTRACT, "run", argument)
+        summary = guest.shadow.call(EXTRACT, "run", argument)
         extraction = collect(summary, guest.shadow.output_path("record.json"))
     check_fence(guest.sleeping.fence)
     with timeline.phase("plan restarts"):
@@ -288,9 +167,7 @@ def _update_with(
             guest.sleeping.layout,
             guest.shadow,
         )
-    actions, recorded_notes = read_actions(guest.shadow.events_path(), frozenset(RECORDED))
-    called, call_notes = actions_of(read_syscalls(guest.shadow.output_path(SYSCALLS)))
-    actions, recorded_notes = (*actions, *called), (*recorded_notes, *call_notes)
+    actions, recorded_notes = actions_of(guest.shadow.events())
     with timeline.phase("store change set"):
         changeset = archive.build(
             extraction,
@@ -442,29 +319,6 @@ def _named(config: VmConfig, store: Store) -> Iterator[None]:
     store.remember(config.name, str(config.source))
     with store.lock(config.name):
         yield
-
-
-@contextlib.contextmanager
-def _work_folder(store: Store, vm: str, *, keep: bool) -> Iterator[Path]:
-    """A private folder of one run; leftovers of killed runs go first (we hold the VM's lock)."""
-    runs = store.vm_folder(vm) / "runs"
-    if runs.exists():
-        remove_tree(runs)
-    runs.mkdir(mode=0o700)
-    folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%dT%H%M%S-"), dir=runs))
-    try:
-        yield folder
-    finally:
-        _keep_log(folder, store.vm_folder(vm) / "last-run.log")
-        if not keep:
-            remove_tree(runs)
-
-
-def _keep_log(folder: Path, target: Path) -> None:
-    """Join what the guest's programs printed; what is not readable is not kept."""
-    logs = sorted((folder / "shadow" / "output").glob("*.log"))
-    with contextlib.suppress(OSError):
-        target.write_bytes(b"".join(log.read_bytes() for log in logs))
 
 
 def _report(

@@ -23,7 +23,7 @@ from ouassister.guest_model import Subject
 from ouassister.kernel import cached_names
 from ouassister.kernel.flushed import find, is_frozen, unflushed_part
 from ouassister.kernel.unflushed import collect
-from ouassister.memory import open_save
+from ouassister.memory import SaveFile, open_save
 from ouassister.model import Fence, GuestView
 from ouassister.packages import apt
 from ouassister.provider import qemu
@@ -37,17 +37,30 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from ouassister.memory import SaveFile
-
-
 _DISKS: Final = frozenset((Subject.FILE_SYSTEMS, Subject.BLOCK_DEVICES))
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """The open save file and the kernel in it, to be asked more; by one thread at a time."""
+
+    save: SaveFile
+    kernel: kernel.Guest
+
+    def look(self, view: GuestView, want: frozenset[Subject]) -> GuestView:
+        """Add to what is known; raises as `kernel.look`."""
+        return kernel.add(self.kernel, self.save, view, want)
+
+
+@dataclass(frozen=True, slots=True)
 class Sleeping:
-    """One suspended VM: what describes it, what its kernel knows, and what binds work to it."""
+    """One suspended VM: what describes it, what its kernel knows, and what binds work to it.
+
+    ``memory`` lasts as long as the context of `open_sleeping`.
+    """
 
     config: VmConfig
+    memory: Memory
     view: GuestView
     fence: Fence
     layout: Layout
@@ -83,29 +96,31 @@ def open_sleeping(
     refuse_running(config)
     if not config.save.exists():
         raise NotSuspendedError(f"{config.name} has no save file {config.save}")
-    # qemu-img tells the backing files while memory is read.
-    with ThreadPoolExecutor(1) as beside:
+    with contextlib.ExitStack() as stack:
+        # qemu-img tells the backing files while memory is read.
+        beside = stack.enter_context(ThreadPoolExecutor(1))
         binding = beside.submit(lambda: fence(config.save, chain(config)))
-        with open_save(config.save) as save:
-            if unflushed is not None:
-                save.require_full("update")
-                if save.format.name not in qemu.RESTORED:
-                    raise UnsupportedStateError(
-                        "format", 0, save.format.name, "not what a plain QEMU VM is resumed from"
-                    )
-            guest = kernel.open_guest(save)
-            subjects = _subjects(config) | want
-            view = kernel.look(guest, save, subjects)
-            if tree and not subjects >= _DISKS and needs_devices(view.mounts):
-                view = kernel.GuestReader(guest).fill(view, _DISKS)
-            layout = Layout((), ())
-            if tree:
-                layout = make_layout(view, host_kernel_mounts=config.host_kernel_mounts)
-            frozen: tuple[str, ...] = ()
-            if unflushed is not None:
-                frozen = _hand_over(guest.kernel, save, layout, unflushed)
-    disks = _match(config, view, layout)
-    yield Sleeping(config, view, binding.result(), layout, disks, frozen)
+        save = stack.enter_context(open_save(config.save))
+        if unflushed is not None:
+            save.require_full("update")
+            if save.format.name not in qemu.RESTORED:
+                raise UnsupportedStateError(
+                    "format", 0, save.format.name, "not what a plain QEMU VM is resumed from"
+                )
+        guest = kernel.open_guest(save)
+        subjects = _subjects(config) | want
+        view = kernel.look(guest, save, subjects)
+        if tree and not subjects >= _DISKS and needs_devices(view.mounts):
+            view = kernel.add(guest, save, view, _DISKS)
+        layout = Layout((), ())
+        if tree:
+            layout = make_layout(view, host_kernel_mounts=config.host_kernel_mounts)
+        frozen: tuple[str, ...] = ()
+        if unflushed is not None:
+            frozen = _hand_over(guest.kernel, save, layout, unflushed)
+        disks = _match(config, view, layout)
+        memory = Memory(save, guest)
+        yield Sleeping(config, memory, view, binding.result(), layout, disks, frozen)
 
 
 def _hand_over(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ouassister.shadow import raw
 from ouassister.shadow.procfs.server import Procfs, import_library
+from ouassister.shadow.procfs.snapshot import read
 
 FIRST_PID = 4_000_000
 
@@ -21,7 +22,7 @@ FIRST_PID = 4_000_000
 def main() -> None:
     snapshot, tree, channel, *argv = sys.argv[1:]
     import_library()
-    procfs = Procfs(Path(snapshot))
+    procfs = Procfs(read(Path(snapshot)))
     server = os.fork()
     if server == 0:
         raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)

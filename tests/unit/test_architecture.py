@@ -49,8 +49,11 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "reflect": BASE | {"changeset", "provider", "state", "store", "timeline"},
     "looking": BASE | {"kernel", "memory", "provider", "state"},
     "sleeping": BASE | {"disk", "kernel", "memory", "packages", "provider", "state"},
+    "guest_shadow": BASE
+    | {"disk", "interrupts", "kernel", "provider", "restart", "shadow", "sleeping", "state"}
+    | {"store", "timeline"},
     "pipeline": BASE
-    | {"changeset", "disk", "interrupts", "kernel", "memory", "packages", "provider", "reflect"}
+    | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
     | {"restart", "shadow", "sleeping", "state", "store", "timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},
@@ -89,6 +92,7 @@ PROCESSES: Final = frozenset(
         "shadow/host_mounts.py",
         "shadow/keeper.py",
         "shadow/remove.py",
+        "shadow/programs.py",
         "shadow/runner.py",
         "shadow/servicemanager/guestctl.py",
         "shadow/servicemanager/process.py",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ouassister import pipeline
+from ouassister import guest_shadow
 from ouassister.cli import main
 from ouassister.cli import main as entry
 from ouassister.cli.main import SCHEMA, VERBS
@@ -173,7 +173,7 @@ def test_word_that_is_no_package_is_refused_before_anything_starts(
 @pytest.fixture
 def no_shadow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shadow's first process, which starts while memory is read, is not needed here."""
-    monkeypatch.setattr(pipeline, "launch", lambda _preload: nullcontext())
+    monkeypatch.setattr(guest_shadow, "launch", lambda _preload: nullcontext())
 
 
 @pytest.mark.usefixtures("no_shadow")

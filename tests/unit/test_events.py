@@ -16,76 +16,59 @@ from ouassister.shadow.events import (
     Outcome,
     actions_of,
     encode,
-    read_actions,
     read_events,
+    read_syscalls,
+    read_values,
 )
-from ouassister.shadow.session import RECORDED
+from ouassister.shadow.procfs import recorder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PROGRAMS = frozenset(RECORDED)
 RELOAD = Action(("systemctl", "daemon-reload"))
 
 
-def read(folder: Path, text: str | bytes) -> tuple[tuple[Action, ...], tuple[str, ...]]:
-    path = folder / "events"
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_actions(path, PROGRAMS)
+def read(*lines: str) -> tuple[tuple[Action, ...], tuple[str, ...]]:
+    """What becomes of deferred calls, each of words that are separated by tabs."""
+    return actions_of(Event(Outcome.DEFERRED, tuple(line.split("\t"))) for line in lines)
 
 
-def test_no_file_means_that_nothing_was_recorded(tmp_path: Path) -> None:
-    assert read_actions(tmp_path / "events", PROGRAMS) == ((), ())
-    assert read(tmp_path, "") == ((), ())
+def test_nothing_recorded_is_nothing_to_do() -> None:
+    assert actions_of(()) == ((), ())
 
 
-def test_calls_become_actions_in_their_order(tmp_path: Path) -> None:
+def test_calls_become_actions_in_their_order() -> None:
     actions, notes = read(
-        tmp_path,
-        "deb-systemd-invoke\tstart\tssh.service\n"
-        "invoke-rc.d\tnginx\trestart\n"
-        "systemctl\t--no-block\trestart\tsystemd-udevd.service\n",
+        "systemctl\tstart\tssh.service",
+        "modprobe\tloop",
+        "systemctl\t--no-block\trestart\tsystemd-udevd.service",
     )
     assert actions == (
-        Action(("deb-systemd-invoke", "start", "ssh.service")),
-        Action(("invoke-rc.d", "nginx", "restart")),
+        Action(("systemctl", "start", "ssh.service")),
+        Action(("modprobe", "loop")),
         Action(("systemctl", "--no-block", "restart", "systemd-udevd.service")),
     )
     assert notes == ()
 
 
-def test_reload_comes_first_and_once(tmp_path: Path) -> None:
+def test_reload_comes_first_and_once() -> None:
     actions, _notes = read(
-        tmp_path,
-        "systemctl\trestart\ta.service\n"
-        "systemctl\t--system\tdaemon-reload\n"
-        "systemctl\tdaemon-reexec\n"
-        "systemctl\tdaemon-reload\n",
+        "systemctl\trestart\ta.service",
+        "systemctl\t--system\tdaemon-reload",
+        "systemctl\tdaemon-reexec",
+        "systemctl\tdaemon-reload",
     )
     assert actions == (RELOAD, Action(("systemctl", "restart", "a.service")))
 
 
-def test_repeated_call_is_done_once_where_it_was_last(tmp_path: Path) -> None:
-    line_a, line_b = "service\ta\trestart\n", "service\tb\trestart\n"
-    actions, _notes = read(tmp_path, line_a + line_b + line_a)
-    assert actions == (
-        Action(("service", "b", "restart")),
-        Action(("service", "a", "restart")),
-    )
-
-
-@pytest.mark.parametrize("verb", ["is-active", "is-failed", "show", "status", "list-units"])
-def test_question_is_no_action_and_is_told_once(tmp_path: Path, verb: str) -> None:
-    actions, notes = read(tmp_path, f"systemctl\t{verb}\tx.service\n" * 2)
-    assert actions == ()
-    assert notes == (f"a script asked 'systemctl {verb} x.service' and was told: unknown",)
+def test_repeated_call_is_done_once_where_it_was_last() -> None:
+    actions, _notes = read("modprobe\ta", "modprobe\tb", "modprobe\ta")
+    assert actions == (Action(("modprobe", "b")), Action(("modprobe", "a")))
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "rm\t-rf\t/",
-        "/bin/systemctl\tstart\ta",
         "systemctl\tstart\ta;reboot",
         "systemctl\tstart\t$(reboot)",
         "systemctl\tstart\ta b",
@@ -98,8 +81,8 @@ def test_question_is_no_action_and_is_told_once(tmp_path: Path, verb: str) -> No
         "\t",
     ],
 )
-def test_odd_words_are_not_done_and_told_in_ascii(tmp_path: Path, line: str) -> None:
-    actions, notes = read(tmp_path, line + "\n")
+def test_odd_words_are_not_done_and_told_in_ascii(line: str) -> None:
+    actions, notes = read(line)
     assert actions == ()
     assert len(notes) == 1
     assert notes[0].startswith("a recorded call with odd words is not done: ")
@@ -108,9 +91,9 @@ def test_odd_words_are_not_done_and_told_in_ascii(tmp_path: Path, line: str) -> 
     assert len(notes[0]) < 500
 
 
-def test_unit_names_with_escapes_pass(tmp_path: Path) -> None:
-    line = "systemctl\tstart\tsystemd-fsck@dev-disk-by\\x2duuid-a.service\tpath:/x=y\n"
-    assert read(tmp_path, line)[0] == (Action(tuple(line.rstrip().split("\t"))),)
+def test_unit_names_with_escapes_pass() -> None:
+    line = "systemctl\tstart\tsystemd-fsck@dev-disk-by\\x2duuid-a.service\tpath:/x=y"
+    assert read(line)[0] == (Action(tuple(line.split("\t"))),)
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "socket", "folder"])
@@ -126,30 +109,29 @@ def test_what_a_program_put_in_its_place_is_refused(tmp_path: Path, kind: str) -
             listener.bind(str(path))
     else:
         path.mkdir()
-    with pytest.raises(UpdaterError, match="a program in the shadow replaced events"):
-        read_actions(path, PROGRAMS)
+    for reader in (read_events, read_values, read_syscalls):
+        with pytest.raises(UpdaterError, match="a program in the shadow replaced events"):
+            reader(path)
 
 
-def test_any_bytes_are_taken(tmp_path: Path) -> None:
-    actions, notes = read(tmp_path, bytes(range(256)) * 4)
-    assert actions == ()
-    assert all(note.isprintable() for note in notes)
-
-
-def test_more_than_a_mebibyte_is_cut_at_a_line_and_told(tmp_path: Path) -> None:
-    line = "systemctl\tstart\t" + "a" * 200
-    whole = (1 << 20) // (len(line) + 1)
-    actions, notes = read(tmp_path, f"{line}\n" * (whole + 5) + "systemctl\tstart\tlast\n")
-    assert actions == (Action(tuple(line.split("\t"))),)
-    assert notes == ("more than 1 MiB of recorded calls; the rest is not done",)
-
-
-def test_too_many_calls_are_cut_and_told(tmp_path: Path) -> None:
-    lines = "".join(f"service\ts{i}\tstart\n" for i in range(4100)) + "systemctl\tdaemon-reload\n"
-    actions, notes = read(tmp_path, lines)
+def test_too_many_calls_are_cut_and_told() -> None:
+    lines = [f"systemctl\tstart\ts{i}.service" for i in range(4100)]
+    actions, notes = read(*lines, "systemctl\tdaemon-reload")
     assert actions[0] == RELOAD
     assert len(actions) == 1 + 4096
     assert notes == ("4 recorded calls over the limit are not done",)
+
+
+def test_values_below_proc_sys_are_read_as_they_were_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "values"
+    assert read_values(path) == ()
+    recorder(path)("net/ipv4/ip_forward", b"1")
+    assert read_values(path) == (
+        Event(Outcome.DEFERRED, ("sysctl", "-w", "net/ipv4/ip_forward=1")),
+    )
+    path.write_bytes(b"[]\n")
+    with pytest.raises(InternalError, match="a record of values"):
+        read_values(path)
 
 
 # --- records of the stand-in ---

@@ -33,7 +33,7 @@ def test_folders_are_made_and_made_again(tmp_path: Path) -> None:
     prepare(tmp_path)
     assert (tmp_path / "cache/apt/archives/bcc.deb").exists()
     assert (tmp_path / "cache/lists/partial").is_dir()
-    assert (tmp_path / "work/events").is_dir()
+    assert (tmp_path / "work/log").is_dir()
     assert (tmp_path / "work/upper/0").is_dir()
 
 
@@ -66,14 +66,14 @@ def shadow(folder: Path) -> Shadow:
     ours, theirs = socket.socketpair()
     theirs.close()
     spec = ShadowSpec(folder, folder, (), Layout((), ()), Uts("", "", "", "", "", ""), ())
-    (spec.shared / "events").mkdir(parents=True)
+    (spec.shared / "log").mkdir(parents=True)
     with ours:
         return Shadow(ours, spec, folder)
 
 
 def test_log_of_a_program_is_read_as_text(tmp_path: Path) -> None:
     one = shadow(tmp_path)
-    (one.spec.shared / "events" / "audit").write_bytes(b"\xff ok\n")
+    (one.spec.shared / "log" / "audit").write_bytes(b"\xff ok\n")
     assert one.read_log("audit") == "\\xff ok\n"
 
 
@@ -82,7 +82,7 @@ def test_log_that_no_shell_would_have_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     one = shadow(tmp_path)
-    path = one.spec.shared / "events" / "audit"
+    path = one.spec.shared / "log" / "audit"
     if kind == "link":
         path.symlink_to("/etc/hostname")
     elif kind == "pipe":

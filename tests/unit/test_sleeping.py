@@ -31,7 +31,7 @@ from ouassister.model import (
     Uts,
 )
 from ouassister.provider.vmtoml import Disk, VmConfig
-from ouassister.sleeping import Sleeping, open_sleeping, refuse_running, refuse_unsafe
+from ouassister.sleeping import Memory, Sleeping, open_sleeping, refuse_running, refuse_unsafe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +80,9 @@ def config(tmp_path: Path) -> VmConfig:
 
 
 def sleeping(config: VmConfig, **changes: object) -> Sleeping:
-    return Sleeping(config, replace(CLEAN, **changes), Fence(STAMP, ()), Layout((), ()), {})  # type: ignore[arg-type]
+    view = replace(CLEAN, **changes)  # type: ignore[arg-type]
+    memory = Memory(None, None)  # type: ignore[arg-type]  # nobody asks it
+    return Sleeping(config, memory, view, Fence(STAMP, ()), Layout((), ()), {})
 
 
 # --- memory forbids it ---

@@ -137,13 +137,28 @@ def trees(extras: Sequence[Extra] = ()) -> tuple[str, ...]:
     return (*ROOT_TREES, *(f"{extra.target}/tree" for extra in extras))
 
 
-def work(base: Path, folder: Path, seed: int, count: int, places: Sequence[str]) -> Run:
-    """Run the workload in a twin of ``base`` and suspend that at once, nothing synced."""
+def work(
+    base: Path,
+    folder: Path,
+    seed: int,
+    count: int,
+    places: Sequence[str],
+    before: str = "",
+    after: str = "",
+) -> Run:
+    """Run the workload in a twin of ``base`` and suspend that at once, nothing synced.
+
+    ``before`` and ``after`` are shell commands that the guest runs around it.
+    """
     toml = clone(base, folder)
     start = time.monotonic()
     with running(vmtoml.load(toml)) as vm:
+        if before:
+            guest_run(vm, before)
         command = [f"{_PLACE}/workload", str(seed), str(count), *places]
         told = guest_run(vm, command, timeout_s=300).stdout.decode()
+        if after:
+            guest_run(vm, after)
         worked = time.monotonic()
         suspend(vm)
     operations = {}

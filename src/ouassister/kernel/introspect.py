@@ -135,6 +135,12 @@ def look(guest: Guest, save: SaveFile, want: frozenset[Subject] = frozenset()) -
         return _look(guest, save, want)
 
 
+def add(guest: Guest, save: SaveFile, view: GuestView, want: frozenset[Subject]) -> GuestView:
+    """Let a view that `look` made contain more; raises as `introspect`."""
+    with guest.kernel.virtual.bounded(_MIN_READS + save.ram_bytes // _BYTES_PER_READ):
+        return GuestReader(guest).fill(view, want)
+
+
 def _look(guest: Guest, save: SaveFile, want: frozenset[Subject]) -> GuestView:
     kernel = guest.kernel
     processes = tasks.leaders(kernel)

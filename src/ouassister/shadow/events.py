@@ -25,13 +25,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_RECORDS: Final = 1 << 24
-_MAX_BYTES: Final = 1 << 20
+_MAX_VALUES: Final = 1 << 22
 _MAX_ACTIONS: Final = 4096
 _MAX_SHOWN: Final = 80
 _WORD: Final = re.compile(r"[A-Za-z0-9:_.@\\=/+-]{1,255}")  # unit names: systemd.unit(5)
-_QUERIES: Final = frozenset(
-    ("is-active", "is-failed", "is-system-running", "show", "status", "list-units")
-)
 _RELOADS: Final = frozenset(("daemon-reload", "daemon-reexec"))
 
 
@@ -103,6 +100,23 @@ def read_events(path: Path) -> tuple[Event, ...]:
     return tuple(events)
 
 
+def read_values(path: Path) -> tuple[Event, ...]:
+    """Read what was written below /proc/sys; see `ouassister.shadow.procfs.record`.
+
+    Raises:
+        InternalError: The file is not what the server of /proc writes.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(_MAX_VALUES)
+    except FileNotFoundError:
+        return ()
+    try:
+        return tuple(codec.from_value(Event, json.loads(one)) for one in content.splitlines())
+    except (ValueError, RecursionError) as error:
+        raise InternalError(f"a record of values below /proc/sys: {error}") from error
+
+
 def read_syscalls(path: Path) -> tuple[Event, ...]:
     """Read what the supervisor wrote of system calls; see `ouassister.shadow.syscalls.records`.
 
@@ -168,45 +182,6 @@ def actions_of(events: Iterable[Event]) -> tuple[tuple[Action, ...], tuple[str, 
         merged = merged[:_MAX_ACTIONS]
     head = (Action(("systemctl", "daemon-reload")),) if reload else ()
     return head + tuple(merged), tuple(dict.fromkeys(notes))
-
-
-def read_actions(
-    path: Path, programs: frozenset[str]
-) -> tuple[tuple[Action, ...], tuple[str, ...]]:
-    """Read what recorders wrote where no stand-in runs: words separated by tabs.
-
-    Args:
-        path: The file; a missing one means that nothing was recorded.
-        programs: The names that recorders have.
-
-    Returns:
-        As `actions_of`.
-    """
-    try:
-        with open_regular(path) as file:
-            raw = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        return (), ()
-    events: list[Event] = []
-    if len(raw) > _MAX_BYTES:
-        events.append(
-            Event(
-                Outcome.LOST, (), detail="more than 1 MiB of recorded calls; the rest is not done"
-            )
-        )
-        raw = raw[:_MAX_BYTES].rpartition(b"\n")[0]
-    told: list[str] = []
-    for line in raw.decode("ascii", "surrogateescape").splitlines():
-        words = tuple(line.split("\t"))
-        verb = next((word for word in words[1:] if not word.startswith("-")), "")
-        if words[0] not in programs or not all(_WORD.fullmatch(word) for word in words):
-            told.append(f"a recorded call with odd words is not done: {line[:_MAX_SHOWN]!a}")
-        elif verb in _QUERIES:
-            told.append(f"a script asked '{' '.join(words)}' and was told: unknown")
-        else:
-            events.append(Event(Outcome.DEFERRED, words))
-    actions, notes = actions_of(events)
-    return actions, tuple(dict.fromkeys((*notes, *told)))
 
 
 def open_regular(path: Path) -> BufferedReader:

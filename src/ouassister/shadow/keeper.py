@@ -31,6 +31,7 @@ from ouassister.disk.layout import Layout
 from ouassister.disk.storage import Daemon
 from ouassister.model import Uts
 from ouassister.shadow import host_mounts, raw, sandbox
+from ouassister.shadow.procfs.server import import_library
 from ouassister.shadow.supervisor import Supervisor
 
 IDS: Final = 65536  # a guest's uids and gids
@@ -64,6 +65,10 @@ def main() -> None:
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGTERM)
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    try:
+        import_library()
+    except OSError as error:
+        _give_up(control, f"libfuse 3: {error}")
     line = control.makefile("rb", buffering=0).readline()
     if not line:
         return  # the host's side changed its mind
@@ -126,7 +131,7 @@ def _prepare_folders(configuration: Configuration) -> None:
     What an earlier run left in the cache was in its hands: a link there leads anywhere.
     """
     work, cache = Path(configuration.work), Path(configuration.cache)
-    folders = [work / name for name in ("upper", "overlay", "output", "events", "excerpt")]
+    folders = [work / name for name in ("upper", "overlay", "output", "log", "excerpt")]
     for volume in range(len(configuration.layout.volumes)):
         folders += [work / "upper" / str(volume), work / "overlay" / str(volume)]
     folders.append(cache / "apt")

@@ -1,4 +1,9 @@
-"""Starts one program inside the tree: namespaces, mounts, system call filter, exec."""
+"""Starts one program inside the tree: namespaces, mounts, system call filter, exec.
+
+What it needs of who answers it is told on a channel, in messages with descriptors: the pid of its
+first process with the namespaces, the sockets of the service manager, the socket of the proxy, the
+listener of the filter. A message without descriptors is what failed.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +20,16 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from ouassister.shadow import raw, sandbox
 from ouassister.shadow.fetch import proxy
 from ouassister.shadow.mounts import enter_tree
+from ouassister.shadow.servicemanager import listen, open_namespaces
 from ouassister.shadow.syscalls.filter import ALL_PIDS, build_filter
 from ouassister.shadow.tmpfs_handover import read_places
 
 if TYPE_CHECKING:
     from ouassister.disk.layout import Layout
     from ouassister.model import Uts
+    from ouassister.shadow.procfs import Procfs
 
+GO: Final = b"go"  # the stand-ins serve: the program may start
 _SET_UP_FAILED: Final = 125
 _NOT_EXECUTABLE: Final = 126
 _NOT_FOUND: Final = 127
@@ -45,10 +53,23 @@ class Program:
     output: str | None
 
 
-def run(program: Program, stage: str, layout: Layout, uts: Uts, channel: socket.socket) -> NoReturn:
+def run(
+    program: Program,
+    stage: str,
+    layout: Layout,
+    uts: Uts,
+    channel: socket.socket,
+    procfs: Procfs,
+) -> NoReturn:
     """Run ``program`` and exit with its status; called in a child of the supervisor.
 
-    What goes wrong before the program starts is told on ``channel``.
+    Args:
+        program: The program.
+        stage: Where the stage lies.
+        layout: The guest's file systems.
+        uts: The guest's names.
+        channel: Takes what is needed of it, and what goes wrong before the program starts.
+        procfs: Its /proc, which somebody serves.
     """
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
     flags = raw.CLONE_NEWPID | raw.CLONE_NEWNS | raw.CLONE_NEWUTS | raw.CLONE_NEWIPC
@@ -56,13 +77,26 @@ def run(program: Program, stage: str, layout: Layout, uts: Uts, channel: socket.
     try:
         output = _open_output(program.output)
         raw.unshare(flags)
+        opened, tell_opened = os.pipe()
     except OSError as error:
         _fail(channel, error)
     first = os.fork()
     if first == 0:
-        _become_init(program, stage, layout, uts, channel, output)
-    channel.send(f"pid {first}".encode())
+        os.close(tell_opened)
+        os.read(opened, 1)
+        _become_init(program, stage, layout, uts, channel, output, procfs)
+    procfs.close()
+    try:
+        # Before the first process enters the tree: this one gets the same root then, and with it a
+        # /proc that does not show it.
+        namespaces = open_namespaces()
+        socket.send_fds(channel, [f"pid {first}".encode()], namespaces)
+    except OSError as error:
+        _fail(channel, error)
+    for descriptor in namespaces:
+        os.close(descriptor)
     channel.close()
+    os.close(tell_opened)
     _pid, status = os.waitpid(first, 0)
     os._exit(_exit_code(status))
 
@@ -74,6 +108,7 @@ def _become_init(
     uts: Uts,
     channel: socket.socket,
     output: int | None,
+    procfs: Procfs,
 ) -> NoReturn:
     """Build the tree, start the program, reap until it ends; the rest dies with this process."""
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -91,7 +126,13 @@ def _become_init(
         if program.fetches:
             with socket.create_server(proxy.ADDRESS) as listener:
                 socket.send_fds(channel, [b"proxy"], [listener.fileno()])
+        listeners = listen()
+        socket.send_fds(channel, [b"services"], listeners.descriptors())
+        listeners.close()
         first_pid = _skip_guest_pids()
+        procfs.cover()
+        if channel.recv(len(GO)) != GO:
+            raise OSError("nobody answers for the service manager")
         child = os.fork()
     except OSError as error:
         _fail(channel, error)

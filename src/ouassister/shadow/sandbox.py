@@ -24,11 +24,12 @@ UNFLUSHED: Final = "work/unflushed"  # see ouassister.disk.handover
 EXCERPT: Final = "work/excerpt"  # of the package lists, for the run itself
 MEMORY: Final = "work/tmpfs"  # see ouassister.shadow.tmpfs_handover
 TMPFS: Final = "tmpfs"  # where each of them is mounted once for all programs
+TOLD: Final = "work"  # see ouassister.shadow.told
 OWN_FOLDER: Final = b"/run/ouassister"  # what the shadow itself has in the tree
 CACHE: Final = "cache"  # kept between runs: package lists and archives
 TOOLS: Final = "tools"  # recorders
 
-EVENTS: Final = "work/events"  # what recorders wrote
+LOG: Final = "work/log"  # what scripts of ours write in the tree
 FIRST_PID: Final = 4_000_000  # above every pid of a guest (PID_MAX_LIMIT is 4194304)
 SEARCH_PATH: Final = (
     "/run/ouassister/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -93,7 +94,6 @@ def tree(
         standing.append(Tmpfs("/run"))
         empty = (
             Folder("/run/lock", 0o1777),
-            Folder("/run/systemd/system"),  # sd_booted(3): scripts act as on a running system
             Folder("/run/ouassister"),
         )
     # What stands on another comes after it.
@@ -105,7 +105,7 @@ def tree(
         Folder("/run/ouassister/bin"),
         Bind(f"{stage}/{TOOLS}", "/run/ouassister/bin", read_only=True),
         Folder("/run/ouassister/log"),
-        Bind(f"{stage}/{EVENTS}", "/run/ouassister/log"),
+        Bind(f"{stage}/{LOG}", "/run/ouassister/log"),
     ]
     if package_cache:
         operations += [

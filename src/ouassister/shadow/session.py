@@ -25,18 +25,29 @@ from ouassister.errors import (
     from_code,
 )
 from ouassister.model import Uts
-from ouassister.shadow import ids, raw, sandbox
-from ouassister.shadow.events import open_regular
+from ouassister.shadow import ids, raw, sandbox, told
+from ouassister.shadow.events import (
+    Event,
+    open_regular,
+    read_events,
+    read_syscalls,
+    read_values,
+)
 from ouassister.shadow.fetch.proxy import REFUSED
 from ouassister.shadow.keeper import Configuration
+from ouassister.shadow.procfs import VALUES
+from ouassister.shadow.servicemanager import RECORDS
+from ouassister.shadow.servicemanager.recorders import NAMES
+from ouassister.shadow.syscalls.records import SYSCALLS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ouassister.shadow.fetch.mirrors import Mirrors
+    from ouassister.shadow.procfs.snapshot import Tree
+    from ouassister.shadow.servicemanager.state import ManagerState
 
 TOOLS: Final = Path(__file__).parent / "recorder"
-RECORDED: Final = ("systemctl", "deb-systemd-invoke", "invoke-rc.d", "service", "telinit")
 _MAX_REFUSED: Final = 1 << 16
 _FOLLOW_S: Final = 0.25
 _MAX_LOG: Final = 64 << 20
@@ -68,7 +79,7 @@ class ShadowSpec:
 
     @property
     def shared(self) -> Path:
-        """The part of the work folder that subordinate ids own: union layer, output, events."""
+        """The part of the work folder that subordinate ids own: union layer, output, log."""
         return self.work / "shadow"
 
 
@@ -150,7 +161,7 @@ class Shadow:
             UpdaterError: There is no such file, or none that a shell would have written.
         """
         try:
-            with open_regular(self.spec.shared / "events" / name) as file:
+            with open_regular(self.spec.shared / "log" / name) as file:
                 raw = file.read(_MAX_LOG + 1)
         except FileNotFoundError as error:
             raise UpdaterError(f"a program in the shadow removed {name}") from error
@@ -167,9 +178,26 @@ class Shadow:
             lines = file.read(_MAX_REFUSED).splitlines()
         return tuple(dict.fromkeys(line.replace("\t", ": ") for line in lines))
 
-    def events_path(self) -> Path:
-        """Where the recorders write; the file exists once something was recorded."""
-        return self.spec.shared / "events" / "events"
+    def tell(self, tree: Tree, services: ManagerState) -> None:
+        """Tell what programs shall see of the guest; those that ran before saw nothing of it."""
+        told.write(self.spec.shared, tree, services)
+        self._ask(op="know")
+
+    def events(self) -> tuple[Event, ...]:
+        """What programs did that belongs to the running guest.
+
+        Calls of the service manager come first, in their order, then values below /proc/sys, then
+        system calls.
+
+        Raises:
+            InternalError: What was recorded is not whole.
+        """
+        output = self.spec.shared / "output"
+        return (
+            *read_events(output / RECORDS),
+            *read_values(output / VALUES),
+            *read_syscalls(output / SYSCALLS),
+        )
 
     def call(self, module: str, function: str, argument: object) -> Any:  # noqa: ANN401 - JSON
         """Call ``module.function(argument)`` where files have the guest's owners.
@@ -291,9 +319,9 @@ def open_shadow(launched: Launch, spec: ShadowSpec) -> Iterator[Shadow]:
 def _install_recorders(folder: Path) -> None:
     folder.chmod(0o755)
     script = folder / "recorder"
-    script.write_bytes((TOOLS / "recorder.sh").read_bytes())
+    script.write_bytes((TOOLS / "record.sh").read_bytes())
     script.chmod(0o755)
-    for name in RECORDED:
+    for name in sorted(NAMES):
         (folder / name).symlink_to("recorder")
 
 

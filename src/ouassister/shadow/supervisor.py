@@ -6,28 +6,23 @@ requests are JSON objects, one a line, on a socket that the host's side holds.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
-import selectors
-import signal
-import socket
 import stat
 import subprocess
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ouassister import codec
-from ouassister.shadow import raw, runner, sandbox
-from ouassister.shadow.fetch import proxy
-from ouassister.shadow.fetch.mirrors import Mirrors
+from ouassister.shadow import raw, sandbox, told
+from ouassister.shadow.programs import Programs, SetUpError
 from ouassister.shadow.syscalls.facts import GuestFacts
-from ouassister.shadow.syscalls.handlers import handlers
-from ouassister.shadow.syscalls.notify import serve_one
-from ouassister.shadow.syscalls.records import SYSCALLS, JsonLines
+from ouassister.shadow.told import Told
 
 if TYPE_CHECKING:
+    import socket
+
     from ouassister.disk.layout import Layout
     from ouassister.model import Uts
 
@@ -60,25 +55,15 @@ class SupervisorError(Exception):
 
 
 class Supervisor:
-    """The loop. One request at a time; notifications of running programs in between."""
+    """The loop. One request at a time; what a running program asks is answered in between."""
 
-    def __init__(
-        self,
-        control: socket.socket,
-        stage: str,
-        layout: Layout,
-        uts: Uts,
-        facts: GuestFacts | None = None,
-    ) -> None:
+    def __init__(self, control: socket.socket, stage: str, layout: Layout, uts: Uts) -> None:
         self._control = control
         self._stage = stage
         self._layout = layout
         self._uts = uts
-        recorder = JsonLines(f"{stage}/{sandbox.WORK}/output/{SYSCALLS}")
-        self._handlers = handlers(facts or GuestFacts(uts), recorder)
+        self._programs = Programs(control, stage, layout, Told(GuestFacts(uts)))
         self._calls: dict[int, int] = {}  # pid, and where its answer comes from
-        self._mirrors = Mirrors(())
-        self._proxy = 0  # its pid, while there is one
         self._buffer = b""
 
     def serve(self) -> None:
@@ -96,8 +81,14 @@ class Supervisor:
             case "mount":
                 self._mount()
                 return None
+            case "know":
+                self._programs.know(told.read(Path(sandbox.TOLD), self._uts))
+                return None
             case "run":
-                return self._run(request)
+                try:
+                    return self._programs.run(request)
+                except SetUpError as error:
+                    raise SupervisorError("host", str(error)) from error
             case "begin":
                 return self._begin(request)
             case "finish":
@@ -131,104 +122,6 @@ class Supervisor:
                 raise SupervisorError(
                     "host", f"overlayfs over {below}: {error.strerror}"
                 ) from error
-
-    # --- programs ---
-
-    def _run(self, request: dict[str, Any]) -> dict[str, object]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        program = runner.Program(
-            argv=tuple(request["argv"]),
-            environment=dict(request["environment"]),
-            fetches=request["mirrors"] is not None,
-            package_cache=request["package_cache"],
-            output=f"{sandbox.WORK}/output/{request['output']}" if request["output"] else None,
-        )
-        if request["mirrors"] is not None:
-            self._mirrors = codec.from_value(Mirrors, request["mirrors"])
-        child = os.fork()
-        if child == 0:
-            ours.close()
-            self._control.close()
-            runner.run(program, self._stage, self._layout, self._uts, theirs)
-        theirs.close()
-        deadline = time.monotonic() + request["timeout_s"]
-        try:
-            return self._wait(child, ours, deadline)
-        finally:
-            ours.close()
-            if self._proxy:
-                os.kill(self._proxy, signal.SIGKILL)
-                os.waitpid(self._proxy, 0)
-                self._proxy = 0
-
-    def _wait(self, child: int, channel: socket.socket, deadline: float) -> dict[str, object]:
-        """Serve notifications until the child ends; kill it at the deadline or on hang-up."""
-        pidfd = os.pidfd_open(child)
-        first = child  # the first process of the program's pid namespace, once it is known
-        failure: str | None = None
-        timed_out = False
-        with selectors.DefaultSelector() as selector:
-            selector.register(pidfd, selectors.EVENT_READ, "exit")
-            selector.register(channel, selectors.EVENT_READ, "channel")
-            selector.register(self._control, selectors.EVENT_READ, "control")
-            running = True
-            while running:
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if not ready and time.monotonic() >= deadline and not timed_out:
-                    timed_out = True
-                    deadline += 30  # for the kernel to end the namespace
-                    os.kill(first, signal.SIGKILL)
-                for key, events in ready:
-                    match key.data:
-                        case "exit":
-                            running = False
-                        case "channel":
-                            message = self._take_channel(selector, channel)
-                            if message.startswith("pid "):
-                                first = int(message[4:])
-                            elif message:
-                                failure = message
-                        case "control":  # the host's side went away, or speaks out of turn
-                            raise SystemExit(1)
-                        case "listener" if events & selectors.EVENT_READ:
-                            with contextlib.suppress(BlockingIOError):
-                                self._serve(selector, key.fd)
-        os.close(pidfd)
-        _pid, status = os.waitpid(child, 0)
-        if timed_out:
-            return {"timed_out": True, "status": 124}
-        if failure is not None:
-            raise SupervisorError("host", failure)
-        return {"timed_out": False, "status": os.waitstatus_to_exitcode(status)}
-
-    def _serve(self, selector: selectors.BaseSelector, listener: int) -> None:
-        try:
-            serve_one(listener, self._handlers)
-        except OSError:  # no process has the filter any more
-            selector.unregister(listener)
-            os.close(listener)
-
-    def _take_channel(self, selector: selectors.BaseSelector, channel: socket.socket) -> str:
-        """Take the listener, the pid, or the message of a set-up that failed."""
-        message, descriptors, _flags, _address = socket.recv_fds(channel, 4096, 1)
-        if not message:
-            selector.unregister(channel)
-            return ""
-        if message == b"proxy":
-            self._start_proxy(descriptors[0])
-            return ""
-        if descriptors:
-            selector.register(descriptors[0], selectors.EVENT_READ, "listener")
-            return ""
-        return message.decode("utf-8", "replace")
-
-    def _start_proxy(self, descriptor: int) -> None:
-        """Serve a socket of the program's network from this one, which is the host's."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        with socket.socket(fileno=descriptor) as listener:
-            told = os.open(f"{sandbox.WORK}/output/{proxy.REFUSED}", flags, 0o644)
-            self._proxy = proxy.start(listener, self._mirrors, told)
-            os.close(told)
 
     # --- functions of ours that must see the guest's owners ---
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+VALUES: Final = "values"
+"""The file of records, among the outputs of a shadow: no program of the guest reaches it."""
 _MAX_BYTES: Final = 1 << 20
 
 

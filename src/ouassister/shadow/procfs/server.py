@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.shadow import raw
 from ouassister.shadow.procfs.filesystem import CALLERS, OWN, ProcFiles
-from ouassister.shadow.procfs.snapshot import read
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
+
+    from ouassister.shadow.procfs.snapshot import Node
 
 _FLAGS: Final = raw.MS_NOSUID | raw.MS_NODEV | raw.MS_NOEXEC
 _TIMEOUT_S: Final = 1.0  # how long a folder of a process that ended may still be found
@@ -41,11 +41,11 @@ class Procfs:
     """One /proc, before it is mounted.
 
     Args:
-        snapshot: What `ouassister.shadow.procfs.snapshot.write` wrote.
+        nodes: The guest's part (`ouassister.shadow.procfs.snapshot.read`).
     """
 
-    def __init__(self, snapshot: Path) -> None:
-        self._snapshot = snapshot
+    def __init__(self, nodes: Mapping[bytes, Node]) -> None:
+        self._nodes = nodes
         self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         self._inside, self._outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
@@ -60,13 +60,12 @@ class Procfs:
         import mfusepy
 
         self._inside.close()
-        nodes = read(self._snapshot)
         message, descriptors, _, _ = socket.recv_fds(self._outside, len(_READY), 1)
         if message != _READY:
             return  # the program was never started
         try:
             mfusepy.FUSE(
-                ProcFiles(nodes, descriptors[0], wrote),
+                ProcFiles(self._nodes, descriptors[0], wrote),
                 f"/dev/fd/{self._fuse}",
                 foreground=True,
                 nothreads=True,

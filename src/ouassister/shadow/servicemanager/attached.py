@@ -40,15 +40,15 @@ class Attached:
         self._listeners: Listeners | None = None
         self._manager: ServiceManager | None = None
 
-    def know_namespaces(self, namespaces: Sequence[int]) -> None:
-        """Where the program runs; raises OSError as `start`."""
+    def know_namespaces(self, namespaces: Sequence[int]) -> bool:
+        """Where the program runs; raises OSError as `start`, and tells whether that happened."""
         self._namespaces = namespaces
-        self._start()
+        return self._start()
 
-    def know_listeners(self, listeners: Listeners) -> None:
-        """The sockets that it made; raises OSError as `start`."""
+    def know_listeners(self, listeners: Listeners) -> bool:
+        """The sockets that it made; raises OSError as `start`, and tells whether that happened."""
         self._listeners = listeners
-        self._start()
+        return self._start()
 
     def stop(self) -> None:
         """End the stand-in after its program.
@@ -67,16 +67,17 @@ class Attached:
         if self._listeners is not None:
             self._listeners.close()
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
         if not self._namespaces or self._listeners is None:
-            return
-        records = os.open(self._records, _APPEND, 0o600)
+            return False
+        records = os.open(self._records, _APPEND, 0o644)  # read by the host's side
         try:
             self._manager = start(
                 self._namespaces, self._listeners, self._state, records, self._confine
             )
         finally:
             os.close(records)
+        return True
 
     def _confine(self) -> None:
         listener = raw.seccomp_listener(build_filter())
