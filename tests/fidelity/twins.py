@@ -143,27 +143,29 @@ def _in_its_sleep(
     toml: Path, home: Path, wish: Wish
 ) -> tuple[RunningVM, dict[str, Any], dict[str, Any]]:
     world = World(toml, home, _LIMIT_S)
+    try:
+        return _updated(world, wish)
+    except BaseException:
+        with contextlib.suppress(OUassisterError), qemu.attach(world.config) as lost:
+            lost.kill()
+        raise
+
+
+def _updated(world: World, wish: Wish) -> tuple[RunningVM, dict[str, Any], dict[str, Any]]:
     reports = []
-    for verb, arguments in (
-        ("update", [f"--install={name}" for name in wish.packages]),
-        ("resume", []),
-    ):
+    install = [f"--install={name}" for name in wish.packages]
+    for verb, arguments in (("update", install), ("resume", [])):
         done = world.run(verb, *arguments)
         if done.status not in ((0, 11, 12) if wish.may_fail else (0, 12)):
-            with contextlib.suppress(OUassisterError), qemu.attach(world.config) as lost:
-                lost.kill()
             told = done.value.get("error") or f"nothing to do: {done.value}"
             raise UpdateFailedError(f"ours: {verb} ended with {done.status}: {told}")
         reports.append(done.result)
+    update, resume = reports
+    if resume["failed_actions"] and not wish.may_fail:
+        raise UpdateFailedError(f"ours: {'; '.join(resume['failed_actions'])}")
     vm = qemu.attach(world.config)
-    try:
-        guest_run(vm, _QUIET)
-        if reports[1]["failed_actions"] and not wish.may_fail:
-            raise UpdateFailedError(f"ours: {'; '.join(reports[1]['failed_actions'])}")
-    except BaseException:
-        vm.kill()
-        raise
-    return vm, reports[0], reports[1]
+    guest_run(vm, _QUIET)
+    return vm, update, resume
 
 
 def _settled_facts(vm: RunningVM, since_s: float) -> Facts:
