@@ -98,9 +98,7 @@ def standing(folder: Path) -> Iterator[Canaries]:
         yield canaries
 
 
-def _watch(
-    name: str, listener: socket.socket, canaries: Canaries, stop: threading.Event
-) -> None:
+def _watch(name: str, listener: socket.socket, canaries: Canaries, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             if name == "udp":

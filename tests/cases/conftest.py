@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.cases import benign, harmful
+from tests.cases import benign, canaries, harmful
 from tests.conftest import need
 from tests.vm.repository import Repository, build
 from tests.vm.world import use_mirror
@@ -26,15 +26,24 @@ def alone() -> None:
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[canaries.Canaries]:
+    """What of this host must not be reached."""
+    with canaries.standing(tmp_path_factory.mktemp("canaries")) as standing:
+        yield standing
+
+
+@pytest.fixture(scope="session")
+def repository(
+    tmp_path_factory: pytest.TempPathFactory, host: canaries.Canaries
+) -> Iterator[Repository]:
     """What the cases offer, on loopback."""
-    for tool in ("dpkg-deb", "apt-ftparchive"):
+    for tool in ("dpkg-deb", "apt-ftparchive", "gcc"):
         need(tool)
     folder = tmp_path_factory.mktemp("cases")
     for case in benign.CASES.values():
         for package in case.offered:
             build(package, folder)
-    for package in harmful.packages(folder):
+    for package in harmful.packages(host, folder):
         build(package, folder)
     with Repository(folder) as served:
         served.publish()

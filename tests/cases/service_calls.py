@@ -21,7 +21,7 @@ _ONESHOT: Final = (
     "Type=oneshot\nRemainAfterExit=yes\nExecStart=/bin/sh -c 'echo up >/run/oua-{0}'\n"
 )
 _DAEMON: Final = (
-    "ExecStart=/bin/sh -c 'trap \"echo usr1 >/run/oua-usr1\" USR1;"
+    'ExecStart=/bin/sh -c \'trap "echo usr1 >/run/oua-usr1" USR1;'
     " while :; do sleep 1000 & wait; done'\n"
     "ExecReload=/bin/sh -c 'echo reloaded >/run/oua-reloaded'\n"
 )

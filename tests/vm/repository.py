@@ -7,14 +7,13 @@ answers 404, as mirrors in the middle of a sync do.
 from __future__ import annotations
 
 import http.server
+import shutil
 import subprocess
 import threading
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Package:
     conffiles: tuple[str, ...] = ()
     scripts: dict[str, str] = field(default_factory=dict)
     control: dict[str, str] = field(default_factory=dict)  # further control files, as they are
+    copies: dict[str, Path] = field(default_factory=dict)  # programs of the host's
 
 
 def build(package: Package, folder: Path) -> Path:
@@ -54,6 +54,10 @@ def build(package: Package, folder: Path) -> Path:
         target.write_text(content)
         if "/bin/" in path or "/init.d/" in path:
             target.chmod(0o755)
+    for path, source in package.copies.items():
+        target = tree / path.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
     for path, link in package.links.items():
         target = tree / path.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
