@@ -5,6 +5,7 @@
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
+# make case-test           one twin test for each thing that packages do to a system, and escapes
 # make bench  time and memory of inspect, beside volatility3 on the same guests
 #
 # Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
@@ -50,6 +51,10 @@ kernel-test: .venv/ready
 GUEST := bookworm
 fidelity: .venv/ready $(APPLIER)
 	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) $(PACKAGES)
+
+case-test: .venv/ready $(APPLIER)
+	$(ROOT) env OUASSISTER_CASES=all \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v --durations=0 tests/cases $(PYTEST)
 
 SECONDS := 60
 fuzz: .venv/ready
@@ -108,4 +113,4 @@ lock:
 clean:
 	rm -rf build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test fidelity fuzz bench applier guest-tests deps lock clean
+.PHONY: demo test check view-test kernel-test fidelity case-test fuzz bench applier guest-tests deps lock clean

@@ -83,7 +83,13 @@ _TRIGGER: Final = Case(
         Package(
             "oua-words", files={"/usr/share/oua-words/two": "two\n", "/usr/share/oua-words/3": "3"}
         ),
-        Package("oua-activated", scripts={"postinst": "dpkg-trigger oua-rebuild"}),
+        Package(
+            "oua-activated",
+            scripts={
+                "postinst": "dpkg-trigger oua-rebuild\n"
+                "if read -r answer; then echo read; else echo end; fi >/var/lib/oua-activated"
+            },
+        ),
     ),
     (
         Package(
@@ -182,8 +188,7 @@ _QUESTION: Final = Case(
                 "postinst": ". /usr/share/debconf/confmodule\ndb_get oua-question/colour\n"
                 'echo "colour=$RET" >/etc/oua-question.conf\n'
                 "db_get oua-question/secret\n"
-                'echo "secret=$RET" >>/etc/oua-question.conf\n'
-                "if read -r answer; then echo read; else echo end; fi >>/etc/oua-question.conf",
+                'echo "secret=$RET" >>/etc/oua-question.conf',
             },
         ),
     ),

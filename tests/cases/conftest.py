@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.cases import benign, canaries, harmful
 from tests.conftest import need
+from tests.fidelity import twins
 from tests.vm.repository import Repository, build
 from tests.vm.world import use_mirror
 
-from ouassister.provider import qemu, vmtoml
 from ouassister.testing import clone, guest_run
 
 if TYPE_CHECKING:
@@ -58,26 +58,18 @@ def sleeper(
     folder = tmp_path_factory.mktemp("sleeper")
     toml = clone(suspended, folder / "vm")
     use_mirror(toml, repository.port)
-    with qemu.restore(vmtoml.load(toml), links_up=False) as vm:
-        try:
-            vm.qga()
-            vm.cont()
-            source = f"deb [trusted=yes] http://127.0.0.1:{repository.port}/ ./\n"
-            guest_run(vm, "rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*")
-            vm.qga().write_file("/etc/apt/sources.list", source.encode())
-            debs = []
-            for case in benign.CASES.values():
-                for package in case.before:
-                    deb = build(package, folder)
-                    debs.append(f"/dev/shm/{deb.name}")  # noqa: S108 - of the guest
-                    vm.qga().write_file(debs[-1], deb.read_bytes())
-            guest_run(vm, f"dpkg -i {' '.join(debs)}", timeout_s=240)
-            for case in benign.CASES.values():
-                guest_run(vm, case.admin)
-            guest_run(vm, f"rm {' '.join(debs)}; systemctl stop '*.timer'; sync", timeout_s=120)
-            (folder / "vm" / "save.img").unlink()  # a link to the other guest's
-            vm.suspend()
-        except BaseException:
-            vm.kill()
-            raise
+    source = f"deb [trusted=yes] http://127.0.0.1:{repository.port}/ ./\n"
+    with twins.again(toml) as vm:
+        guest_run(vm, "rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*")
+        vm.qga().write_file("/etc/apt/sources.list", source.encode())
+        debs = []
+        for case in benign.CASES.values():
+            for package in case.before:
+                deb = build(package, folder)
+                debs.append(f"/dev/shm/{deb.name}")  # noqa: S108 - of the guest
+                vm.qga().write_file(debs[-1], deb.read_bytes())
+        guest_run(vm, f"dpkg -i {' '.join(debs)}", timeout_s=240)
+        for case in benign.CASES.values():
+            guest_run(vm, case.admin)
+        guest_run(vm, f"rm {' '.join(debs)}; {twins.QUIET}", timeout_s=120)
     return toml

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from tests.vm.world import World
 from ouassister.errors import OUassisterError
 from ouassister.provider import qemu, vmtoml
 from ouassister.testing import Recipe, build_image, clone, guest_run, make_suspended
+from ouassister.testing.guest import locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +31,8 @@ _LIMIT_S: Final = 3000.0
 _SETTLED_S: Final = 300.0
 _MARGIN_S: Final = 10.0  # the save file is finished some time after the guest fell asleep
 _MEMORY_MIB: Final = 1024
-# Nothing but the update shall change the twins.
-_QUIET: Final = "systemctl stop '*.timer'"
+# Nothing but the update shall change the twins: they have slept for long, so all timers are due.
+QUIET: Final = "systemctl stop '*.timer'; sync"
 # As a careful administrator would: nobody is asked, and what was edited stays.
 _APT: Final = (
     "DEBIAN_FRONTEND=noninteractive apt-get -q -y"
@@ -87,7 +89,30 @@ def sleeping(release: str, packages: tuple[str, ...], *, outdated: bool) -> Path
     recipe = Recipe(suite=release, packages=(*usual.packages, *packages))
     image = build_image(BUILD / "guests", recipe, outdated=outdated, progress=print)
     folder = BUILD / "guests" / f"{image.disk.parent.name}-{_MEMORY_MIB}-suspended"
-    return make_suspended(image, folder, memory_mib=_MEMORY_MIB, progress=print)
+    usual_one = make_suspended(image, folder, memory_mib=_MEMORY_MIB, progress=print)
+    quiet = folder.with_name(f"{folder.name}-quiet")
+    with locked(quiet.with_name(f"{quiet.name}.lock")):
+        if not (quiet / "save.img").is_file() or (quiet / "save.img").is_symlink():
+            shutil.rmtree(quiet, ignore_errors=True)
+            with again(clone(usual_one, quiet)) as vm:
+                guest_run(vm, QUIET, timeout_s=120)
+    return quiet / "vm.toml"
+
+
+@contextlib.contextmanager
+def again(toml: Path) -> Iterator[RunningVM]:
+    """A clone that runs for a block, behind its gate, and is suspended again at the end of it."""
+    config = vmtoml.load(toml)
+    with qemu.restore(config, links_up=False) as vm:
+        try:
+            vm.qga()
+            vm.cont()
+            yield vm
+            config.save.unlink()  # a link to that of the guest that it is a clone of
+            vm.suspend()
+        except BaseException:
+            vm.kill()
+            raise
 
 
 def update_both(base: Path, folder: Path, wish: Wish) -> Pair:
@@ -122,7 +147,6 @@ def _by_itself(toml: Path, wish: Wish, stack: contextlib.ExitStack) -> RunningVM
     vm = stack.enter_context(_ended(qemu.restore(vmtoml.load(toml), links_up=True)))
     vm.qga()
     vm.cont()
-    guest_run(vm, _QUIET)
     guest_run(vm, f"date -s @{time.time():.0f}")  # the agent would write /etc/adjtime
     apt = _APT
     if wish.local_port:
@@ -163,9 +187,7 @@ def _updated(world: World, wish: Wish) -> tuple[RunningVM, dict[str, Any], dict[
     update, resume = reports
     if resume["failed_actions"] and not wish.may_fail:
         raise UpdateFailedError(f"ours: {'; '.join(resume['failed_actions'])}")
-    vm = qemu.attach(world.config)
-    guest_run(vm, _QUIET)
-    return vm, update, resume
+    return qemu.attach(world.config), update, resume
 
 
 def _settled_facts(vm: RunningVM, since_s: float) -> Facts:
