@@ -6,11 +6,11 @@ import contextlib
 import shutil
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ouassister.beside import beside
 from ouassister.disk.storage import create_overlays, volume_name
 from ouassister.errors import OUassisterError
 from ouassister.guest_model import Subject
@@ -18,7 +18,7 @@ from ouassister.interrupts import watched
 from ouassister.kernel import GuestReader
 from ouassister.model import Identity
 from ouassister.restart import plan as restart_plan
-from ouassister.shadow import sandbox, tmpfs_handover
+from ouassister.shadow import sandbox, tmpfs_handover, told
 from ouassister.shadow.procfs.collect import collect as collect_proc
 from ouassister.shadow.remove import remove_tree
 from ouassister.shadow.servicemanager.state import collect as collect_services
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ouassister.provider.vmtoml import VmConfig
-    from ouassister.shadow.procfs.snapshot import Tree
-    from ouassister.shadow.servicemanager.state import ManagerState
     from ouassister.store.database import Store
     from ouassister.timeline import Timeline
 
@@ -105,8 +103,8 @@ def open_guest(
         if updating:
             refuse_unsafe(sleeping)
         # The rest of memory is read while the shadow is being built.
-        beside = stack.enter_context(ThreadPoolExecutor(1))
-        telling = beside.submit(_what_memory_tells, sleeping)
+        shared = folder / "shadow"
+        telling = stack.enter_context(beside(lambda: _write_what_memory_tells(sleeping, shared)))
         stack.enter_context(
             watched(config.name, lambda: any(writer_of(disk.path) for disk in config.disks))
         )
@@ -143,7 +141,8 @@ def open_guest(
             shadow.mount()
             notes += tuple(shadow.finish(filling))
             tmpfs_handover.forget(memory)
-            shadow.tell(*telling.result())
+            telling.wait()
+            shadow.know()
         layout = replace(layout, notes=(*layout.notes, *notes))
         sleeping = replace(sleeping, layout=layout)
         guest = Guest(sleeping, shadow, folder, proofs)
@@ -154,11 +153,11 @@ def open_guest(
             raise
 
 
-def _what_memory_tells(sleeping: Sleeping) -> tuple[Tree, ManagerState]:
-    """Read what programs in the shadow are told."""
+def _write_what_memory_tells(sleeping: Sleeping, folder: Path) -> None:
+    """Write down what programs in the shadow are told."""
     memory = sleeping.memory
     tree = collect_proc(GuestReader(memory.kernel), sleeping.view)
-    return tree, collect_services(memory.look(sleeping.view, _SERVICES))
+    told.write(folder, tree, collect_services(memory.look(sleeping.view, _SERVICES)))
 
 
 @contextlib.contextmanager

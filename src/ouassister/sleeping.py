@@ -119,8 +119,9 @@ def open_sleeping(
         if unflushed is not None:
             frozen = _hand_over(guest.kernel, save, layout, unflushed)
         disks = _match(config, view, layout)
-        memory = Memory(save, guest)
-        yield Sleeping(config, memory, view, binding.result(), layout, disks, frozen)
+        bound = binding.result()
+        beside.shutdown()  # no thread of ours is left: who has the record may fork
+        yield Sleeping(config, Memory(save, guest), view, bound, layout, disks, frozen)
 
 
 def _hand_over(

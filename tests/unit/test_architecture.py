@@ -49,8 +49,19 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "reflect": BASE | {"changeset", "provider", "state", "store", "timeline"},
     "looking": BASE | {"kernel", "memory", "provider", "state"},
     "sleeping": BASE | {"disk", "kernel", "memory", "packages", "provider", "state"},
+    "beside": BASE | {"shadow"},
     "guest_shadow": BASE
-    | {"disk", "interrupts", "kernel", "provider", "restart", "shadow", "sleeping", "state"}
+    | {
+        "beside",
+        "disk",
+        "interrupts",
+        "kernel",
+        "provider",
+        "restart",
+        "shadow",
+        "sleeping",
+        "state",
+    }
     | {"store", "timeline"},
     "pipeline": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
@@ -87,6 +98,7 @@ THIRD_PARTY: Final[dict[str, frozenset[str]]] = {
 PROCESSES: Final = frozenset(
     (
         "__main__.py",
+        "beside.py",
         "changeset/extract.py",
         "shadow/fetch/proxy.py",
         "shadow/host_mounts.py",

@@ -106,7 +106,7 @@ def test_scripts_see_the_guest_and_recorded_actions_happen_after_resume(world: W
     actions = [action["argv"] for action in update.result["actions"]]
     assert actions == [
         ["systemctl", "daemon-reload"],
-        ["deb-systemd-invoke", "start", "oua-service.service"],
+        ["systemctl", "start", "oua-service.service"],
     ]
     resumed = world.run("resume")
     assert resumed.status == 0, resumed

@@ -25,7 +25,7 @@ from ouassister.errors import (
     from_code,
 )
 from ouassister.model import Uts
-from ouassister.shadow import ids, raw, sandbox, told
+from ouassister.shadow import ids, raw, sandbox
 from ouassister.shadow.events import (
     Event,
     open_regular,
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ouassister.shadow.fetch.mirrors import Mirrors
-    from ouassister.shadow.procfs.snapshot import Tree
-    from ouassister.shadow.servicemanager.state import ManagerState
 
 TOOLS: Final = Path(__file__).parent / "recorder"
 _MAX_REFUSED: Final = 1 << 16
@@ -178,9 +176,11 @@ class Shadow:
             lines = file.read(_MAX_REFUSED).splitlines()
         return tuple(dict.fromkeys(line.replace("\t", ": ") for line in lines))
 
-    def tell(self, tree: Tree, services: ManagerState) -> None:
-        """Tell what programs shall see of the guest; those that ran before saw nothing of it."""
-        told.write(self.spec.shared, tree, services)
+    def know(self) -> None:
+        """Take what `ouassister.shadow.told.write` wrote into the shared folder.
+
+        Programs that ran before saw nothing of the guest's processes.
+        """
         self._ask(op="know")
 
     def events(self) -> tuple[Event, ...]:
