@@ -49,6 +49,9 @@ _SOURCES: Final = "/dev/shm/twin.list"  # noqa: S108 - of the guest
 _ONLY: Final = f" -o Dir::Etc::SourceList={_SOURCES} -o Dir::Etc::SourceParts=-"
 
 
+_LAST_WORDS: Final = "systemctl --failed --no-pager; journalctl -b --no-pager -o cat | tail -n 40"
+
+
 class UpdateFailedError(Exception):
     """A twin could not be updated; says which, and how it ended."""
 
@@ -180,14 +183,16 @@ def _updated(world: World, wish: Wish) -> tuple[RunningVM, dict[str, Any], dict[
     install = [f"--install={name}" for name in wish.packages]
     for verb, arguments in (("update", install), ("resume", [])):
         done = world.run(verb, *arguments)
-        if done.status not in ((0, 11, 12) if wish.may_fail else (0, 12)):
-            told = done.value.get("error") or f"nothing to do: {done.value}"
+        if done.status not in (0, 11, 12):
+            told = done.value.get("error") or f"there was nothing to do: {done.value}"
             raise UpdateFailedError(f"ours: {verb} ended with {done.status}: {told}")
         reports.append(done.result)
     update, resume = reports
+    vm = qemu.attach(world.config)
     if resume["failed_actions"] and not wish.may_fail:
-        raise UpdateFailedError(f"ours: {'; '.join(resume['failed_actions'])}")
-    return qemu.attach(world.config), update, resume
+        words = guest_run(vm, _LAST_WORDS, check=False).stdout.decode(errors="replace")
+        raise UpdateFailedError(f"ours: {'; '.join(resume['failed_actions'])}\n{words}")
+    return vm, update, resume
 
 
 def _settled_facts(vm: RunningVM, since_s: float) -> Facts:
