@@ -49,7 +49,10 @@ _SOURCES: Final = "/dev/shm/twin.list"  # noqa: S108 - of the guest
 _ONLY: Final = f" -o Dir::Etc::SourceList={_SOURCES} -o Dir::Etc::SourceParts=-"
 
 
-_LAST_WORDS: Final = "systemctl --failed --no-pager; journalctl -b --no-pager -o cat | tail -n 40"
+_LAST_WORDS: Final = (
+    "systemctl --failed --no-pager --plain; journalctl -b --no-pager -o short-monotonic"
+    " | grep -v guest-exec | tail -n 40"
+)
 
 
 class UpdateFailedError(Exception):
@@ -190,8 +193,9 @@ def _updated(world: World, wish: Wish) -> tuple[RunningVM, dict[str, Any], dict[
     update, resume = reports
     vm = qemu.attach(world.config)
     if resume["failed_actions"] and not wish.may_fail:
-        words = guest_run(vm, _LAST_WORDS, check=False).stdout.decode(errors="replace")
-        raise UpdateFailedError(f"ours: {'; '.join(resume['failed_actions'])}\n{words}")
+        with _ended(vm):
+            words = guest_run(vm, _LAST_WORDS, check=False).stdout.decode(errors="replace")
+            raise UpdateFailedError(f"ours: {'; '.join(resume['failed_actions'])}\n{words}")
     return vm, update, resume
 
 

@@ -198,16 +198,20 @@ class Served:
         self.private = root / PRIVATE_SOCKET[1:]
         self.bus = root / BUS_SOCKET[1:]
         self.records = root / "records"
+        self.log = root / "journal.log"
         self.systemctl = Systemctl()
         self._stop, self._stopped = os.pipe()
         listeners = listen(str(root))
         records = os.open(self.records, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         procfs = os.open("/proc", os.O_PATH)
 
         def run() -> None:
-            serve(listeners, STATE, records, Callers(procfs), self.systemctl, self._stop, str(root))
+            callers = Callers(procfs)
+            serve(listeners, STATE, records, log, callers, self.systemctl, self._stop, str(root))
             listeners.close()
             os.close(records)
+            os.close(log)
             os.close(procfs)
 
         self._thread = threading.Thread(target=run)

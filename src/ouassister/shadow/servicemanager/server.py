@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.shadow.events import END, MAX_RECORDS, Event, Outcome, encode
+from ouassister.shadow.servicemanager import journal
 from ouassister.shadow.servicemanager.bus import Client
 from ouassister.shadow.servicemanager.manager import Who
 from ouassister.shadow.servicemanager.recorders import Recorders
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ouassister.shadow.servicemanager.callers import Callers
+    from ouassister.shadow.servicemanager.journal import Journal
     from ouassister.shadow.servicemanager.manager import Signal
     from ouassister.shadow.servicemanager.objects import Objects
 
@@ -47,21 +49,26 @@ class Listeners:
     private: socket.socket
     bus: socket.socket
     pipe: int
+    journal: tuple[socket.socket, ...] = ()  # what they send log messages to
 
     def descriptors(self) -> list[int]:
         """To be sent to another process."""
-        return [self.private.fileno(), self.bus.fileno(), self.pipe]
+        logs = (one.fileno() for one in self.journal)
+        return [self.private.fileno(), self.bus.fileno(), self.pipe, *logs]
 
     @classmethod
     def received(cls, descriptors: Sequence[int]) -> Listeners:
         """Out of what `descriptors` sent."""
-        private, bus, pipe = descriptors
-        return cls(socket.socket(fileno=private), socket.socket(fileno=bus), pipe)
+        private, bus, pipe, *logs = descriptors
+        journal = tuple(socket.socket(fileno=one) for one in logs)
+        return cls(socket.socket(fileno=private), socket.socket(fileno=bus), pipe, journal)
 
     def close(self) -> None:
         """Close all; the names stay."""
         self.private.close()
         self.bus.close()
+        for one in self.journal:
+            one.close()
         os.close(self.pipe)
 
 
@@ -93,7 +100,7 @@ def listen(root: str = "") -> Listeners:
     pipe = os.open(root + RECORD_PIPE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
         raise OSError(f"{RECORD_PIPE} was replaced")
-    return Listeners(sockets[0], sockets[1], pipe)
+    return Listeners(sockets[0], sockets[1], pipe, journal.listen(root))
 
 
 class Records:
@@ -132,6 +139,7 @@ class Server:
         objects: The service manager.
         callers: Tells packages from processes.
         record: Takes each event.
+        log: Takes log messages.
     """
 
     def __init__(
@@ -140,7 +148,9 @@ class Server:
         objects: Objects,
         callers: Callers,
         record: Callable[[Event], None],
+        log: Journal,
     ) -> None:
+        self._log = log
         self._listeners = listeners
         self._objects = objects
         self._callers = callers
@@ -155,12 +165,15 @@ class Server:
         """Serve until the descriptor ``stop`` can be read; then take what is still there."""
         for listener in (self._listeners.private, self._listeners.bus, self._listeners.pipe, stop):
             self._selector.register(listener, selectors.EVENT_READ)
+        for one in self._log.sockets:
+            self._selector.register(one, selectors.EVENT_READ)
         running = True
         while running:
             waiting = any(client.waiting for client in self._clients.values())
             ready = self._selector.select(0 if waiting else None)
             running = not any(key.fd == stop for key, _ in ready)
             self._drain_pipe()  # a recorder has ended before the same script's next call
+            self._log.take()
             for key, events in ready:
                 if key.fileobj in (self._listeners.private, self._listeners.bus):
                     self._accept(key.fileobj)
@@ -173,6 +186,7 @@ class Server:
             while connection in self._clients and self._clients[connection].waiting:
                 self._answer(connection)
         self._drain_pipe()
+        self._log.take()
         for connection in list(self._clients):
             self._close(connection)
         self._selector.close()
