@@ -11,6 +11,8 @@ from tests.unit.servicemanager_client import (
     NGINX,
     ROOT,
     TIMEOUT_S,
+    UNITS,
+    WANTS,
     Client,
     Served,
 )
@@ -237,6 +239,21 @@ def test_what_would_end_the_guest_is_withheld(served: Served, client: Client) ->
         (Outcome.WITHHELD, ("systemctl", "start", "reboot.target")),
         (Outcome.WITHHELD, ("systemctl", "start", "multi-user.target")),
         (Outcome.WITHHELD, ("systemctl", "poweroff")),
+    ]
+
+
+def test_dependencies_are_added_by_the_guests_own_systemctl(served: Served, client: Client) -> None:
+    words = (["nginx.service"], "multi-user.target")
+    assert client.call("AddDependencyUnitFiles", "asssbb", *words, "Wants", False, False) == (
+        [("symlink", f"{WANTS}/nginx.service", f"{UNITS}/nginx.service")],
+    )
+    assert served.systemctl.asked[-1][1:] == (
+        "add-wants", "--", "multi-user.target", "nginx.service",
+    )  # fmt: skip
+    refused = client.call("AddDependencyUnitFiles", "asssbb", *words, "After", False, False)
+    assert refused[0].endswith("InvalidArgs")
+    assert recorded(served) == [
+        (Outcome.DONE, ("systemctl", "add-wants", "multi-user.target", "nginx.service")),
     ]
 
 
