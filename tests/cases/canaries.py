@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import subprocess
@@ -52,15 +53,13 @@ class Canaries:
 
     def state(self) -> dict[str, str]:
         """All that must stay as it is."""
-        told = {name: Path(name).read_text() for name in _KERNEL}
+        told = {name: Path(name).read_text() for name in _KERNEL if Path(name).exists()}
         told["/proc/mounts"] = "\n".join(
             line for line in told["/proc/mounts"].splitlines() if "ouassister" in line
         )
+        told["passwords"] = hashlib.sha256(Path("/etc/shadow").read_bytes()).hexdigest()
         told["file"] = self.file.read_text()
         told["process"] = str(self.process.poll())
-        told["modules"] = "\n".join(
-            sorted(line.split()[0] for line in Path("/proc/modules").read_text().splitlines())
-        ) if Path("/proc/modules").exists() else ""  # fmt: skip
         return told
 
 
