@@ -47,7 +47,7 @@ def _log(world: World) -> str:
 
 
 def _staged(done: Done) -> dict[str, str]:
-    return {one["package"]: one["reason"] for one in done.result["staged"]}
+    return {one["name"]: one["reason"] for one in done.result["staged"]}
 
 
 def test_package_that_tries_every_way_out_reaches_nothing_and_is_told_of(

@@ -86,7 +86,7 @@ class Pair:
     @property
     def staged(self) -> dict[str, str]:
         """Packages that the guest's own dpkg installed, and why."""
-        return {one["package"]: one["reason"] for one in self.update.get("staged", ())}
+        return {one["name"]: one["reason"] for one in self.update.get("staged", ())}
 
 
 def sleeping(release: str, packages: tuple[str, ...], *, outdated: bool) -> Path:
