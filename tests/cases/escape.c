@@ -288,10 +288,10 @@ static void kernel(void)
     told("swapon", "file", syscall(SYS_swapon, PLACE, 0));
     told("acct", "file", acct(PLACE));
     told("syslog", "clear", syscall(SYS_syslog, 5, NULL, 0));
-    told("quotactl", "on", syscall(SYS_quotactl, 0x800002, "/dev/sda", 0, PLACE));
+    told("quotactl", "on", syscall(SYS_quotactl, 0x80000200, "/dev/sda", 0, PLACE));
     told("reboot", "cad", reboot(RB_DISABLE_CAD));
     told("vhangup", "", vhangup());
-    told("unknown", "471", syscall(999));
+    told("unknown", "999", syscall(999));
 }
 
 static void network(const char *address, int port)

@@ -30,8 +30,17 @@ TOLD: Final = (
     *("ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "setns", "unshare", "pivot_root"),
     *("bpf", "keyctl", "add_key", "request_key", "io_uring_setup", "perf_event_open"),
     *("userfaultfd", "kexec_load", "init_module", "delete_module", "iopl", "ioperm"),
-    *("settimeofday", "adjtimex", "sethostname", "swapon", "acct", "syslog", "quotactl", "reboot"),
-    *("open_by_handle_at", "mknod", "mount", "umount2", "socket"),
+    *(
+        "clock_settime",
+        "clock_adjtime",
+        "sethostname",
+        "swapon",
+        "acct",
+        "syslog",
+        "quotactl",
+        "reboot",
+    ),
+    *("open_by_handle_at", "mknodat", "mount", "umount2", "socket"),
 )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.cases import benign
+from tests.cases import benign, service_calls
 from tests.cases.conftest import alone
 from tests.fidelity import compare, twins
 
@@ -19,12 +20,24 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(1200)]
 
 def _update(sleeper: Path, folder: Path, repository: Repository, *cases: str) -> twins.Pair:
     wish = tuple(name for case in cases for name in benign.CASES[case].wish)
-    return twins.update_both(sleeper, folder, twins.Wish(wish, repository.port))
+    shown = (service_calls.ANSWERS,) if "systemctl" in cases else ()
+    pair = twins.update_both(sleeper, folder, twins.Wish(wish, repository.port, shown=shown))
+    print("seconds", pair.seconds)
+    return pair
 
 
 def _differences(pair: twins.Pair) -> str:
     found, _used = compare.differences(pair.theirs, pair.ours, pair.since_s, compare.load())
-    return "\n".join([*found, "", *map(str, pair.update["notes"])]) if found else ""
+    if not found:
+        return ""
+    texts = [
+        line
+        for name in pair.theirs.texts
+        for line in difflib.unified_diff(
+            pair.theirs.texts[name].splitlines(), pair.ours.texts[name].splitlines(), "twin", "ours"
+        )
+    ]
+    return "\n".join([*found, *texts, *pair.update["notes"]])
 
 
 def test_all_that_packages_do_in_one_update_makes_twins(

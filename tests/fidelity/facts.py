@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -53,15 +53,20 @@ QUESTIONS: Final[dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """Every path of the root file system, and the tables."""
+    """Every path of the root file system, the tables, and the text of some files, to look at."""
 
     nodes: Mapping[str, manifest.Node]
     tables: Mapping[str, frozenset[str]]
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
-def ask(vm: RunningVM, since_s: float) -> Facts:
+def ask(vm: RunningVM, since_s: float, shown: Iterable[str] = ()) -> Facts:
     """Let a running guest tell; of files that did not change since then, not the digest."""
     tables = {}
+    texts = {
+        name: guest_run(vm, ["cat", name]).stdout.decode(errors="backslashreplace")
+        for name in shown
+    }
     for name, command in QUESTIONS.items():
         told = guest_run(vm, command, timeout_s=_LIMIT_S).stdout.decode(errors="backslashreplace")
         tables[name] = frozenset(line.strip() for line in told.splitlines() if line.strip())
@@ -69,7 +74,7 @@ def ask(vm: RunningVM, since_s: float) -> Facts:
     script = f"chmod 755 {_PLACE}; exec {_PLACE} -s {int(since_s)} /"
     result = guest_run(vm, script, timeout_s=_LIMIT_S)
     assert not result.truncated, "the agent cuts long outputs: the tree is too large for it"
-    return Facts(manifest.parse(result.stdout), tables)
+    return Facts(manifest.parse(result.stdout), tables, texts)
 
 
 def digests(vm: RunningVM, paths: Iterable[str]) -> dict[str, str]:
@@ -103,4 +108,4 @@ def one_sided(one: Facts, other: Facts) -> list[str]:
 def with_digests(facts: Facts, known: Mapping[str, str]) -> Facts:
     """The same with some digests replaced."""
     changed = {path: facts.nodes[path]._replace(digest=value) for path, value in known.items()}
-    return Facts({**facts.nodes, **changed}, facts.tables)
+    return replace(facts, nodes={**facts.nodes, **changed})

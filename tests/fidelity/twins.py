@@ -66,6 +66,7 @@ class Wish:
     packages: tuple[str, ...] = ()
     local_port: int = 0  # of the only repository, on the host's loopback; 0: the guest's sources
     may_fail: bool = False  # some package of it does not install, in the twin either
+    shown: tuple[str, ...] = ()  # files whose text is wanted
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,12 @@ def update_both(base: Path, folder: Path, wish: Wish) -> Pair:
             own, update, resume = _in_its_sleep(clone(base, folder / "ours"), folder / "home", wish)
             stack.enter_context(_ended(own))
         with _timed(seconds, "ask ours"):
-            ours = _settled_facts(own, since_s)
+            ours = _settled_facts(own, since_s, wish.shown)
             own.qmp.execute("stop")
         with _timed(seconds, "twin"):
             twin = _by_itself(clone(base, folder / "twin"), wish, stack)
         with _timed(seconds, "ask the twin"):
-            theirs = _settled_facts(twin, since_s)
+            theirs = _settled_facts(twin, since_s, wish.shown)
             both = facts.one_sided(theirs, ours)
             theirs = facts.with_digests(theirs, facts.digests(twin, both))
             own.cont()
@@ -199,11 +200,11 @@ def _updated(world: World, wish: Wish) -> tuple[RunningVM, dict[str, Any], dict[
     return vm, update, resume
 
 
-def _settled_facts(vm: RunningVM, since_s: float) -> Facts:
+def _settled_facts(vm: RunningVM, since_s: float, shown: tuple[str, ...]) -> Facts:
     done = guest_run(vm, _SETTLED, timeout_s=_SETTLED_S, check=False)
     if done.exit_status != 0:
         raise UpdateFailedError(f"jobs do not end: {done.stdout.decode(errors='replace')}")
-    return facts.ask(vm, since_s)
+    return facts.ask(vm, since_s, shown)
 
 
 @contextlib.contextmanager
