@@ -136,7 +136,7 @@ ask service oua-five restart
 ask update-rc.d oua-old defaults
 ask systemctl daemon-reload
 ask invoke-rc.d oua-old start
-ask service oua-old status
+quietly service oua-old status
 ask systemctl no-such-verb
 }} >{ANSWERS}
 fi

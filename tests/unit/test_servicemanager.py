@@ -295,6 +295,8 @@ def test_file_states_are_asked_once_until_a_file_changes(served: Served, client:
     assert client.call("ListUnitFilesByPatterns", "asas", ["static"], []) == (
         [("/usr/lib/systemd/system/plain.service", "static")],
     )
+    (generated,) = client.call("ListUnitFilesByPatterns", "asas", ["generated"], [])
+    assert ("/run/systemd/generator.late/old.service", "generated") in generated
 
 
 def test_changed_unit_file_wants_a_reload(served: Served, client: Client) -> None:
