@@ -24,7 +24,7 @@ from ouassister.shadow.servicemanager.recorders import Recorders
 from ouassister.shadow.servicemanager.wire import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ouassister.shadow.servicemanager.callers import Callers
     from ouassister.shadow.servicemanager.journal import Journal
@@ -85,11 +85,9 @@ def listen(root: str = "") -> Listeners:
         Path(root + path).parent.mkdir(parents=True, exist_ok=True)
     sockets = []
     for path, mode in ((PRIVATE_SOCKET, 0o700), (BUS_SOCKET, 0o666)):
-        with contextlib.suppress(FileNotFoundError):
-            Path(root + path).unlink()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        listener.bind(root + path)
-        Path(root + path).chmod(mode)
+        with _in_the_place_of(Path(root + path), mode):
+            listener.bind(root + path)
         listener.listen(_BACKLOG)
         sockets.append(listener)
     with contextlib.suppress(FileNotFoundError):
@@ -101,6 +99,22 @@ def listen(root: str = "") -> Listeners:
     if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
         raise OSError(f"{RECORD_PIPE} was replaced")
     return Listeners(sockets[0], sockets[1], pipe, journal.listen(root))
+
+
+@contextlib.contextmanager
+def _in_the_place_of(path: Path, mode: int) -> Iterator[None]:
+    """Let a socket be made that looks as the guest's; ``mode`` is for one that the guest lacks."""
+    folder = path.parent.stat()
+    before: os.stat_result | None = None
+    with contextlib.suppress(FileNotFoundError):
+        before = path.lstat()
+        path.unlink()
+    yield
+    path.chmod(mode if before is None else stat.S_IMODE(before.st_mode))
+    if before is not None:
+        os.chown(path, before.st_uid, before.st_gid)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.utime(path.parent, ns=(folder.st_atime_ns, folder.st_mtime_ns))
 
 
 class Records:
