@@ -15,6 +15,8 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ouassister.shadow.servicemanager.places import in_the_place_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -34,11 +36,9 @@ def listen(root: str = "") -> tuple[socket.socket, ...]:
     made = []
     for path in SOCKETS:
         Path(root + path).parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            Path(root + path).unlink()
         taker = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        taker.bind(root + path)
-        Path(root + path).chmod(0o666)
+        with in_the_place_of(Path(root + path), 0o666):
+            taker.bind(root + path)
         made.append(taker)
     return tuple(made)
 

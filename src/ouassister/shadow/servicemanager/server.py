@@ -20,11 +20,12 @@ from ouassister.shadow.events import END, MAX_RECORDS, Event, Outcome, encode
 from ouassister.shadow.servicemanager import journal
 from ouassister.shadow.servicemanager.bus import Client
 from ouassister.shadow.servicemanager.manager import Who
+from ouassister.shadow.servicemanager.places import in_the_place_of
 from ouassister.shadow.servicemanager.recorders import Recorders
 from ouassister.shadow.servicemanager.wire import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from ouassister.shadow.servicemanager.callers import Callers
     from ouassister.shadow.servicemanager.journal import Journal
@@ -86,7 +87,7 @@ def listen(root: str = "") -> Listeners:
     sockets = []
     for path, mode in ((PRIVATE_SOCKET, 0o700), (BUS_SOCKET, 0o666)):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        with _in_the_place_of(Path(root + path), mode):
+        with in_the_place_of(Path(root + path), mode):
             listener.bind(root + path)
         listener.listen(_BACKLOG)
         sockets.append(listener)
@@ -99,22 +100,6 @@ def listen(root: str = "") -> Listeners:
     if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
         raise OSError(f"{RECORD_PIPE} was replaced")
     return Listeners(sockets[0], sockets[1], pipe, journal.listen(root))
-
-
-@contextlib.contextmanager
-def _in_the_place_of(path: Path, mode: int) -> Iterator[None]:
-    """Let a socket be made that looks as the guest's; ``mode`` is for one that the guest lacks."""
-    folder = path.parent.stat()
-    before: os.stat_result | None = None
-    with contextlib.suppress(FileNotFoundError):
-        before = path.lstat()
-        path.unlink()
-    yield
-    path.chmod(mode if before is None else stat.S_IMODE(before.st_mode))
-    if before is not None:
-        os.chown(path, before.st_uid, before.st_gid)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        os.utime(path.parent, ns=(folder.st_atime_ns, folder.st_mtime_ns))
 
 
 class Records:
