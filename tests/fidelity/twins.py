@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +17,7 @@ from tests.fidelity import facts
 from tests.fidelity.facts import Facts
 from tests.vm.world import World
 
-from ouassister.errors import OUassisterError
+from ouassister.errors import AgentError, DeadlineError, OUassisterError
 from ouassister.provider import qemu, vmtoml
 from ouassister.testing import Recipe, build_image, clone, guest_run, make_suspended
 from ouassister.testing.guest import locked
@@ -53,6 +54,11 @@ _LAST_WORDS: Final = (
     "systemctl --failed --no-pager --plain; journalctl -b --no-pager -o short-monotonic"
     " | grep -v guest-exec | tail -n 40"
 )
+
+
+_UNIT: Final = "oua-twin.service"
+_OUTPUT: Final = "/dev/shm/twin.log"  # noqa: S108 - of the guest
+_POLL_S: Final = 2.0
 
 
 class UpdateFailedError(Exception):
@@ -132,28 +138,35 @@ def update_both(base: Path, folder: Path, wish: Wish) -> Pair:
     seconds: dict[str, float] = {}
     save = base.with_name("save.img").resolve()
     since_s = save.stat().st_mtime - _MARGIN_S
-    with contextlib.ExitStack() as stack:
+    # Inside out at the end: guests that are killed answer nobody, so that the thread ends, too.
+    with ThreadPoolExecutor(1) as beside, contextlib.ExitStack() as stack:
+        config = vmtoml.load(clone(base, folder / "twin"))
+        twin = stack.enter_context(_ended(qemu.restore(config, links_up=True)))
+        twin.qga()
+        twin.cont()
+        awake = beside.submit(_by_itself, twin, wish, since_s, seconds)
         with _timed(seconds, "ours"):
             own, update, resume = _in_its_sleep(clone(base, folder / "ours"), folder / "home", wish)
             stack.enter_context(_ended(own))
         with _timed(seconds, "ask ours"):
             ours = _settled_facts(own, since_s, wish.shown)
             own.qmp.execute("stop")
-        with _timed(seconds, "twin"):
-            twin = _by_itself(clone(base, folder / "twin"), wish, stack)
-        with _timed(seconds, "ask the twin"):
-            theirs = _settled_facts(twin, since_s, wish.shown)
-            both = facts.one_sided(theirs, ours)
-            theirs = facts.with_digests(theirs, facts.digests(twin, both))
-            own.cont()
-            ours = facts.with_digests(ours, facts.digests(own, both))
+        theirs = awake.result()
+        both = facts.one_sided(theirs, ours)
+        theirs = facts.with_digests(theirs, facts.digests(twin, both))
+        own.cont()
+        ours = facts.with_digests(ours, facts.digests(own, both))
     return Pair(theirs, ours, since_s, update, resume, seconds)
 
 
-def _by_itself(toml: Path, wish: Wish, stack: contextlib.ExitStack) -> RunningVM:
-    vm = stack.enter_context(_ended(qemu.restore(vmtoml.load(toml), links_up=True)))
-    vm.qga()
-    vm.cont()
+def _by_itself(vm: RunningVM, wish: Wish, since_s: float, seconds: dict[str, float]) -> Facts:
+    with _timed(seconds, "twin"):
+        _update_awake(vm, wish)
+    with _timed(seconds, "ask the twin"):
+        return _settled_facts(vm, since_s, wish.shown)
+
+
+def _update_awake(vm: RunningVM, wish: Wish) -> None:
     guest_run(vm, f"date -s @{time.time():.0f}")  # the agent would write /etc/adjtime
     apt = _APT
     if wish.local_port:
@@ -163,11 +176,32 @@ def _by_itself(toml: Path, wish: Wish, stack: contextlib.ExitStack) -> RunningVM
     words = shlex.join(wish.packages)
     what = f"install {words}" if words else "upgrade --with-new-pkgs"
     for command in (f"{apt} update", f"{apt} {what}"):
-        done = guest_run(vm, command, timeout_s=_LIMIT_S, check=False)
-        if done.exit_status != 0 and not (wish.may_fail and what in command):
-            told = (done.stdout + done.stderr).decode(errors="replace").strip()[-1500:]
+        status, told = _as_unit(vm, command)
+        if status != 0 and not (wish.may_fail and what in command):
             raise UpdateFailedError(f"the twin: {command!r}: {told}")
-    return vm
+
+
+def _as_unit(vm: RunningVM, command: str) -> tuple[int, str]:
+    """Run a command as a unit of its own: the guest's agent may be among what is updated.
+
+    Returns:
+        Its exit status, and the last that it printed.
+    """
+    options = [f"--property=Standard{one}=file:{_OUTPUT}" for one in ("Output", "Error")]
+    unit = ["systemd-run", "--quiet", f"--unit={_UNIT}", "--remain-after-exit", *options]
+    guest_run(vm, [*unit, "sh", "-c", command])
+    end = time.monotonic() + _LIMIT_S
+    state: dict[str, str] = {}
+    while state.get("SubState", "running") in ("running", "start"):
+        if time.monotonic() > end:
+            raise UpdateFailedError(f"the twin: {command!r} does not end")
+        time.sleep(_POLL_S)  # between two looks
+        with contextlib.suppress(AgentError, DeadlineError):  # it is just being restarted
+            told = guest_run(vm, f"systemctl show -p SubState,ExecMainStatus {_UNIT}")
+            state = dict(line.split("=", 1) for line in told.stdout.decode().splitlines())
+    done = guest_run(vm, f"systemctl stop {_UNIT}; systemctl reset-failed {_UNIT};"
+                     f" tail -c 1500 {_OUTPUT}", check=False)  # fmt: skip
+    return int(state["ExecMainStatus"]), done.stdout.decode(errors="replace")
 
 
 def _in_its_sleep(
