@@ -44,6 +44,8 @@ QUESTIONS: Final[dict[str, str]] = {
     "failed units": "systemctl --failed --plain --no-legend --no-pager | awk '{{print $1}}'",
     "listening": "ss -Hltun | awk '{{print $1, $5}}';"
     " ss -Hlx | awk '$5 ~ /^[/@]/ {{print $1, $5}}'",
+    "initramfs": "find /boot -maxdepth 1 -name 'initrd.img-*' -newermt @{since}"
+    " -exec lsinitramfs -l {{}} ';' | awk '{{print $1, $3, $4, $5, $9, $10, $11}}'",
     # What services and udev keep there is theirs; their units and devices are compared above.
     "run": "find /run -xdev -printf '%p %y %m %u %g\\n'"
     " | grep -Ev '^/run/(systemd|udev|log|user|dbus|lock|ouassister|blkid|network)(/| )' || :",
