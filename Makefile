@@ -3,9 +3,13 @@
 # make check  format, lint, types and the fast tests
 # make view-test SEEDS=n   the view of n random guests against what they say when they wake up
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
+# make staging-test        real packages whose scripts need the live guest: a database that runs
+# make cgroup-test         control groups of version 2, in a guest that has them
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
-# make bench  time and memory of inspect, beside volatility3 on the same guests
+# make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep
+#             beside the same in a plain chroot
+# make case-test           one twin test for each thing that packages do to a system, and escapes
 #
 # Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
 # environment in .venv with the versions and hashes of requirements/.
@@ -47,9 +51,21 @@ kernel-test: .venv/ready
 	$(ROOT) env OUASSISTER_KERNELS=all \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_kernels.py $(PYTEST)
 
+staging-test: .venv/ready $(APPLIER)
+	$(ROOT) env OUASSISTER_STAGING=1 \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v -s tests/vm/test_staging_real.py $(PYTEST)
+
+cgroup-test: .venv/ready
+	$(ROOT) env OUASSISTER_CGROUP_TEST=1 \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_cgroup_version_2.py $(PYTEST)
+
 GUEST := bookworm
 fidelity: .venv/ready $(APPLIER)
 	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) $(PACKAGES)
+
+case-test: .venv/ready $(APPLIER)
+	$(ROOT) env OUASSISTER_CASES=all \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v --durations=0 tests/cases $(PYTEST)
 
 SECONDS := 60
 fuzz: .venv/ready
@@ -58,7 +74,8 @@ fuzz: .venv/ready
 
 # volatility3 has a licence of its own: a virtual environment of the bench alone.
 bench: .venv/ready build/bench-venv/ready
-	$(ROOT) $(BIN)/python -m bench.inspect_bench build/bench.json
+	$(ROOT) $(BIN)/python -m bench.inspect_bench build/bench.json; inspect=$$?; \
+	$(ROOT) $(BIN)/python -m bench.offline_bench build/bench.json && exit $$inspect
 
 build/bench-venv/ready: build/deps bench/requirements.txt
 	$(PYTHON) -m venv build/bench-venv
@@ -108,4 +125,5 @@ lock:
 clean:
 	rm -rf build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test fidelity fuzz bench applier guest-tests deps lock clean
+.PHONY: demo test check view-test kernel-test staging-test case-test cgroup-test fidelity fuzz bench applier guest-tests \
+        deps lock clean

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ouassister.errors import OUassisterError
-from ouassister.shadow import ids
+from ouassister.shadow import cgroups, ids
 from ouassister.store.database import home
 
 _TOOLS: Final = (
@@ -39,7 +39,7 @@ def check_host() -> tuple[Check, ...]:
     """Look at everything; nothing is changed."""
     tools = _TOOLS + (() if os.geteuid() == 0 else _USER_TOOLS)
     checks = [_tool(*tool) for tool in tools]
-    checks += [_machine(), _fuse(), _namespaces(), _overlayfs(), _ids(), _free(home())]
+    checks += [_machine(), _fuse(), _namespaces(), _overlayfs(), _ids(), _groups(), _free(home())]
     return tuple(checks)
 
 
@@ -87,6 +87,14 @@ def _ids() -> Check:
     except OUassisterError as error:
         return Check(ok=False, name="subordinate ids", purpose=purpose, detail=error.hint)
     return Check(True, "subordinate ids", purpose, f"from {chosen.base_uid}")
+
+
+def _groups() -> Check:
+    """They are not required: other limits stand in for them."""
+    found = ", ".join(f"{one.controller} (version {one.version})" for one in cgroups.find())
+    lacking = "none may be made here; limits for each user of the guest stand in"
+    purpose = "bounds what the guest's programs take"
+    return Check(ok=True, name="control groups", purpose=purpose, detail=found or lacking)
 
 
 def _free(folder: Path) -> Check:

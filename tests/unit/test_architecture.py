@@ -63,9 +63,15 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
         "state",
     }
     | {"store", "timeline"},
+    "staging": BASE
+    | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "restart", "shadow"}
+    | {"timeline"},
+    "offline": BASE
+    | {"changeset", "guest_shadow", "packages", "restart", "shadow", "staging", "state", "store"}
+    | {"timeline"},
     "pipeline": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
-    | {"restart", "shadow", "sleeping", "state", "store", "timeline"},
+    | {"offline", "restart", "shadow", "sleeping", "state", "store", "timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},
     "demo": BASE
@@ -166,7 +172,7 @@ def texts() -> Iterator[tuple[Path, str]]:
         below[:] = [
             one for one in below if one not in skipped and not one.endswith((".egg-info", "_cache"))
         ]
-        for file in files:
+        for file in set(files) - {".git"}:  # in a work tree of git(1) it is a file
             path = Path(folder, file)
             data = path.read_bytes()
             if b"\0" not in data:

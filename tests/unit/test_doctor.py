@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ouassister import doctor
 from ouassister.errors import HostNotReadyError
-from ouassister.shadow import ids
+from ouassister.shadow import cgroups, ids
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pytest
 
 
@@ -70,6 +69,15 @@ def test_other_machine_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     check = by_name()["x86-64"]
     assert (check.ok, check.detail) == (False, "aarch64")
+
+
+def test_host_without_control_groups_is_ready_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = cgroups.Place("pids", 2, Path("/sys/fs/cgroup/user.slice"))
+    for places, words in (((place,), "pids (version 2)"), ((), "none may be made here; ")):
+        monkeypatch.setattr(cgroups, "find", lambda found=places: found)
+        check = by_name()["control groups"]
+        assert check.ok
+        assert check.detail.startswith(words)
 
 
 def test_little_space_is_not_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]
     for package in packages.AFTER:
         build(package, folder)
     with Repository(folder) as served:
+        served.more = packages.HUGE
         served.publish()
         yield served
 

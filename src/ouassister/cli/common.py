@@ -54,6 +54,17 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no story on standard error")
 
 
+def add_script_timeout(parser: argparse.ArgumentParser) -> None:
+    """Add the option of what runs scripts of packages."""
+    parser.add_argument(
+        "--script-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="seconds that one script of a package may take (default 300)",
+    )
+
+
 def _seconds(word: str) -> float:
     value = float(word)
     if not 0 < value <= _MOST_SECONDS:  # NaN too fails this

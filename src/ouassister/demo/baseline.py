@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ouassister.disk.layout import Piece
     from ouassister.disk.matching import Image
 
-# $1 raw image, $2 offset, $3 mount point, $4 cache folder, $5 package
+# $1 raw image, $2 offset, $3 mount point, $4 cache folder, from $5 on packages
 _SCRIPT: Final = r"""
 set -eu
 mount --make-rprivate /
@@ -31,14 +31,16 @@ mount --bind "$4/apt" "$3/var/cache/apt"
 printf '#!/bin/sh\nexit 101\n' >"$3/usr/sbin/policy-rc.d"
 chmod 755 "$3/usr/sbin/policy-rc.d"
 export DEBIAN_FRONTEND=noninteractive
+log=$1.log tree=$3
+shift 4
 before=$(date +%s%N)
-chroot "$3" apt-get -q -y --no-download install "$5" >"$1.log" 2>&1
+chroot "$tree" apt-get -q -y --no-download install "$@" >"$log" 2>&1
 after=$(date +%s%N)
 echo $((after - before))
 """
 
 
-def chroot_install_s(image: Image, root: Piece, cache: Path, folder: Path, package: str) -> float:
+def chroot_install_s(image: Image, root: Piece, cache: Path, folder: Path, *packages: str) -> float:
     """Seconds that ``apt-get install`` takes in the chroot.
 
     Raises:
@@ -77,7 +79,7 @@ def chroot_install_s(image: Image, root: Piece, cache: Path, folder: Path, packa
                 str(root.start),
                 str(mount_point),
                 str(cache),
-                package,
+                *packages,
             ],
             check=True,
             capture_output=True,

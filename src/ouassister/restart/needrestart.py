@@ -39,7 +39,6 @@ def excluded(shadow: Shadow, units: Iterable[str]) -> dict[str, str]:
     path = shadow.output_path(_OUTPUT)
     with path.open("rb") as file:
         raw = file.read(_MAX_BYTES)
-    path.unlink()
     if status != 0:
         words = to_text(raw.strip().splitlines()[-1][:_MAX_RULE]) if raw.strip() else "no message"
         raise UpdaterError(f"the guest's configuration of needrestart cannot be read: {words}")

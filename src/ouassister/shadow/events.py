@@ -41,6 +41,8 @@ class Outcome(StrEnum):
     REFUSED = "refused"  # the caller was told so
     UNKNOWN = "unknown"  # in no table: the caller got an error
     FOREIGN = "foreign"  # meant for a daemon that nothing stands in for: the caller got an error
+    EXPIRED = "expired"  # no call: a package's script ran for too long, and was killed
+    LIMITED = "limited"  # no call: programs took more of the host than they may
     LOST = "lost"  # the rest of the records is not here
 
 
@@ -63,6 +65,8 @@ _OF_CALLS: Final = {
     "passed": Outcome.DONE,
     "denied": Outcome.REFUSED,
     "unknown": Outcome.UNKNOWN,
+    "expired": Outcome.EXPIRED,
+    "limited": Outcome.LIMITED,
 }
 _SIGNALS: Final = frozenset(("kill", "tkill", "tgkill", "rt_sigqueueinfo", "pidfd_send_signal"))
 
@@ -144,6 +148,8 @@ def read_syscalls(path: Path) -> tuple[Event, ...]:
             detail = "a system call that the shadow denies"
         elif outcome is Outcome.UNKNOWN:
             detail = "a system call in no table"
+        elif outcome in (Outcome.EXPIRED, Outcome.LIMITED):
+            detail = str(record.get("detail", ""))
         events.append(Event(outcome, words, package, script, detail))
         if "truncated" in record:
             events.append(Event(Outcome.LOST, (), detail="further system calls are not listed"))
@@ -174,7 +180,7 @@ def actions_of(events: Iterable[Event]) -> tuple[tuple[Action, ...], tuple[str, 
                 notes.append(f"a script asked for {called}{by}: {_shown(event)}")
             case Outcome.REFUSED | Outcome.UNKNOWN | Outcome.FOREIGN:
                 notes.append(f"a script called {called}{by} and got an error: {_shown(event)}")
-            case Outcome.LOST:
+            case Outcome.LOST | Outcome.EXPIRED | Outcome.LIMITED:
                 notes.append(_shown(event))
     merged = _merge(actions)
     if len(merged) > _MAX_ACTIONS:

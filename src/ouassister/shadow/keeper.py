@@ -31,6 +31,7 @@ from ouassister.disk.layout import Layout
 from ouassister.disk.storage import Daemon
 from ouassister.model import Uts
 from ouassister.shadow import host_mounts, raw, sandbox
+from ouassister.shadow.limits import Bounds, Limits
 from ouassister.shadow.procfs.server import import_library
 from ouassister.shadow.supervisor import Supervisor
 from ouassister.shadow.trees.handover import DEV, SYS
@@ -58,6 +59,7 @@ class Configuration:
     storage: tuple[Daemon, ...]
     layout: Layout
     uts: Uts
+    limits: Limits
 
 
 def main() -> None:
@@ -75,12 +77,17 @@ def main() -> None:
         return  # the host's side changed its mind
     configuration = codec.from_value(Configuration, json.loads(line))
     try:
+        bounds = Bounds(configuration.limits)
+    except OSError as error:
+        _give_up(control, f"control groups: {error}")
+    try:
         _isolate(configuration, control)
     except OSError as error:
+        bounds.remove()
         _give_up(control, f"namespaces: {error}")
     init = os.fork()
     if init == 0:
-        _be_init(configuration, control)
+        _be_init(configuration, control, bounds)
     control.close()
 
     def end(_number: int, _frame: object) -> None:
@@ -89,6 +96,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host's side decides
     _pid, status = os.waitpid(init, 0)
+    bounds.remove()
     sys.exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
@@ -102,7 +110,7 @@ def _isolate(configuration: Configuration, control: socket.socket) -> None:
     raw.unshare(raw.CLONE_NEWNS | raw.CLONE_NEWPID)
 
 
-def _be_init(configuration: Configuration, control: socket.socket) -> NoReturn:
+def _be_init(configuration: Configuration, control: socket.socket, bounds: Bounds) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
@@ -116,7 +124,7 @@ def _be_init(configuration: Configuration, control: socket.socket) -> NoReturn:
             configuration.base_gid,
             ids=IDS,
         )
-        supervisor = _enter_subordinate(configuration, control)
+        supervisor = _enter_subordinate(configuration, control, bounds)
     except (OSError, subprocess.SubprocessError) as error:
         _give_up(control, str(error))
     control.close()
@@ -135,7 +143,7 @@ def _prepare_folders(configuration: Configuration) -> None:
     folders = [work / name for name in ("upper", "overlay", "output", "log", "excerpt")]
     for volume in range(len(configuration.layout.volumes)):
         folders += [work / "upper" / str(volume), work / "overlay" / str(volume)]
-    folders.append(cache / "apt")
+    folders += [cache / "apt", cache / sandbox.KEPT]
     for name in ("lists", "apt/archives"):
         folders += [cache / name, cache / name / "partial"]
     for folder in folders:  # parents before what is in them
@@ -203,7 +211,7 @@ def _start_storage(configuration: Configuration) -> None:
         os.chown(export_file, configuration.base_uid, configuration.base_gid)
 
 
-def _enter_subordinate(configuration: Configuration, control: socket.socket) -> int:
+def _enter_subordinate(configuration: Configuration, control: socket.socket, bounds: Bounds) -> int:
     """Fork the supervisor into a user namespace where the guest's ids are subordinate ones.
 
     Returns:
@@ -223,7 +231,7 @@ def _enter_subordinate(configuration: Configuration, control: socket.socket) -> 
         os.setresuid(0, 0, 0)
         inner = os.fork()
         if inner == 0:
-            _supervise(configuration, control)
+            _supervise(configuration, control, bounds)
         control.close()
         _pid, status = os.waitpid(inner, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -236,11 +244,12 @@ def _enter_subordinate(configuration: Configuration, control: socket.socket) -> 
     return outer
 
 
-def _supervise(configuration: Configuration, control: socket.socket) -> NoReturn:
+def _supervise(configuration: Configuration, control: socket.socket, bounds: Bounds) -> NoReturn:
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
     raw.mount("", "/", "", raw.MS_REC | raw.MS_PRIVATE)
     raw.mount("proc", "/proc", "proc", raw.MS_NOSUID | raw.MS_NODEV | raw.MS_NOEXEC)
-    Supervisor(control, configuration.stage, configuration.layout, configuration.uts).serve()
+    place = (configuration.stage, configuration.layout, configuration.uts)
+    Supervisor(control, *place, bounds).serve()
     os._exit(0)
 
 

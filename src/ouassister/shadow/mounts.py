@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 DEVICE_NODES: Final = ("null", "zero", "full", "random", "urandom", "tty")
+_SIZE: Final = "size=256m,nr_inodes=128k"  # else half of the host's memory, for each
 _INERT: Final = raw.MS_NOSUID | raw.MS_NODEV
 
 
@@ -93,7 +94,7 @@ class Tmpfs:
     def execute(self, sources: Sources) -> None:
         """See `Operation`."""
         del sources
-        options = f"mode={self.mode:o}"
+        options = f"mode={self.mode:o},{_SIZE}"
         if self.exact:
             with exact(os.fsencode(self.target)) as place:
                 raw.mount("tmpfs", place, "tmpfs", _INERT, options)
@@ -199,7 +200,7 @@ class Devices:
 
     def execute(self, sources: Sources) -> None:
         """See `Operation`."""
-        raw.mount("tmpfs", "/dev", "tmpfs", raw.MS_NOSUID, "mode=755")
+        raw.mount("tmpfs", "/dev", "tmpfs", raw.MS_NOSUID, f"mode=755,{_SIZE}")
         device = Path("/dev")
         for name in DEVICE_NODES:
             (device / name).touch()
@@ -214,6 +215,7 @@ class Devices:
             ("stdin", "fd/0"),
             ("stdout", "fd/1"),
             ("stderr", "fd/2"),
+            ("log", "/run/systemd/journal/dev-log"),
         ):
             (device / name).symlink_to(link)
 

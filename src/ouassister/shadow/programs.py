@@ -11,11 +11,13 @@ Who is outside of the program's pid namespace cannot be seen, signalled or trace
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import selectors
 import signal
 import socket
-import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,20 +25,24 @@ from ouassister import codec
 from ouassister.shadow import raw, runner, sandbox
 from ouassister.shadow.fetch import proxy
 from ouassister.shadow.fetch.mirrors import Mirrors
+from ouassister.shadow.output import Output
 from ouassister.shadow.procfs import VALUES, Procfs, recorder
+from ouassister.shadow.room import Room
+from ouassister.shadow.scripts import ScriptWatch
 from ouassister.shadow.servicemanager import RECORDS, Attached, Listeners
 from ouassister.shadow.syscalls.handlers import handlers
 from ouassister.shadow.syscalls.notify import serve_one
 from ouassister.shadow.syscalls.records import SYSCALLS, JsonLines
+from ouassister.shadow.watch import Watch
 
 if TYPE_CHECKING:
     from ouassister.disk.layout import Layout
+    from ouassister.shadow.limits import Bounds
     from ouassister.shadow.syscalls.handlers import Handlers
     from ouassister.shadow.told import Told
 
 _MOST_DESCRIPTORS: Final = 8  # of one message
 _OUTPUT: Final = f"{sandbox.WORK}/output"
-_ENDING_S: Final = 30.0  # for the kernel to end a namespace
 
 
 class SetUpError(Exception):
@@ -52,9 +58,12 @@ class Programs:
         stage: Where the stage lies; the working folder.
         layout: The guest's file systems.
         told: What is known of the guest.
+        bounds: What programs may take of the host.
     """
 
-    def __init__(self, control: socket.socket, stage: str, layout: Layout, told: Told) -> None:
+    def __init__(
+        self, control: socket.socket, stage: str, layout: Layout, told: Told, bounds: Bounds
+    ) -> None:
         self._control = control
         self._stage = stage
         self._layout = layout
@@ -62,13 +71,19 @@ class Programs:
         self._helpers: list[int] = []  # pids of what serves one program and ends with it
         self._recorder = JsonLines(f"{stage}/{_OUTPUT}/{SYSCALLS}")
         self._told = told
+        self._bounds = bounds
         self._handlers: Handlers | None = None
 
     def know(self, told: Told) -> None:
         """From now on, answer from this."""
+        self._told = told
+        self.forget()
+
+    def forget(self) -> None:
+        """Answer as if no program had run before."""
         if self._handlers is not None:
             self._handlers.close()
-        self._told, self._handlers = told, None
+        self._handlers = None
 
     def run(self, request: dict[str, Any]) -> dict[str, object]:
         """Run a program to its end.
@@ -83,37 +98,62 @@ class Programs:
             environment=dict(request["environment"]),
             fetches=request["mirrors"] is not None,
             package_cache=request["package_cache"],
-            output=f"{_OUTPUT}/{request['output']}" if request["output"] else None,
+            output=None,
         )
         if request["mirrors"] is not None:
             self._mirrors = codec.from_value(Mirrors, request["mirrors"])
-        deadline = time.monotonic() + request["timeout_s"]
+        room = Room((sandbox.WORK, sandbox.CACHE))
+        scripts = ScriptWatch(request["script_timeout_s"], self._recorder)
+        watch = Watch(request["timeout_s"], scripts, room)
+        watch.check_room()
+        if watch.over:
+            return watch.answer(0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             try:
-                return self._run(program, ours, theirs, deadline)
+                return self._run(program, ours, theirs, request["output"], watch, room)
             finally:
                 for helper in self._helpers:
                     os.kill(helper, signal.SIGKILL)
                     os.waitpid(helper, 0)
                 self._helpers.clear()
+                self._bounds.tell_reached(self._recorder)
 
     def _run(
-        self, program: runner.Program, ours: socket.socket, theirs: socket.socket, deadline: float
+        self,
+        program: runner.Program,
+        ours: socket.socket,
+        theirs: socket.socket,
+        output: str | None,
+        watch: Watch,
+        room: Room,
     ) -> dict[str, object]:
         procfs = Procfs(self._told.nodes)
         with theirs:
             self._helpers.append(self._serve_proc(procfs, ours, theirs))
+            printed = None
+            if output is not None:
+                limit = self._bounds.limits.output_bytes
+                printed = Output(f"{_OUTPUT}/{output}", limit)
+                program = replace(program, output=printed.writer)
+            largest = room.left()[0]
+            enter = partial(self._bounds.enter, largest, self._recorder)
             child = os.fork()
             if child == 0:
                 ours.close()
                 self._control.close()
                 uts = self._told.facts.uts
-                runner.run(program, self._stage, self._layout, uts, theirs, procfs)
+                runner.run(program, self._stage, self._layout, uts, theirs, procfs, enter)
             procfs.close()
-        services = Attached(self._told.services, f"{_OUTPUT}/{RECORDS}")
+            if printed is not None:
+                printed.started()
+        services = Attached(
+            self._told.services,
+            f"{_OUTPUT}/{RECORDS}",
+            partial(self._bounds.enter, largest, None),
+        )
         try:
-            answer = self._wait(child, ours, services, deadline)
+            answer = self._wait(child, ours, services, printed, watch)
         except BaseException:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 services.stop()
@@ -141,25 +181,30 @@ class Programs:
         return server
 
     def _wait(
-        self, child: int, channel: socket.socket, services: Attached, deadline: float
+        self,
+        child: int,
+        channel: socket.socket,
+        services: Attached,
+        printed: Output | None,
+        watch: Watch,
     ) -> dict[str, object]:
-        """Serve notifications until the child ends; kill it at the deadline or on hang-up."""
+        """Serve notifications until the child ends; kill it when it is over, or on hang-up."""
         pidfd = os.pidfd_open(child)
         first = child  # the first process of the program's pid namespace, once it is known
         failure: str | None = None
-        timed_out = False
         with selectors.DefaultSelector() as selector:
             selector.register(pidfd, selectors.EVENT_READ, "exit")
             selector.register(channel, selectors.EVENT_READ, "channel")
             selector.register(services.channel, selectors.EVENT_READ, "services")
             selector.register(self._control, selectors.EVENT_READ, "control")
+            if printed is not None:
+                selector.register(printed.reader, selectors.EVENT_READ, "printed")
             running = True
             while running:
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if not ready and time.monotonic() >= deadline and not timed_out:
-                    timed_out = True
-                    deadline += _ENDING_S
-                    os.kill(first, signal.SIGKILL)
+                ready = selector.select(watch.wait_s())
+                if watch.look(first):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(first, signal.SIGKILL)
                 for key, events in ready:
                     match key.data:
                         case "exit":
@@ -170,6 +215,9 @@ class Programs:
                                 first = int(message[4:])
                             elif message:
                                 failure = message
+                        case "printed":
+                            assert printed is not None  # noqa: S101 - it was registered
+                            _take_printed(selector, printed, watch)
                         case "services":
                             _take_listener(selector, services.channel)
                         case "control":
@@ -179,11 +227,10 @@ class Programs:
                                 self._serve(selector, key.fd)
         os.close(pidfd)
         _pid, status = os.waitpid(child, 0)
-        if timed_out:
-            return {"timed_out": True, "status": 124}
-        if failure is not None:
+        _finish(printed, watch)
+        if failure is not None and not watch.over:
             raise SetUpError(failure)
-        return {"timed_out": False, "status": os.waitstatus_to_exitcode(status)}
+        return watch.answer(os.waitstatus_to_exitcode(status))
 
     def _serve(self, selector: selectors.BaseSelector, listener: int) -> None:
         assert self._handlers is not None  # noqa: S101 - made before any program
@@ -227,6 +274,29 @@ class Programs:
             told = os.open(f"{_OUTPUT}/{proxy.REFUSED}", flags, 0o644)
             self._helpers.append(proxy.start(listener, self._mirrors, told))
             os.close(told)
+
+
+def _take_printed(selector: selectors.BaseSelector, printed: Output, watch: Watch) -> None:
+    """Keep what the program printed."""
+    try:
+        if not printed.take():
+            selector.unregister(printed.reader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        watch.check_room(refused=True)
+
+
+def _finish(printed: Output | None, watch: Watch) -> None:
+    """Keep what it printed last."""
+    if printed is None:
+        return
+    try:
+        printed.finish()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        watch.check_room(refused=True)
 
 
 def _take_listener(selector: selectors.BaseSelector, channel: socket.socket) -> None:

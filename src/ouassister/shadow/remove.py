@@ -26,8 +26,12 @@ def remove_tree(folder: Path) -> None:
         HostNotReadyError: The user's subordinate ids are gone, or the kernel says no.
         OSError: Something cannot be removed.
     """
-    if os.geteuid() == 0:
+    try:
         shutil.rmtree(folder)
+    except PermissionError:
+        if os.geteuid() == 0:
+            raise
+    else:
         return
     command = [sys.executable, "-I", "-m", "ouassister.shadow.remove", str(folder)]
     with subprocess.Popen(

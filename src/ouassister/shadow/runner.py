@@ -26,6 +26,8 @@ from ouassister.shadow.tmpfs_handover import read_places
 from ouassister.shadow.trees.serve import served
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ouassister.disk.layout import Layout
     from ouassister.model import Uts
     from ouassister.shadow.procfs import Procfs
@@ -43,15 +45,15 @@ _IFF_UP: Final = 1
 class Program:
     """What to run, and what it may see.
 
-    ``fetches``: a proxy of ours listens on its loopback. ``output`` is a file for standard output
-    and error; None passes the caller's on.
+    ``fetches``: a proxy of ours listens on its loopback. ``output`` is a descriptor for standard
+    output and error; None passes the caller's on.
     """
 
     argv: tuple[str, ...]
     environment: dict[str, str]
     fetches: bool
     package_cache: bool
-    output: str | None
+    output: int | None
 
 
 def run(
@@ -61,6 +63,7 @@ def run(
     uts: Uts,
     channel: socket.socket,
     procfs: Procfs,
+    enter: Callable[[], None],
 ) -> NoReturn:
     """Run ``program`` and exit with its status; called in a child of the supervisor.
 
@@ -71,12 +74,13 @@ def run(
         uts: The guest's names.
         channel: Takes what is needed of it, and what goes wrong before the program starts.
         procfs: Its /proc, which somebody serves.
+        enter: Puts the calling process within the limits of programs; raises OSError.
     """
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
     flags = raw.CLONE_NEWPID | raw.CLONE_NEWNS | raw.CLONE_NEWUTS | raw.CLONE_NEWIPC
     flags |= raw.CLONE_NEWCGROUP | raw.CLONE_NEWNET
     try:
-        output = _open_output(program.output)
+        enter()
         raw.unshare(flags)
         opened, tell_opened = os.pipe()
     except OSError as error:
@@ -85,7 +89,7 @@ def run(
     if first == 0:
         os.close(tell_opened)
         os.read(opened, 1)
-        _become_init(program, stage, layout, uts, channel, output, procfs)
+        _become_init(program, stage, layout, uts, channel, procfs)
     procfs.close()
     try:
         # Before the first process enters the tree: this one gets the same root then, and with it a
@@ -108,7 +112,6 @@ def _become_init(
     layout: Layout,
     uts: Uts,
     channel: socket.socket,
-    output: int | None,
     procfs: Procfs,
 ) -> NoReturn:
     """Build the tree, start the program, reap until it ends; the rest dies with this process."""
@@ -139,7 +142,7 @@ def _become_init(
     except OSError as error:
         _fail(channel, error)
     if child == 0:
-        _execute(program, channel, output, first_pid)
+        _execute(program, channel, first_pid)
     channel.close()
     while True:
         pid, status = os.wait()
@@ -147,13 +150,11 @@ def _become_init(
             os._exit(_exit_code(status))
 
 
-def _execute(
-    program: Program, channel: socket.socket, output: int | None, first_pid: int
-) -> NoReturn:
+def _execute(program: Program, channel: socket.socket, first_pid: int) -> NoReturn:
     os.setsid()  # no controlling terminal: nothing can be typed into the caller's
-    if output is not None:
+    if program.output is not None:
         null = os.open("/dev/null", os.O_RDONLY)
-        for source, target in ((null, 0), (output, 1), (output, 2)):
+        for source, target in ((null, 0), (program.output, 1), (program.output, 2)):
             os.dup2(source, target)
     for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -173,12 +174,6 @@ def _execute(
         status, reason = _NOT_EXECUTABLE, error.strerror or "cannot be executed"
     os.write(2, f"{program.argv[0]}: {reason}\n".encode())
     os._exit(status)
-
-
-def _open_output(name: str | None) -> int | None:
-    if name is None:
-        return None
-    return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
 
 def _fail(channel: socket.socket, error: OSError) -> NoReturn:

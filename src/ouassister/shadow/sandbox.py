@@ -29,6 +29,7 @@ TMPFS: Final = "tmpfs"  # where each of them is mounted once for all programs
 TOLD: Final = "work"  # see ouassister.shadow.told
 OWN_FOLDER: Final = b"/run/ouassister"  # what the shadow itself has in the tree
 CACHE: Final = "cache"  # kept between runs: package lists and archives
+KEPT: Final = "kept"  # in the cache; see ouassister.shadow.keep
 TOOLS: Final = "tools"  # recorders
 
 LOG: Final = "work/log"  # what scripts of ours write in the tree

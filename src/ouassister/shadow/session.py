@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,10 +22,11 @@ from ouassister.errors import (
     InternalError,
     UnsupportedGuestError,
     UpdaterError,
+    WorkDiskFullError,
     from_code,
 )
 from ouassister.model import Uts
-from ouassister.shadow import ids, raw, sandbox
+from ouassister.shadow import cgroups, ids, raw, sandbox, watch
 from ouassister.shadow.events import (
     Event,
     open_regular,
@@ -35,7 +36,9 @@ from ouassister.shadow.events import (
 )
 from ouassister.shadow.fetch.proxy import REFUSED
 from ouassister.shadow.keeper import Configuration
+from ouassister.shadow.limits import Limits
 from ouassister.shadow.procfs import VALUES
+from ouassister.shadow.scripts import Expired
 from ouassister.shadow.servicemanager import RECORDS
 from ouassister.shadow.servicemanager.recorders import NAMES
 from ouassister.shadow.syscalls.records import SYSCALLS
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
 TOOLS: Final = Path(__file__).parent / "recorder"
 _MAX_REFUSED: Final = 1 << 16
+SCRIPT_TIMEOUT_S: Final = 300.0
 _FOLLOW_S: Final = 0.25
 _MAX_LOG: Final = 64 << 20
 _BASE_ENVIRONMENT: Final = {
@@ -78,6 +82,7 @@ class ShadowSpec:
     layout: Layout
     uts: Uts
     avoid: tuple[Path, ...]  # host files that must stay reachable
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def shared(self) -> Path:
@@ -93,6 +98,7 @@ class Shadow:
         self._lines = control.makefile("rb")
         self._tools = tools
         self.spec = spec
+        self.expired: list[Expired] = []  # scripts that were killed, in all runs
 
     def mount(self) -> None:
         """Mount the volumes as they are now; programs can run then.
@@ -103,6 +109,14 @@ class Shadow:
         """
         self._ask(op="mount")
 
+    def reset(self) -> None:
+        """Forget what programs wrote and recorded; the caller makes each tmpfs again.
+
+        Raises:
+            HostNotReadyError: The host does not let the union be mounted again.
+        """
+        self._ask(op="reset")
+
     def run(
         self,
         argv: Sequence[str],
@@ -111,6 +125,7 @@ class Shadow:
         package_cache: bool = True,
         output: str | None = None,
         timeout_s: float = 3600,
+        script_timeout_s: float = SCRIPT_TIMEOUT_S,
         environment: Mapping[str, str] | None = None,
         on_output: Callable[[list[str]], None] | None = None,
     ) -> int:
@@ -122,6 +137,8 @@ class Shadow:
             package_cache: Package lists and archives are the kept ones.
             output: A file name under `output_path` for what it prints; None passes ours on.
             timeout_s: Seconds until it is killed, with everything that it started.
+            script_timeout_s: Seconds until a package's script is killed (`expired`); the program
+                goes on.
             environment: Added to a minimal one.
             on_output: Called with new lines of the output file while it runs.
 
@@ -130,6 +147,7 @@ class Shadow:
 
         Raises:
             DeadlineError: The time ran out.
+            WorkDiskFullError: Only a reserve is left of the disk that it writes to.
             HostNotReadyError: The host would not let the tree be built.
         """
         self._tell(
@@ -140,12 +158,22 @@ class Shadow:
             package_cache=package_cache,
             output=output,
             timeout_s=timeout_s,
+            script_timeout_s=float(script_timeout_s),
         )
         if output is not None and on_output is not None:
             self._follow(self.output_path(output), on_output)
         answer = self._hear()["result"]
-        if answer["timed_out"]:
-            raise DeadlineError(f"{argv[0]} did not end within {timeout_s:.0f} s and was killed")
+        self.expired += [codec.from_value(Expired, one) for one in answer["expired"]]
+        match answer["over"]:
+            case watch.FULL:
+                place = self.spec.cache if answer["where"] == sandbox.CACHE else self.spec.work
+                raise WorkDiskFullError(f"{argv[0]} was ended: only a reserve is left at {place}")
+            case watch.UNCONTAINED:
+                raise DeadlineError(f"{self.expired[-1]}, and could not be ended by itself")
+            case watch.TIMED_OUT:
+                raise DeadlineError(
+                    f"{argv[0]} did not end within {timeout_s:.0f} s and was killed"
+                )
         return int(answer["status"])
 
     def provide(self, name: str, content: bytes) -> None:
@@ -286,6 +314,7 @@ def launch(preload: Sequence[str]) -> Iterator[Launch]:
             finally:
                 keeper.terminate()  # it kills the init and waits for it: then all is gone
                 keeper.wait()
+                cgroups.forget(keeper.pid)  # if it was killed
 
 
 @contextlib.contextmanager
@@ -314,6 +343,7 @@ def open_shadow(launched: Launch, spec: ShadowSpec) -> Iterator[Shadow]:
             storage=spec.storage,
             layout=spec.layout,
             uts=spec.uts,
+            limits=spec.limits,
         )
         launched.control.sendall(json.dumps(codec.to_value(configuration)).encode() + b"\n")
         shadow = Shadow(launched.control, spec, Path(tools))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ouassister import codec
-from ouassister.shadow import raw, sandbox, told
+from ouassister.shadow import afresh, raw, sandbox, told
 from ouassister.shadow.programs import Programs, SetUpError
 from ouassister.shadow.syscalls.facts import GuestFacts
 from ouassister.shadow.sysfs.record import ATTRIBUTES
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ouassister.disk.layout import Layout
     from ouassister.model import Uts
+    from ouassister.shadow.limits import Bounds
 
 _MAX_REQUEST: Final = 1 << 20
 _FUSE2FS: Final = "fuse2fs"
@@ -59,12 +60,14 @@ class SupervisorError(Exception):
 class Supervisor:
     """The loop. One request at a time; what a running program asks is answered in between."""
 
-    def __init__(self, control: socket.socket, stage: str, layout: Layout, uts: Uts) -> None:
+    def __init__(
+        self, control: socket.socket, stage: str, layout: Layout, uts: Uts, bounds: Bounds
+    ) -> None:
         self._control = control
         self._stage = stage
         self._layout = layout
         self._uts = uts
-        self._programs = Programs(control, stage, layout, Told(GuestFacts(uts)))
+        self._programs = Programs(control, stage, layout, Told(GuestFacts(uts)), bounds)
         self._servers = Servers()
         self._calls: dict[int, int] = {}  # pid, and where its answer comes from
         self._buffer = b""
@@ -83,6 +86,9 @@ class Supervisor:
         match request["op"]:
             case "mount":
                 self._mount()
+                return None
+            case "reset":
+                self._reset()
                 return None
             case "know":
                 self._programs.know(told.read(Path(sandbox.TOLD), self._uts))
@@ -107,22 +113,34 @@ class Supervisor:
             if volume.is_ext:
                 _mount_ext(number)
             # else the keeper has (`ouassister.shadow.host_mounts`)
-            _liken(sandbox.upper(number), sandbox.lower(number))
-            layers = f"lowerdir={sandbox.lower(number)},upperdir={sandbox.upper(number)}"
-            options = f"{layers},workdir={sandbox.overlay_work(number)}"
-            try:
-                raw.mount(
-                    "overlay",
-                    sandbox.merged(number),
-                    "overlay",
-                    0,
-                    f"{options},userxattr,volatile,xino=off",
-                )
-            except OSError as error:
-                below = "fuse2fs" if volume.is_ext else f"{volume.fstype} with mapped ids"
-                raise SupervisorError(
-                    "host", f"overlayfs over {below}: {error.strerror}"
-                ) from error
+            self._unite(number)
+
+    def _unite(self, number: int) -> None:
+        """Lay an empty union layer over a volume."""
+        _liken(sandbox.upper(number), sandbox.lower(number))
+        layers = f"lowerdir={sandbox.lower(number)},upperdir={sandbox.upper(number)}"
+        options = f"{layers},workdir={sandbox.overlay_work(number)},userxattr,volatile,xino=off"
+        try:
+            raw.mount("overlay", sandbox.merged(number), "overlay", 0, options)
+        except OSError as error:
+            volume = self._layout.volumes[number]
+            below = "fuse2fs" if volume.is_ext else f"{volume.fstype} with mapped ids"
+            raise SupervisorError("host", f"overlayfs over {below}: {error.strerror}") from error
+
+    def _reset(self) -> None:
+        """Forget what programs wrote and recorded, as if none had run; see `afresh`."""
+        united = [
+            number
+            for number, volume in enumerate(self._layout.volumes)
+            if volume.fstype != "vfat"  # nothing can be written to those
+        ]
+        try:
+            afresh.clear(united)
+        except (OSError, RecursionError) as error:
+            raise SupervisorError("host", f"the union layer cannot be cleared: {error}") from error
+        self._programs.forget()
+        for number in united:
+            self._unite(number)
 
     def _run(self, request: dict[str, Any]) -> dict[str, object]:
         """Run a program; it ends well only where all that it saw was there to its end."""

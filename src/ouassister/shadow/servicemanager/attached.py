@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.shadow import raw
+from ouassister.shadow.servicemanager.journal import LOG
 from ouassister.shadow.servicemanager.process import ServiceManager, start
 from ouassister.shadow.syscalls.filter import build_filter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ouassister.shadow.servicemanager.server import Listeners
     from ouassister.shadow.servicemanager.state import ManagerState
@@ -26,16 +28,18 @@ class Attached:
     Args:
         state: What the guest had running.
         records: Path of the file to append events to.
+        enter: Puts a program of the guest that the stand-in starts within the limits of programs.
 
     Attributes:
         channel: Brings the listeners of the filters of the guest's programs that the stand-in
             starts; read by who answers them.
     """
 
-    def __init__(self, state: ManagerState, records: str) -> None:
+    def __init__(self, state: ManagerState, records: str, enter: Callable[[], None]) -> None:
         self.channel, self._senders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._state = state
         self._records = records
+        self._enter = enter
         self._namespaces: Sequence[int] = ()
         self._listeners: Listeners | None = None
         self._manager: ServiceManager | None = None
@@ -71,15 +75,18 @@ class Attached:
         if not self._namespaces or self._listeners is None:
             return False
         records = os.open(self._records, _APPEND, 0o644)  # read by the host's side
+        log = os.open(Path(self._records).with_name(LOG), _APPEND, 0o644)
         try:
             self._manager = start(
-                self._namespaces, self._listeners, self._state, records, self._confine
+                self._namespaces, self._listeners, self._state, records, log, self._confine
             )
         finally:
             os.close(records)
+            os.close(log)
         return True
 
     def _confine(self) -> None:
+        self._enter()
         listener = raw.seccomp_listener(build_filter())
         socket.send_fds(self._senders, [b"listener"], [listener])
         os.close(listener)

@@ -44,7 +44,7 @@ class Callers:
         for _ in range(_MAX_PARENTS):
             if pid <= 1:
                 break
-            caller = _from_environment(self._read(f"{pid}/environ"))
+            caller = from_environment(self._read(f"{pid}/environ"))
             if caller.package:
                 return caller
             pid = _parent(self._read(f"{pid}/stat"))
@@ -63,7 +63,8 @@ class Callers:
             os.close(descriptor)
 
 
-def _from_environment(environ: bytes) -> Caller:
+def from_environment(environ: bytes) -> Caller:
+    """What an environment, as /proc/PID/environ shows it, says of package and script."""
     found = dict(part.partition(b"=")[::2] for part in environ.split(b"\0"))
     package = found.get(b"DPKG_MAINTSCRIPT_PACKAGE", b"").decode("ascii", "replace")
     script = found.get(b"DPKG_MAINTSCRIPT_NAME", b"").decode("ascii", "replace")
