@@ -3,6 +3,7 @@
 # make check  format, lint, types and the fast tests
 # make view-test SEEDS=n   the view of n random guests against what they say when they wake up
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
+# make staging-test        real packages whose scripts need the live guest: a database that runs
 # make cgroup-test         control groups of version 2, in a guest that has them
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
@@ -48,6 +49,10 @@ view-test: .venv/ready
 kernel-test: .venv/ready
 	$(ROOT) env OUASSISTER_KERNELS=all \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_kernels.py $(PYTEST)
+
+staging-test: .venv/ready $(APPLIER)
+	$(ROOT) env OUASSISTER_STAGING=1 \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v -s tests/vm/test_staging_real.py $(PYTEST)
 
 cgroup-test: .venv/ready
 	$(ROOT) env OUASSISTER_CGROUP_TEST=1 \
@@ -115,4 +120,5 @@ lock:
 clean:
 	rm -rf build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test cgroup-test fidelity fuzz bench applier guest-tests deps lock clean
+.PHONY: demo test check view-test kernel-test staging-test cgroup-test fidelity fuzz bench applier guest-tests \
+        deps lock clean

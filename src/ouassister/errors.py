@@ -25,6 +25,7 @@
     ├── RepositoryError            30   network or repository
     │   └── PackageNotFoundError   30   no repository has the package
     ├── UpdaterError               31   the guest's updater failed
+    │   ├── StagingNeededError     31   a package cannot be emulated, and may not be staged
     │   └── WorkDiskFullError      31   no room for the work folder
     ├── DeadlineError              32   a time limit ran out
     ├── ApplyError                 40   reflection failed and was undone
@@ -265,6 +266,13 @@ class UpdaterError(OUassisterError):
     code = "updater-failed"
     exit_status = 31
     default_hint = "the updater's output is in the run's log; nothing of the VM was changed"
+
+
+class StagingNeededError(UpdaterError):
+    """A package cannot be emulated, and the user does not want it to be staged."""
+
+    code = "needs-staging"
+    default_hint = "without --no-staging, the guest's own dpkg installs it behind the closed gate"
 
 
 class WorkDiskFullError(UpdaterError):

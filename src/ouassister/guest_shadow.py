@@ -29,6 +29,8 @@ from ouassister.shadow.session import (
     launch,
     open_shadow,
 )
+from ouassister.shadow.trees import handover
+from ouassister.shadow.trees.collect import collect as collect_trees
 from ouassister.sleeping import Sleeping, open_sleeping, refuse_unsafe
 from ouassister.state.running import writer_of
 from ouassister.text import to_text
@@ -46,9 +48,11 @@ _NAMES: Final = "ouassister.disk.names_proof"
 _IDENTITY: Final = "ouassister.disk.identity"
 _TMPFS: Final = "ouassister.shadow.tmpfs_fill"
 EXTRACT: Final = "ouassister.changeset.extract"
+KEEP: Final = "ouassister.shadow.keep"
+_FILL: Final = {"folder": sandbox.MEMORY, "mounts": sandbox.TMPFS}
 _WANT: Final = frozenset((Subject.LOCKS, Subject.TMPFS_CONTENT))
 _SERVICES: Final = frozenset((Subject.TASKS, Subject.FILES, Subject.NETWORK, Subject.SWAP))
-_MODULES: Final = (_COHERENT, _PROOF, _NAMES, _IDENTITY, EXTRACT, _TMPFS, restart_plan.TREE)
+_MODULES: Final = (_COHERENT, _PROOF, _NAMES, _IDENTITY, EXTRACT, KEEP, _TMPFS, restart_plan.TREE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Options:
     timeout_s: float = 3600.0  # of each call of the guest's updater
     keep: bool = False  # the work folder stays
     script_timeout_s: float = SCRIPT_TIMEOUT_S  # of each script of a package
+    staging: bool = True  # what cannot be emulated is installed in the guest; else it is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,15 @@ class Guest:
         with timeline.phase("prove the view"):
             while self.proofs:
                 self.shadow.finish(self.proofs.pop())
+
+    def start_over(self) -> None:
+        """Forget what programs did; the next see the guest as it fell asleep."""
+        self.shadow.reset()
+        self.shadow.call(_TMPFS, "fill", _FILL)
+
+    def settle(self) -> None:
+        """There is no starting over any more."""
+        tmpfs_handover.forget(self.folder / "shadow" / "tmpfs")
 
     def identity(self) -> Identity:
         """Whose disk it is."""
@@ -135,9 +149,7 @@ def open_guest(
                 for number, volume in enumerate(layout.volumes)
                 if volume.is_ext
             ]
-            filling = shadow.begin(
-                _TMPFS, "fill", {"folder": sandbox.MEMORY, "mounts": sandbox.TMPFS}
-            )
+            filling = shadow.begin(_TMPFS, "fill", _FILL)
             for view in views:
                 shadow.call(_COHERENT, "apply", view)
             proofs = [shadow.begin(_PROOF, "prove", view) for view in views]
@@ -147,8 +159,10 @@ def open_guest(
                     proofs.append(shadow.begin(_NAMES, "prove", names))
             shadow.mount()
             notes += tuple(shadow.finish(filling))
-            tmpfs_handover.forget(memory)
+            if not updating:
+                tmpfs_handover.forget(memory)
             telling.wait()
+            notes += handover.read_notes(folder / "shadow")
             shadow.know()
         layout = replace(layout, notes=(*layout.notes, *notes))
         sleeping = replace(sleeping, layout=layout)
@@ -163,8 +177,10 @@ def open_guest(
 def _write_what_memory_tells(sleeping: Sleeping, folder: Path) -> None:
     """Write down what programs in the shadow are told."""
     memory = sleeping.memory
-    tree = collect_proc(GuestReader(memory.kernel), sleeping.view)
+    reader = GuestReader(memory.kernel)
+    tree = collect_proc(reader, sleeping.view)
     told.write(folder, tree, collect_services(memory.look(sleeping.view, _SERVICES)))
+    handover.write(folder, collect_trees(reader))
 
 
 @contextlib.contextmanager

@@ -193,9 +193,30 @@ class LeftOut:
     reason: str
 
 
+class Mode(StrEnum):
+    """By whom a package is installed."""
+
+    EMULATED = "emulated"  # by the guest's updater, on the host, while the guest sleeps
+    STAGED = "staged"  # by the guest's own dpkg, after the resume, behind the closed gate
+
+
+@dataclass(frozen=True, slots=True)
+class PackageMode:
+    """How a package of an update is installed; staged ones say why."""
+
+    name: str
+    architecture: str
+    mode: Mode
+    reason: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an update would do; nothing has run. ``plan_id`` hashes everything else."""
+    """What an update would do; nothing has run. ``plan_id`` hashes everything else.
+
+    ``predicted`` names changes that will perhaps be staged: a guess, by what is known without
+    running anything.
+    """
 
     plan_id: str
     vm: str
@@ -205,6 +226,7 @@ class Plan:
     archives: tuple[Archive, ...]
     left_out: tuple[LeftOut, ...]
     download_bytes: int
+    predicted: tuple[PackageMode, ...] = ()
 
 
 # --- changeset -----------------------------------------------------------------------------
@@ -305,6 +327,42 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True)
+class Staged:
+    """A package that the guest's own dpkg installs, or removes when ``new`` is empty.
+
+    ``file`` is its archive's name in ``Changeset.staging_folder``, where it is an entry as any
+    other. ``requested`` tells that somebody asked for it by name.
+    """
+
+    name: str
+    architecture: str
+    old: str
+    new: str
+    file: str
+    size: int
+    sha256: str
+    requested: bool
+    reason: str
+
+
+class StepKind(StrEnum):
+    """What one call of dpkg does."""
+
+    INSTALL = "install"
+    UNPACK = "unpack"
+    CONFIGURE = "configure"
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True)
+class StagedStep:
+    """One call of dpkg in the guest; ``packages`` are indexes of ``Changeset.staged``."""
+
+    kind: StepKind
+    packages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
     """The one guest that a change set may be applied to."""
 
@@ -336,6 +394,9 @@ class Changeset:
     filtered: tuple[bytes, ...]  # changed in the shadow and left out on purpose
     notes: tuple[str, ...] = field(default=())
     restarts: tuple[Restart, ...] = field(default=())
+    staged: tuple[Staged, ...] = field(default=())
+    staged_steps: tuple[StagedStep, ...] = field(default=())  # in the order of the guest's apt
+    staging_folder: bytes = b""
 
 
 # --- reports -------------------------------------------------------------------------------
@@ -373,6 +434,17 @@ class UpdateReport:
     phases: tuple[Phase, ...]
     offline_s: float
     download_s: float
+    modes: tuple[PackageMode, ...] = ()  # of each change
+
+
+@dataclass(frozen=True, slots=True)
+class StagedState:
+    """What the guest's dpkg says of a staged package once it was installed."""
+
+    name: str
+    architecture: str
+    version: str
+    status: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,3 +468,4 @@ class ResumeReport:
     guest_phases: tuple[Phase, ...]
     restore_s: float
     online_s: float
+    staged: tuple[StagedState, ...] = ()

@@ -8,7 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tests.fidelity import facts
 from tests.fidelity.facts import Facts
@@ -77,8 +77,10 @@ def update_both(base: Path, folder: Path, packages: Sequence[str], *, upgrade: b
                                      upgrade=upgrade)  # fmt: skip
     with _timed(seconds, "twin"):
         theirs = _by_itself(clone(base, folder / "twin"), packages, upgrade=upgrade)
-    staged = frozenset(report.get("staged", ()))
-    return Pair(theirs, ours, since_s, staged, tuple(report["notes"]), seconds)
+    chosen = [one for one in report["modes"] if one["mode"] == "staged"]
+    staged = frozenset(one["name"] for one in chosen)
+    reasons = (*report["notes"], *(f"{one['name']}: {one['reason']}" for one in chosen))
+    return Pair(theirs, ours, since_s, staged, reasons, seconds)
 
 
 def _by_itself(toml: Path, packages: Sequence[str], *, upgrade: bool) -> Facts:
@@ -98,10 +100,10 @@ def _by_itself(toml: Path, packages: Sequence[str], *, upgrade: bool) -> Facts:
 
 def _in_its_sleep(
     toml: Path, home: Path, packages: Sequence[str], *, upgrade: bool
-) -> tuple[Facts, dict[str, list[str]]]:
+) -> tuple[Facts, dict[str, Any]]:
     world = World(toml, home)
     words = [] if upgrade else [f"--install={name}" for name in packages]
-    report: dict[str, list[str]] = {}
+    report: dict[str, Any] = {}
     for verb, arguments in (("update", words), ("resume", [])):
         done = world.run(verb, *arguments)
         if done.status not in (0, 12):

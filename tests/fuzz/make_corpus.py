@@ -22,6 +22,7 @@ from tests.unit.test_btf import Composer
 from tests.unit.test_changeset_archive import build
 from tests.unit.test_coherent_handover import Ram
 from tests.unit.test_coherent_handover import sample as handed_over
+from tests.unit.test_staged_reflection import changeset as staged_changeset
 
 from ouassister import codec
 from ouassister.disk import handover
@@ -143,8 +144,8 @@ def handed() -> dict[str, bytes]:
 
 
 def manifests() -> dict[str, bytes]:
-    """A change set with each kind of entry."""
-    return {"entries": codec.canonical(build())}
+    """A change set with each kind of entry, and one with staged packages."""
+    return {"entries": codec.canonical(build()), "staged": codec.canonical(staged_changeset())}
 
 
 def main() -> None:

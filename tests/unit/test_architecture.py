@@ -63,9 +63,15 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
         "state",
     }
     | {"store", "timeline"},
+    "staging": BASE
+    | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "restart", "shadow"}
+    | {"timeline"},
+    "offline": BASE
+    | {"changeset", "guest_shadow", "packages", "restart", "shadow", "staging", "state", "store"}
+    | {"timeline"},
     "pipeline": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
-    | {"restart", "shadow", "sleeping", "state", "store", "timeline"},
+    | {"offline", "restart", "shadow", "sleeping", "state", "store", "timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},
     "demo": BASE
@@ -106,6 +112,7 @@ PROCESSES: Final = frozenset(
         "shadow/remove.py",
         "shadow/programs.py",
         "shadow/runner.py",
+        "shadow/served/server.py",
         "shadow/servicemanager/guestctl.py",
         "shadow/servicemanager/process.py",
         "shadow/supervisor.py",

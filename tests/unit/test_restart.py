@@ -188,6 +188,12 @@ def test_what_a_script_ends_is_not_restarted_again(words: tuple[str, ...]) -> No
     assert actions.coalesce([Action(words)], [restart("nginx.service")]) == (Action(words),)
 
 
+def test_what_a_script_ends_is_restarted_again_for_what_follows() -> None:
+    words = Action(("systemctl", "restart", "nginx"))
+    due = Action(("systemctl", "try-restart", "nginx.service"))
+    assert actions.coalesce([words], [restart("nginx.service")], {"nginx.service"})[-1] == due
+
+
 @pytest.mark.parametrize("verb", ["start", "reload-or-restart", "enable"])
 def test_what_a_script_only_starts_is(verb: str) -> None:
     recorded = Action(("systemctl", verb, "nginx.service"))

@@ -310,3 +310,15 @@ def test_home_is_where_the_environment_says(
     assert home() == tmp_path / ".local" / "share" / "ouassister"
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert str(home()) == "/var/lib/ouassister"
+
+
+def test_details_of_a_step_are_those_of_all_vms_oldest_first(store: Store) -> None:
+    store.remember("web2", "/vms/web2.toml")
+    for vm, step, detail in (
+        ("web2", "staged", "1"),
+        ("web1", "other", "2"),
+        ("web1", "staged", "3"),
+    ):
+        store.log(vm, "update", step, detail)
+    assert store.details("staged") == (("web2", "1"), ("web1", "3"))
+    assert store.details("staged", most=1) == (("web1", "3"),)

@@ -7,8 +7,10 @@ from __future__ import annotations
 from ouassister.disk.layout import Layout
 from ouassister.disk.layout import Place as DiskPlace
 from ouassister.shadow import sandbox
-from ouassister.shadow.mounts import Bind, BindPart, Operation, Tmpfs
+from ouassister.shadow.devices.mounts import GuestDevices
+from ouassister.shadow.mounts import DEVICE_NODES, Bind, BindPart, Devices, Operation, Tmpfs
 from ouassister.shadow.tmpfs_handover import Place
+from ouassister.shadow.trees.handover import DEV, SYS
 
 LAYOUT = Layout(
     volumes=(),
@@ -77,3 +79,22 @@ def test_guest_without_a_tmpfs_has_its_own_tmp_and_a_run_of_ours() -> None:
     order = targets(tree(()))
     assert "/tmp" not in order
     assert order.index("/run") < order.index("/run/lock")
+
+
+def test_guests_devices_stand_where_they_were_served() -> None:
+    served = frozenset((SYS, DEV))
+    operations = list(sandbox.tree("/s", LAYOUT, MEMORY, served, package_cache=False))
+    assert BindPart("/s/sys", b"", b"/sys") in operations
+    assert GuestDevices("/s/dev", own_shm=False) in operations  # the guest's stands there
+    assert not any(isinstance(one, Devices) for one in operations)
+    assert operations.index(GuestDevices("/s/dev", own_shm=False)) < operations.index(
+        BindPart("/s/tmpfs/3", b"/", b"/dev/shm")
+    )
+    without = list(sandbox.tree("/s", LAYOUT, None, served, package_cache=False))
+    assert GuestDevices("/s/dev", own_shm=True) in without
+    nothing = list(sandbox.tree("/s", LAYOUT, MEMORY, package_cache=False))
+    assert Tmpfs("/sys", 0o555, read_only=True) in nothing
+    assert Devices() in nothing
+    one = GuestDevices("/s/dev", own_shm=False)
+    assert one.sources() == ("/s/dev", *(f"/dev/{name}" for name in DEVICE_NODES))
+    assert one.describe().startswith("mount --bind /s/dev /dev with null, zero")

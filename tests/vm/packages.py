@@ -33,6 +33,37 @@ _PLACE: Final = (
     f"mkdir -p /usr/lib/oua-daemon; cp /bin/sleep {_SLEEPER}.new; mv {_SLEEPER}.new {_SLEEPER}"
 )
 
+_CONNECT: Final = (
+    "perl -e 'use Socket; socket(S, AF_UNIX, SOCK_STREAM, 0) or die;"
+    ' connect(S, pack_sockaddr_un("/run/systemd/journal/stdout")) or die "nobody listens: $!\\n"\''
+)
+
+
+_KNOCK: Final = (
+    "perl -e 'use Socket; socket(S, AF_INET, SOCK_DGRAM, 0);"
+    ' send(S, "knock", 0, pack_sockaddr_in(9, inet_aton("10.0.2.2")))\' || true'
+)
+
+
+def store(version: str) -> Package:
+    """A service that holds its data open for writing, and converts them in its postinst."""
+    return Package(
+        "oua-store",
+        version,
+        files={
+            "/lib/systemd/system/oua-store.service": "[Service]\n"
+            "ExecStartPre=/bin/sh -c 'echo started >>/var/lib/oua-store.starts'\n"
+            "ExecStart=/bin/sh -c 'exec /usr/lib/oua-store/keeper infinity 3>>/srv/oua-store'\n",
+        },
+        scripts={
+            "preinst": "mkdir -p /usr/lib/oua-store; cp /bin/sleep /usr/lib/oua-store/keeper.new\n"
+            "mv /usr/lib/oua-store/keeper.new /usr/lib/oua-store/keeper",
+            "postinst": f"echo {version} >>/srv/oua-store\nsystemctl daemon-reload\n"
+            "systemctl restart oua-store.service",
+        },
+    )
+
+
 BEFORE: Final = (
     Package(
         "oua-daemon",
@@ -115,6 +146,50 @@ AFTER: Final = (
         files={"/usr/share/oua-broken/file": "never configured\n"},
         scripts={"postinst": "echo broken on purpose >&2\nexit 3"},
     ),
+    # Only the running guest has somebody who listens there.
+    Package(
+        "oua-live",
+        "1.0",
+        files={"/usr/share/oua-live/file": "live\n"},
+        # Whoever talks to the guest through its agent loses what the agent had started.
+        scripts={
+            "postinst": f"{_CONNECT}\n{_KNOCK}\nsystemctl restart qemu-guest-agent\n"
+            "echo configured >>/var/lib/oua-live.log"
+        },
+    ),
+    Package(
+        "oua-user",
+        "1.0",
+        depends="oua-live",
+        files={"/usr/bin/oua-user": "#!/bin/sh\necho user\n"},
+        scripts={"postinst": "grep -q configured /var/lib/oua-live.log"},
+    ),
+    # It is unpacked only where oua-live is configured.
+    Package(
+        "oua-early",
+        "1.0",
+        depends="dpkg\nPre-Depends: oua-live",
+        files={"/usr/share/oua-early/file": "early\n"},
+        scripts={"preinst": "grep -q configured /var/lib/oua-live.log"},
+    ),
+    # It fails where it was configured before, as in a round that was not forgotten.
+    Package(
+        "oua-once",
+        "1.0",
+        files={"/usr/share/oua-once/file": "once\n"},
+        scripts={
+            "postinst": "for ran in /run/oua-once /var/lib/oua-once; do\n"
+            '    [ ! -e "$ran" ] || exit 5\n    touch "$ran"\ndone'
+        },
+    ),
+    # The call is refused, and the script does not mind.
+    Package(
+        "oua-keys",
+        "1.0",
+        files={"/usr/share/oua-keys/file": "keys\n"},
+        scripts={"postinst": "perl -e 'syscall(250, 0, -3, 1)'"},  # keyctl(KEYCTL_GET_KEYRING_ID)
+    ),
+    store("2.0"),
     Package(
         "oua-slow",
         "1.0",

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import GUESTS
+from tests.vm import sysfs_guest
 
 from ouassister.guest_model import Subject
-from ouassister.kernel import introspect, kallsyms_scan
+from ouassister.kernel import GuestReader, introspect, kallsyms_scan
 from ouassister.kernel.introspect import open_guest
 from ouassister.memory import open_save
 from ouassister.provider import qemu, vmtoml
+from ouassister.shadow.served.snapshot import Node, decode
+from ouassister.shadow.trees.collect import collect
 from ouassister.testing import Recipe, build_image, guest_run, make_suspended
 from ouassister.testing import clone as make_clone
 from ouassister.testing.view import build_view, mounted_view
@@ -101,6 +104,8 @@ class Told:
         for line in say(_TASKS, check=False).splitlines():
             pid, parent, exe = line.split(" ", 2)
             self.tasks[int(pid)] = (int(parent), exe.encode())
+        listed = guest_run(vm, ["/usr/bin/perl", "-e", sysfs_guest.LIVE], timeout_s=300)
+        self.files = sysfs_guest.parse(listed.stdout.decode())
         self.uptime_s = float(say("cat /proc/uptime").split()[0])
         self.now_s = int(say("date +%s"))
 
@@ -176,6 +181,35 @@ def test_kernel_locks_are_the_live_guests(seen: Seen) -> None:
     assert (lock.kind, lock.write, lock.pid) == ("posix", True, seen.told.holder)
     assert lock.inode == seen.told.inode
     assert seen.view.degraded == ()
+
+
+def test_kernel_sysfs_and_devices_are_the_live_guests(seen: Seen) -> None:
+    with open_save(vmtoml.load(seen.toml).save) as save:
+        trees = collect(GuestReader(open_guest(save)))
+    assert trees.notes == ()
+    assert trees.system is not None
+    assert trees.devices is not None
+    live = seen.told.files
+    ours: dict[bytes, Node] = {}
+    for top, raw in ((b"/sys", trees.system), (b"/dev", trees.devices)):
+        paths: list[bytes] = []
+        for node in decode(raw):
+            paths.append(paths[node.parent] + b"/" + node.name if paths else top)
+            ours[paths[-1]] = node
+    skipped = {path for path in live if sysfs_guest.LEFT_OUT.fullmatch(path)}
+    assert live.keys() - skipped == ours.keys()
+    wrong: dict[object, object] = {}
+    for path, node in ours.items():
+        file = live[path]
+        stands = path in sysfs_guest.STANDS_ON or sysfs_guest.MOUNTED.fullmatch(path)
+        found = (node.mode, node.uid, node.gid, node.links, node.number, node.size, node.device)
+        if not stands and found != file.attributes:
+            wrong[path] = (found, file.attributes)
+        moves = node.content is None or sysfs_guest.MOVES.fullmatch(path)
+        if not moves and file.content != node.content:
+            wrong[path, "content"] = (node.content, file.content)
+    assert wrong == {}
+    assert sum(node.content is not None for node in ours.values()) > 2000
 
 
 def test_view_of_unflushed_files_is_the_live_guests(seen: Seen, tmp_path: Path) -> None:

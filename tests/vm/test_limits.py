@@ -13,19 +13,23 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 
-def test_script_that_does_not_end_is_named_and_nothing_is_left(world: World) -> None:
+def test_script_that_does_not_end_is_killed_and_its_package_is_staged(world: World) -> None:
     before = world.hashes()
     words = ("--install", "oua-slow", "--install", "oua-extra", "--script-timeout", "3")
-    done = world.run("update", *words)
-    assert (done.status, done.code) == (32, "deadline"), done
-    message = done.value["error"]["message"]
-    assert message.startswith("the postinst of oua-slow did not end within 3 s and was killed: ")
-    assert leftovers(world.home) == NOTHING
-    assert world.hashes() == before
+    why = "the postinst of oua-slow did not end within 3 s and was killed while the guest slept"
+    refused = world.run("update", *words, "--no-staging")
+    assert (refused.status, refused.code) == (31, "staging-needed"), refused
+    assert refused.value["error"]["message"] == f"oua-slow: {why}"
     log = next(world.home.glob("vms/*/last-run.log")).read_text()
     assert "subprocess was killed by signal (Killed)" in log
     # dpkg went on with what does not depend on it.
     assert "Setting up oua-extra" in log
+    done = world.run("update", *words)
+    assert done.status == 0, done
+    modes = {one["name"]: (one["mode"], one["reason"]) for one in done.result["modes"]}
+    assert modes == {"oua-slow": ("staged", why), "oua-extra": ("emulated", "")}
+    assert leftovers(world.home) == NOTHING
+    assert world.hashes() == before
 
 
 def test_limit_that_is_no_time_is_refused(world: World) -> None:

@@ -111,10 +111,15 @@ def test_dependency_that_answers_404_takes_its_dependents_along(
         repository.missing.clear()
 
 
-def test_package_whose_script_fails_leaves_no_change_set(world: World) -> None:
-    done = world.run("update", "--install", "oua-broken")
-    assert (done.status, done.code) == (31, "updater-failed"), done
-    assert "oua-broken" in done.value["error"]["message"]
+def test_package_whose_script_fails_leaves_no_change_set_where_nothing_may_be_staged(
+    world: World,
+) -> None:
+    done = world.run("update", "--no-staging", "--install", "oua-broken", "--install", "oua-extra")
+    assert (done.status, done.code) == (31, "needs-staging"), done
+    message = done.value["error"]["message"]
+    assert "oua-broken: it failed while the guest slept" in message
+    assert "post-installation script subprocess returned error exit status 3" in message
+    assert "oua-extra" not in message
     assert world.run("status").result[0]["changesets"] == []
     assert leftovers(world.home) == NOTHING
 

@@ -20,20 +20,34 @@ from typing import TYPE_CHECKING
 from ouassister import codec
 from ouassister.changeset.layer import sync_directory
 from ouassister.errors import InternalError, TamperedError, WorkDiskFullError
-from ouassister.model import Changeset, Kind
+from ouassister.model import Changeset, Kind, StepKind
 from ouassister.text import plain, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ouassister.changeset.extract import Extraction
-    from ouassister.model import Action, Fence, Identity, LeftOut, PackageChange, Restart
+    from ouassister.model import (
+        Action,
+        Fence,
+        Identity,
+        LeftOut,
+        PackageChange,
+        Restart,
+        Staged,
+        StagedStep,
+    )
 
 MANIFEST = "manifest.json"
 LAYER = "layer.tar"
 
 _ID = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = ".partial-"
+# Debian Policy 5.6.1, 5.6.8; what reaches a command line in the guest.
+_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]{0,254}")
+_ARCHITECTURE = re.compile(r"[a-z0-9-]{0,64}")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+~%_-]{0,250}\.deb")
+_FOLDER = re.compile(rb"(?:/[A-Za-z0-9._-]{1,64}){2,6}")
 _CHUNK = 1 << 20
 _MANIFEST_LIMIT = 1 << 30
 
@@ -52,6 +66,9 @@ def build(
     reboot_needed: bool,
     notes: tuple[str, ...] = (),
     restarts: tuple[Restart, ...] = (),
+    staged: tuple[Staged, ...] = (),
+    staged_steps: tuple[StagedStep, ...] = (),
+    staging_folder: bytes = b"",
 ) -> Changeset:
     """Make the record of a change set; its id follows from all the rest.
 
@@ -75,6 +92,9 @@ def build(
         filtered=extraction.filtered,
         notes=(*extraction.notes, *notes),
         restarts=restarts,
+        staged=staged,
+        staged_steps=staged_steps,
+        staging_folder=staging_folder,
     )
     for defect in _defects(draft):
         raise InternalError(f"change set of {vm}: {defect}")
@@ -192,6 +212,8 @@ def describe(changeset: Changeset) -> Iterator[str]:
             (False, True): f"install {change.new}",
         }.get((bool(change.old), bool(change.new)), f"{change.old} -> {change.new}")
         yield plain(f"    {change.name}:{change.architecture}  {step}")
+    for one in changeset.staged:
+        yield plain(f"  staged: {one.name}: {one.reason}")
     for left in changeset.left_out:
         yield plain(f"  left out: {left.package}: {left.reason}")
     yield f"  {len(changeset.entries) - deleted} paths written, {deleted} deleted, {size} bytes"
@@ -251,3 +273,33 @@ def _defects(changeset: Changeset) -> Iterator[str]:
         before = parts
         if entry.kind not in (Kind.DELETE, Kind.DIRECTORY, Kind.HARDLINK):
             seen.add(entry.path)
+    yield from _staging_defects(changeset)
+
+
+def _staging_defects(changeset: Changeset) -> Iterator[str]:
+    """Every archive is an entry with its digest; every staged package has its steps."""
+    files = {entry.path: entry for entry in changeset.entries if entry.kind is Kind.FILE}
+    folder = _FOLDER.fullmatch(changeset.staging_folder) is not None
+    if bool(changeset.staged) != folder:
+        yield f"{to_text(changeset.staging_folder)} is no folder for staged packages"
+    for one in changeset.staged:
+        names = (_NAME.fullmatch(one.name), _ARCHITECTURE.fullmatch(one.architecture))
+        if not all(names) or (one.file if not one.new else not _FILE.fullmatch(one.file)):
+            yield f"{plain(one.name)} is no package that could be staged"
+            continue
+        entry = files.get(changeset.staging_folder + b"/" + one.file.encode("ascii"))
+        if one.new and (entry is None or (entry.sha256, entry.size) != (one.sha256, one.size)):
+            yield f"the archive of {one.name} is not in the change set"
+    left = set(range(len(changeset.staged)))
+    for step in changeset.staged_steps:
+        known = [changeset.staged[at] for at in step.packages if at in range(len(changeset.staged))]
+        removes = step.kind is StepKind.REMOVE
+        if (
+            len(known) != len(step.packages)
+            or not known
+            or any(removes == bool(x.new) for x in known)
+        ):
+            yield f"a step of staged packages ({step.kind}) does not match them"
+        left -= set(step.packages)
+    if left:
+        yield "a staged package has no step"

@@ -33,6 +33,10 @@ def run(arguments: argparse.Namespace) -> common.Result:
     lines = [f"plan {plan.plan_id} for {plan.vm}"]
     lines += package_lines(plan.changes, plan.left_out)
     lines.append(f"to download: {len(plan.archives)} archives, {size(plan.download_bytes)}")
+    lines += [
+        f"  will perhaps be staged (a prediction): {one.name}: {one.reason}"
+        for one in plan.predicted
+    ]
     if plan.changes:
         lines.append(f"to carry it out: ouassister update {arguments.vm} --plan {plan.plan_id}")
     status = 0 if plan.changes else common.NOTHING_TO_DO

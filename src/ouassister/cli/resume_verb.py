@@ -41,6 +41,10 @@ def lines(report: ResumeReport) -> list[str]:
         f" gate open {report.online_s:.2f} s after the first instruction",
         f"  verified: {', '.join(report.verified) or 'nothing'}",
     ]
+    told += [
+        f"  installed by the guest: {one.name} {one.version} ({one.status})"
+        for one in report.staged
+    ]
     rows = [(phase.name, f"{phase.seconds:.3f} s") for phase in report.phases]
     rows += [
         (f"  in the guest: {phase.name}", f"{phase.seconds:.3f} s") for phase in report.guest_phases

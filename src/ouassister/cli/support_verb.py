@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from ouassister.shadow.syscalls.table import TABLE
+from ouassister.shadow.sysfs.table import TABLE as SYSFS_TABLE
 from ouassister.state.formats import FORMATS
 from ouassister.text import table
 
@@ -38,9 +39,14 @@ def run(_arguments: argparse.Namespace) -> Result:
             }
             for row in TABLE
         ],
+        "sysfs": [
+            {"name": row.name, "shown": str(row.shown), "note": row.note} for row in SYSFS_TABLE
+        ],
     }
     saves = [("SAVED BY", "SUPPORT", "NOTE")]
     saves += [(row.title, str(row.support), row.note) for row in FORMATS]
     calls = [("SYSTEM CALL", "ANSWER", "NOTE")]
     calls += [(row.name, row.label, row.note) for row in TABLE]
-    return 0, value, f"{table(saves)}\n\n{table(calls)}"
+    files = [("FILES OF /sys AND /dev", "SHOWN", "NOTE")]
+    files += [(row.name, str(row.shown), row.note) for row in SYSFS_TABLE]
+    return 0, value, "\n\n".join(map(table, (saves, calls, files)))

@@ -8,14 +8,14 @@ from ouassister import codec, pipeline
 from ouassister.cli import common
 from ouassister.cli.plan_verb import package_lines
 from ouassister.errors import UsageError
-from ouassister.model import Request, Verdict
+from ouassister.model import Mode, Request, Verdict
 from ouassister.store.database import Store
 from ouassister.text import size, to_text
 
 if TYPE_CHECKING:
     import argparse
 
-    from ouassister.model import Restart, UpdateReport
+    from ouassister.model import PackageMode, Restart, UpdateReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_vm(parser)
     common.add_request(parser)
     parser.add_argument("--plan", metavar="ID", help="carry out exactly this plan")
+    parser.add_argument(
+        "--no-staging",
+        action="store_true",
+        help="refuse what cannot be emulated, instead of having the guest install it",
+    )
     common.add_run(parser)
     common.add_script_timeout(parser)
 
@@ -35,7 +40,12 @@ def run(arguments: argparse.Namespace) -> common.Result:
     with Store() as store:
         config = common.find_vm(store, arguments.vm)
         story = common.timeline(arguments, store, config)
-        options = pipeline.Options(arguments.timeout, arguments.keep, arguments.script_timeout)
+        options = pipeline.Options(
+            arguments.timeout,
+            arguments.keep,
+            arguments.script_timeout,
+            staging=not arguments.no_staging,
+        )
         report = pipeline.update_sleeping(config, wish, store, story, options)
     return status_of(report), codec.to_value(report), "\n".join(_lines(report, arguments.vm))
 
@@ -45,6 +55,11 @@ def status_of(report: UpdateReport) -> int:
     if not report.changeset_id:
         return common.PARTIAL if report.left_out else common.NOTHING_TO_DO
     return common.PARTIAL if report.left_out else 0
+
+
+def mode_lines(modes: tuple[PackageMode, ...]) -> list[str]:
+    """One line for each package that is not emulated."""
+    return [f"staged: {one.name}: {one.reason}" for one in modes if one.mode is Mode.STAGED]
 
 
 def restart_lines(restarts: tuple[Restart, ...]) -> list[str]:
@@ -68,6 +83,7 @@ def _lines(report: UpdateReport, vm: str) -> list[str]:
             f"  {report.files} files and {report.deletions} deletions,"
             f" {size(report.layer_bytes)}; {len(report.actions)} actions",
         ]
+        lines += [f"  {line}" for line in mode_lines(report.modes)]
         lines += [f"  then: {' '.join(action.argv)}" for action in report.actions]
         lines += [f"  {line}" for line in restart_lines(report.restarts)]
         if report.reboot_needed:

@@ -76,6 +76,20 @@ def read_processors(kernel: Kernel) -> tuple[Processor, ...]:
         return tuple(_processors(kernel))
 
 
+def boot_features(kernel: Kernel) -> tuple[int, int, int, int]:
+    """Return vendor, family and model of the first processor, and all its features as bits.
+
+    Source: Linux v6.1 ``drivers/base/cpu.c`` (``print_cpu_modalias``),
+    ``arch/x86/include/asm/cpu_device_id.h``.
+    """
+    kernel.symbols.learn((*SYMBOLS, "boot_cpu_data"))
+    at = variable(kernel, "boot_cpu_data")
+    vendor, family, model = Fields(kernel, _KIND, "x86_vendor", "x86", "x86_model").read(at)
+    words = _words(kernel, "x86_capability") - _bug_words(kernel)
+    raw = kernel.virtual.read(VirtAddr(at + offset(kernel, _KIND, "x86_capability")), words * 4)
+    return vendor, family, model, int.from_bytes(raw, "little")
+
+
 def _processors(kernel: Kernel) -> Iterator[Processor]:
     topology = ("topo.pkg_id", "topo.core_id", "topo.apicid", "topo.initial_apicid")
     if not has_member(kernel, _KIND, "topo"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from drgn import Object, Type, TypeKind
+from drgn import Object, Type, TypeKind, sizeof
 
 from ouassister.errors import UnsupportedGuestError
 from ouassister.guest_model import VirtAddr
@@ -92,6 +92,23 @@ def offset(kernel: Kernel, kind: str | Type, name: str) -> int:
         member = getattr(member, part)
     found: int = member.address_
     return found
+
+
+def size_of(kernel: Kernel, kind: str) -> int:
+    """Return how many bytes a type takes; one without a name of its own, too."""
+    found: int = sizeof(kernel.type(kind))
+    return found
+
+
+def length_of(kernel: Kernel, kind: str, name: str) -> int:
+    """Return how many elements a member has that is an array."""
+    return len(getattr(Object(kernel.prog, kernel.type(kind), address=0), name))
+
+
+def read_bits(kernel: Kernel, kind: str, name: str, address: int) -> int:
+    """Read a member that is a bit-field, of the structure at an address."""
+    value: int = getattr(Object(kernel.prog, kernel.type(kind), address=address), name).value_()
+    return value
 
 
 def variable(kernel: Kernel, name: str) -> int:

@@ -24,7 +24,8 @@ from ouassister.errors import (
     WorkDiskFullError,
 )
 from ouassister.model import Archive, LeftOut, PackageChange
-from ouassister.packages import apt_mirrors, apt_output
+from ouassister.packages import apt_mirrors, apt_output, apt_status
+from ouassister.packages.apt_status import PackageError, Work
 from ouassister.shadow.events import open_regular
 from ouassister.shadow.fetch.proxy import PROXY
 from ouassister.shadow.session import SCRIPT_TIMEOUT_S
@@ -68,6 +69,15 @@ _NO_ROOM: Final = (
     "You don't have enough free space in",
 )
 _PINS: Final = "preferences"
+_KEPT, _NEVER = 1001, -1  # apt_preferences(5), "How APT Interprets Priorities"
+_TOLD: Final = (
+    "-oAPT::Status-Fd=9",
+    "-oDpkg::Options::=--log=/run/ouassister/log/dpkg.log",
+)
+_EMULATE: Final = (
+    "cd /run/ouassister/log && : >dpkg.log && : >audit && date +%z >zone"
+    ' && cd / && "$@" 9>/run/ouassister/log/status && dpkg --audit >/run/ouassister/log/audit'
+)
 # With all of a release's 60,000 packages in view, apt works for about a second before it calls dpkg
 # (dependency cache, solution, request to the planner). The plan has answered all that, so the run
 # itself sees the planned versions alone: of the same lists, with their Release files. The excerpt
@@ -95,11 +105,29 @@ _READ_AHEAD: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What apt would do, and what it has to fetch for that."""
+    """What apt would do, and what it has to fetch for that; ``output`` is what it printed."""
 
     changes: tuple[PackageChange, ...]
     archives: tuple[Archive, ...]
     kept_back: tuple[LeftOut, ...]
+    output: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """How a run of apt in the shadow went.
+
+    Attributes:
+        problem: What apt and dpkg said; "" when all went well.
+        timed_out: It did not end in time, and was killed.
+        errors: Packages that dpkg gave up.
+        works: What dpkg worked on, in order.
+    """
+
+    problem: str
+    timed_out: bool
+    errors: tuple[PackageError, ...]
+    works: tuple[Work, ...]
 
 
 class Apt:
@@ -128,6 +156,7 @@ class Apt:
         self._script_timeout_s = script_timeout_s
         self._calls = 0
         self._pins: tuple[PackageChange, ...] = ()
+        self._staged: tuple[PackageChange, ...] = ()
         self._narrow = False
 
     def refresh(self) -> tuple[str, ...]:
@@ -153,12 +182,13 @@ class Apt:
             unreachable = (apt_output.error_lines(output),)
         return unreachable
 
-    def plan(self, request: Request, *, fetch: bool = False) -> Simulation:
+    def plan(self, request: Request, *, fetch: bool = False, again: bool = False) -> Simulation:
         """Simulate; nothing is changed.
 
         Args:
             request: What is wanted.
             fetch: Fetch the archives meanwhile; apt works out the same solution for that.
+            again: This is what `emulate` is asked for next, after less was fetched for more.
 
         Raises:
             PackageNotFoundError: A package that was asked for has no candidate.
@@ -175,6 +205,8 @@ class Apt:
             chains[0]["excerpt"] = _MAKE_EXCERPT
             chains[0]["simulate-excerpt"] = f"{get} {shlex.join(_EXCERPT)} -s {wish}"
             chains.append({"download": f"{fetching} --download-only {wish}"})
+        elif again and self._narrow:
+            chains[0]["simulate-excerpt"] = f"{get} {shlex.join(_EXCERPT)} -s {wish}"
         results = self._run_together(chains, network=fetch)
         status, output = results["simulate"]
         if status != 0:
@@ -189,14 +221,15 @@ class Apt:
         status, output = results["uris"]
         if status != 0:
             raise UpdaterError(f"apt-get --print-uris: {apt_output.error_lines(output)}")
-        if fetch:
-            if any(words in results["download"][1] for words in _NO_ROOM):
-                detail = apt_output.error_lines(results["download"][1])
-                raise WorkDiskFullError(f"no room for archives: {detail}")
+        if fetch and any(words in results["download"][1] for words in _NO_ROOM):
+            detail = apt_output.error_lines(results["download"][1])
+            raise WorkDiskFullError(f"no room for archives: {detail}")
+        if "simulate-excerpt" in chains[0]:
             self._narrow = apt_output.same_changes(changes, results["simulate-excerpt"][1])
             if not self._narrow:
                 self._tell("apt-get will read all package lists again: the excerpt does not do")
-        return Simulation(changes, apt_output.parse_archives(output), kept)
+        archives = apt_output.parse_archives(output)
+        return Simulation(changes, archives, kept, results["simulate"][1])
 
     def lacking(self, archives: tuple[Archive, ...]) -> tuple[Archive, ...]:
         """Those that are not there, or whose digest is not the one of the package lists."""
@@ -206,48 +239,44 @@ class Apt:
     def pin_away(self, changes: tuple[PackageChange, ...]) -> None:
         """From now on, plan as if these versions did not exist; see apt_preferences(5)."""
         self._pins += changes
-        text = self._read_guest("/etc/apt/preferences")
-        for change in self._pins:
-            # "NAME:all" matches nothing (apt 2.6); such a package is of the native architecture.
-            package = change.name
-            if change.architecture != "all":
-                package += f":{change.architecture}"
-            text += f"\nPackage: {package}\nPin: version {change.new}\nPin-Priority: -1\n"
-        self._shadow.provide(_PINS, text.encode("utf-8", "surrogateescape"))
+        self._write_pins()
 
-    def emulate(self, request: Request) -> str:
-        """Install, offline; returns apt's output.
+    def stage(self, changes: tuple[PackageChange, ...]) -> None:
+        """From now on, plan as if these packages had to stay as they are; see `pin_away`.
+
+        Other versions of them would do no better, and are not the ones that were planned.
+        """
+        self._staged += changes
+        self._write_pins()
+
+    def emulate(self, request: Request) -> Ran:
+        """Install, offline; what did not go well is in the answer.
 
         Raises:
-            UpdaterError: apt or dpkg failed, or left a package half-way.
-            DeadlineError: The same, since a script of a package was killed by its limit.
             WorkDiskFullError: The union layer found no room.
         """
-        script = '"$@" && dpkg --audit >/run/ouassister/log/audit'
         narrow = _EXCERPT if self._narrow else ()
-        command = [*self._apt_get(), *narrow, "--no-download", *_words(request)]
-        argv = ["sh", "-c", script, "apt-get", *command]
-        status, output = self._run(argv)
-        if status != 0:
-            if any(words in output for words in _NO_ROOM):
-                raise WorkDiskFullError(f"the union layer: {apt_output.error_lines(output)}")
-            if self._shadow.expired:
-                told = "; ".join(f"{one} and was killed" for one in self._shadow.expired)
-                raise DeadlineError(
-                    f"{told}: {apt_output.error_lines(output)}",
-                    hint="look at what hangs in the run's log, or raise --script-timeout",
-                )
-            raise UpdaterError(f"apt-get: {apt_output.error_lines(output)}")
-        audit = self._shadow.read_log("audit")
-        if audit.strip():
-            raise UpdaterError(f"dpkg --audit after the run: {apt_output.error_lines(audit)}")
-        return output
+        command = [*self._apt_get(), *_TOLD, *narrow, "--no-download", *_words(request)]
+        argv = ["sh", "-c", _EMULATE, "apt-get", *command]
+        timed_out = False
+        try:
+            status, output = self._run(argv)
+        except DeadlineError as error:
+            timed_out, status, output = True, 1, f"E: {error.message}"
+        if status != 0 and any(words in output for words in _NO_ROOM):
+            raise WorkDiskFullError(f"the union layer: {apt_output.error_lines(output)}")
+        problem = f"apt-get: {apt_output.error_lines(output)}" if status != 0 else ""
+        if status == 0 and (audit := self._shadow.read_log("audit")).strip():
+            problem = f"dpkg --audit after the run: {apt_output.error_lines(audit)}"
+        errors = apt_status.parse_errors(self._shadow.read_log("status"))
+        log, zone = self._shadow.read_log("dpkg.log"), self._shadow.read_log("zone")
+        return Ran(problem, timed_out, errors, apt_status.parse_log(log, zone))
 
     def _apt_get(self, *, network: bool = False) -> list[str]:
         argv = ["apt-get", "-q"]
         for option in (*_OPTIONS, *(self._fetching[1] if network else ())):
             argv += ["-o", option]
-        if self._pins:
+        if self._pins or self._staged:
             argv += ["-o", f"Dir::Etc::Preferences=/run/ouassister/bin/{_PINS}"]
         return argv
 
@@ -310,6 +339,16 @@ class Apt:
         for line in apt_output.progress(lines):
             self._tell(line)
 
+    def _write_pins(self) -> None:
+        text = self._read_guest("/etc/apt/preferences")
+        for change in self._staged:
+            if change.old:  # the first record that speaks of a version counts
+                text += _pin(change, f"version {change.old}", _KEPT)
+            text += _pin(change, "version *", _NEVER)
+        for change in self._pins:
+            text += _pin(change, f"version {change.new}", _NEVER)
+        self._shadow.provide(_PINS, text.encode("utf-8", "surrogateescape"))
+
     def _read_guest(self, path: str) -> str:
         status, output = self._run(["cat", path])
         return output if status == 0 else ""
@@ -324,6 +363,15 @@ def check_request(request: Request) -> None:
     for word in request.install:
         if apt_output.PACKAGE.fullmatch(word) is None:
             raise UsageError(f"{word!r} is not a package name")
+
+
+def _pin(change: PackageChange, what: str, priority: int) -> str:
+    """One record of apt_preferences(5)."""
+    # "NAME:all" matches nothing (apt 2.6); such a package is of the native architecture.
+    package = change.name
+    if change.architecture not in ("all", ""):
+        package += f":{change.architecture}"
+    return f"\nPackage: {package}\nPin: {what}\nPin-Priority: {priority}\n"
 
 
 def _words(request: Request) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from ouassister.errors import RepositoryError, StaleError, UpdaterError
 from ouassister.model import LeftOut, PackageChange, Plan, Request
 
 if TYPE_CHECKING:
-    from ouassister.model import Archive, Fence
+    from ouassister.model import Archive, Fence, PackageMode
     from ouassister.packages.apt import Apt, Simulation
 
 
@@ -28,6 +28,7 @@ def make_plan(
     request: Request,
     simulated: Simulation,
     left_out: tuple[LeftOut, ...] = (),
+    predicted: tuple[PackageMode, ...] = (),
 ) -> Plan:
     """Freeze what apt simulated; the id hashes everything else."""
     plan = Plan(
@@ -39,6 +40,7 @@ def make_plan(
         archives=simulated.archives,
         left_out=left_out + simulated.kept_back,
         download_bytes=sum(archive.size for archive in simulated.archives),
+        predicted=predicted,
     )
     return replace(plan, plan_id=codec.digest(plan, without="plan_id"))
 
@@ -76,7 +78,7 @@ def complete(apt: Apt, plan: Plan) -> Prepared:
             LeftOut(change.name, f"version {change.new} could not be fetched") for change in lost
         )
         apt.pin_away(lost)
-        request, dropped = _still_possible(apt, request)
+        request, dropped = still_possible(apt, request)
         left_out += dropped
         if plan.request.install and not request.install:
             raise RepositoryError(f"could not fetch {named}, and nothing else was asked for")
@@ -108,7 +110,7 @@ def _is_of(change: PackageChange, archives: tuple[Archive, ...]) -> bool:
     return any(archive.package == change.name for archive in archives)
 
 
-def _still_possible(apt: Apt, request: Request) -> tuple[Request, tuple[LeftOut, ...]]:
+def still_possible(apt: Apt, request: Request) -> tuple[Request, tuple[LeftOut, ...]]:
     """Drop requested packages that apt cannot install any more, each tried by itself."""
     kept, dropped = [], []
     for name in request.install:

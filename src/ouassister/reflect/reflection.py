@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,13 +23,13 @@ from ouassister.errors import (
 )
 from ouassister.model import Phase, ResumeReport
 from ouassister.provider import qemu
-from ouassister.reflect import applier_protocol, bootstrap
+from ouassister.reflect import applier_protocol, bootstrap, staged
 from ouassister.store.database import ChangesetState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ouassister.model import Changeset
+    from ouassister.model import Action, Changeset, StagedState
     from ouassister.provider.qemu import RunningVM
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.reflect.applier_protocol import ApplierResult
@@ -105,8 +105,18 @@ def reflect(
             vm.cont()
             with timeline.phase("apply"):
                 result = _apply(vm, medium)
+            states: tuple[StagedState, ...] = ()
+            asked, last = staged.split(changeset)
+            if not changeset.staged:
+                asked, last = changeset.actions, ()
             with timeline.phase("actions"):
-                failed = _act(vm, changeset)
+                failed = _act(vm, asked)
+            if changeset.staged:
+                with timeline.phase("install staged packages"):
+                    installed = staged.install(vm, changeset, _GATE_HINT)
+                states = installed.states
+                with timeline.phase("restarts"):
+                    failed += _act(vm, staged.due(changeset.restarts, last, installed))
             with timeline.phase("open gate"):
                 vm.set_links(up=True)
             online_s = time.monotonic() - start
@@ -122,7 +132,8 @@ def reflect(
             raise GateClosedError(error.message, hint=_GATE_HINT) from error
         on_state(ChangesetState.APPLIED)
         notes = _detach(vm, timeline)
-    return _report(changeset, result, failed, timeline, online_s, notes)
+    report = _report(changeset, result, failed, timeline, online_s, notes)
+    return replace(report, staged=states)
 
 
 def _write_medium(changeset: Changeset, layer: Path, folder: Path) -> Medium:
@@ -189,12 +200,12 @@ def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
     return result
 
 
-def _act(vm: RunningVM, changeset: Changeset) -> tuple[str, ...]:
-    if not changeset.actions:
+def _act(vm: RunningVM, actions: tuple[Action, ...]) -> tuple[str, ...]:
+    if not actions:
         return ()
-    command = bootstrap.actions_command(changeset.actions)
+    command = bootstrap.actions_command(actions)
     done = vm.qga().run(command, timeout_s=_ACTIONS_S)
-    return bootstrap.failed_actions(changeset.actions, done.stdout)
+    return bootstrap.failed_actions(actions, done.stdout)
 
 
 def _detach(vm: RunningVM, timeline: Timeline) -> tuple[str, ...]:
@@ -226,6 +237,7 @@ def _report(
             "every byte of the change set by its SHA-256, in the guest",
             "every replaced or deleted path was as planned",
             "every path in place: inode, size and mode",
+            *(("version and state of every staged package",) if changeset.staged else ()),
         ),
         reboot_needed=changeset.reboot_needed,
         notes=(*changeset.notes, *notes),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from ouassister.model import Action, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
     from ouassister.model import Restart
 
@@ -25,10 +25,13 @@ _RELOAD: Final = Action(("systemctl", "daemon-reload"))
 _LATER_S: Final = 30
 
 
-def coalesce(recorded: Iterable[Action], restarts: Iterable[Restart]) -> tuple[Action, ...]:
+def coalesce(
+    recorded: Iterable[Action], restarts: Iterable[Restart], again: Container[str] = ()
+) -> tuple[Action, ...]:
     """Merge both.
 
-    A unit that a script restarts or stops is not restarted again. Whatever ends the guest agent
+    A unit that a script restarts or stops is not restarted again, unless it is in ``again``:
+    packages that follow will replace what it runs. Whatever ends the guest agent
     is put off until the resume needs it no more: its children, the resume's own commands, would
     end with it.
     """
@@ -51,7 +54,9 @@ def coalesce(recorded: Iterable[Action], restarts: Iterable[Restart]) -> tuple[A
     for restart in restarts:
         if restart.verdict is Verdict.LATER:
             later = True
-        elif restart.verdict is Verdict.RESTART and restart.unit not in done:
+        elif restart.verdict is Verdict.RESTART and (
+            restart.unit not in done or restart.unit in again
+        ):
             due.append(restart.unit)
     if due:
         if _RELOAD not in actions:

@@ -7,10 +7,14 @@ Source: deb-version(7) for the order of versions; Debian's names of kernels are
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _RELEASE: Final = re.compile(r"(.+?)-((?!rc\d)[a-z].*)")
 _PART: Final = re.compile(r"(\d+)|~|-rc")
+_PACKAGE: Final = "linux-image-"
 _END: Final = (1, -1)  # above what a tilde begins, below any number
 
 
@@ -23,6 +27,12 @@ def newer(running: str, releases: list[str]) -> str:
         if its_flavour == flavour and _key(other) > best:
             newest, best = release, _key(other)
     return newest
+
+
+def installed_by(packages: Iterable[str]) -> list[str]:
+    """Releases of the kernels that packages install, by Debian's names of them."""
+    names = (name.removesuffix("-unsigned") for name in packages)
+    return [name.removeprefix(_PACKAGE) for name in names if name.startswith(_PACKAGE)]
 
 
 def _split(release: str) -> tuple[str, str]:

@@ -26,11 +26,26 @@ _CONFIGURATION: Final = b"/etc/needrestart/needrestart.conf"
 
 @dataclass(frozen=True, slots=True)
 class RestartPlan:
-    """What is due in the guest. ``kernel`` is the newest one, unless it runs already."""
+    """What is due in the guest. ``kernel`` is the newest one, unless it runs already.
+
+    ``again`` are units that run what staged packages will replace.
+    """
 
     restarts: tuple[Restart, ...]
     kernel: str
     notes: tuple[str, ...]
+    again: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Packages that the guest's own dpkg will install: what they replace, and their names."""
+
+    files: frozenset[bytes] = frozenset()
+    packages: tuple[str, ...] = ()
+
+
+_NOTHING: Final = Staged()
 
 
 def make_plan(
@@ -39,6 +54,7 @@ def make_plan(
     release: str,
     layout: Layout,
     shadow: Shadow,
+    staged: Staged = _NOTHING,
 ) -> RestartPlan:
     """Say what is done about each unit that runs what the entries replace.
 
@@ -48,13 +64,18 @@ def make_plan(
         release: Of the kernel that runs.
         layout: Where the guest's file systems are.
         shadow: With the update in it.
+        staged: What follows in the guest.
 
     Raises:
         UpdaterError: The guest's own rules cannot be read.
     """
     notes: tuple[str, ...] = ()
+    again: frozenset[str] = frozenset()
     try:
-        found = exposed(read_uses(), entries)
+        running = tuple(read_uses())
+        found = exposed(running, entries, staged.files)
+        if staged.files:
+            again = frozenset(use.unit for use, _files in exposed(running, (), staged.files))
     except OUassisterError as error:
         found = ()
         notes = (f"who runs replaced files cannot be told: {error.message}",)
@@ -67,7 +88,8 @@ def make_plan(
     if tree["needrestart"]:
         units = [one.unit for one in restarts if one.verdict is Verdict.RESTART]
         restarts = policy.decide(found, needrestart.excluded(shadow, units))
-    return RestartPlan(restarts, kernels.newer(release, tree["kernels"]), notes)
+    releases = [*tree["kernels"], *kernels.installed_by(staged.packages)]
+    return RestartPlan(restarts, kernels.newer(release, releases), notes, again)
 
 
 def _inside(layout: Layout, path: bytes) -> str:

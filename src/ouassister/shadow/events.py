@@ -105,10 +105,10 @@ def read_events(path: Path) -> tuple[Event, ...]:
 
 
 def read_values(path: Path) -> tuple[Event, ...]:
-    """Read what was written below /proc/sys; see `ouassister.shadow.procfs.record`.
+    """Read what was written below /proc/sys or /sys; see the ``record`` of procfs and sysfs.
 
     Raises:
-        InternalError: The file is not what the server of /proc writes.
+        InternalError: The file is not what the servers write.
     """
     try:
         with open_regular(path) as file:
@@ -118,7 +118,7 @@ def read_values(path: Path) -> tuple[Event, ...]:
     try:
         return tuple(codec.from_value(Event, json.loads(one)) for one in content.splitlines())
     except (ValueError, RecursionError) as error:
-        raise InternalError(f"a record of values below /proc/sys: {error}") from error
+        raise InternalError(f"a record of values below /proc/sys or /sys: {error}") from error
 
 
 def read_syscalls(path: Path) -> tuple[Event, ...]:

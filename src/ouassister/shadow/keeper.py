@@ -34,6 +34,7 @@ from ouassister.shadow import host_mounts, raw, sandbox
 from ouassister.shadow.limits import Bounds, Limits
 from ouassister.shadow.procfs.server import import_library
 from ouassister.shadow.supervisor import Supervisor
+from ouassister.shadow.trees.handover import DEV, SYS
 
 IDS: Final = 65536  # a guest's uids and gids
 _FUSE_DEVICE: Final = os.makedev(10, 229)  # Documentation/admin-guide/devices.txt
@@ -142,7 +143,7 @@ def _prepare_folders(configuration: Configuration) -> None:
     folders = [work / name for name in ("upper", "overlay", "output", "log", "excerpt")]
     for volume in range(len(configuration.layout.volumes)):
         folders += [work / "upper" / str(volume), work / "overlay" / str(volume)]
-    folders.append(cache / "apt")
+    folders += [cache / "apt", cache / sandbox.KEPT]
     for name in ("lists", "apt/archives"):
         folders += [cache / name, cache / name / "partial"]
     for folder in folders:  # parents before what is in them
@@ -171,7 +172,7 @@ def _build_stage(configuration: Configuration) -> None:
     for name, source in folders.items():
         (stage / name).mkdir()
         raw.mount(source, str(stage / name), "", raw.MS_BIND)
-    places = [sandbox.TMPFS]
+    places = [sandbox.TMPFS, SYS, DEV]
     for volume in range(len(configuration.layout.volumes)):
         places += [sandbox.lower(volume), sandbox.merged(volume)]
     for name in places:

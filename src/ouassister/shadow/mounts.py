@@ -58,7 +58,7 @@ class Operation(Protocol):
 
 
 @contextlib.contextmanager
-def _exact(target: bytes) -> Iterator[str]:
+def exact(target: bytes) -> Iterator[str]:
     """A path to ``target``, to which no symbolic link may lead.
 
     A program of an earlier run may have put one where the guest has a directory.
@@ -96,7 +96,7 @@ class Tmpfs:
         del sources
         options = f"mode={self.mode:o},{_SIZE}"
         if self.exact:
-            with _exact(os.fsencode(self.target)) as place:
+            with exact(os.fsencode(self.target)) as place:
                 raw.mount("tmpfs", place, "tmpfs", _INERT, options)
         else:
             raw.mount("tmpfs", self.target, "tmpfs", _INERT, options)
@@ -174,13 +174,13 @@ class BindPart:
         """See `Operation`."""
         part = raw.open_part(sources.descriptor(self.source), self.inside)
         try:
-            with _exact(self.target) as place:
+            with exact(self.target) as place:
                 raw.mount(f"/proc/self/fd/{part}", place, "", raw.MS_BIND)
         finally:
             os.close(part)
         flags = raw.MS_RDONLY * self.read_only | raw.MS_NOEXEC * self.noexec
         if flags:
-            with _exact(self.target) as place:  # what is mounted there now
+            with exact(self.target) as place:  # what is mounted there now
                 raw.mount("", place, "", raw.MS_BIND | raw.MS_REMOUNT | flags | _INERT)
 
 

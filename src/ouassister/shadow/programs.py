@@ -76,9 +76,14 @@ class Programs:
 
     def know(self, told: Told) -> None:
         """From now on, answer from this."""
+        self._told = told
+        self.forget()
+
+    def forget(self) -> None:
+        """Answer as if no program had run before."""
         if self._handlers is not None:
             self._handlers.close()
-        self._told, self._handlers = told, None
+        self._handlers = None
 
     def run(self, request: dict[str, Any]) -> dict[str, object]:
         """Run a program to its end.
@@ -168,7 +173,8 @@ class Programs:
                 self._control.close()
                 for other in others:
                     other.close()
-                procfs.serve(recorder(Path(_OUTPUT, VALUES)))
+                # Whole, since a server of FUSE leaves the working folder.
+                procfs.serve(recorder(Path(self._stage, _OUTPUT, VALUES)))
                 status = 0
             finally:
                 os._exit(status)

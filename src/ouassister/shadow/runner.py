@@ -23,6 +23,7 @@ from ouassister.shadow.mounts import enter_tree
 from ouassister.shadow.servicemanager import listen, open_namespaces
 from ouassister.shadow.syscalls.filter import ALL_PIDS, build_filter
 from ouassister.shadow.tmpfs_handover import read_places
+from ouassister.shadow.trees.serve import served
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,6 +123,7 @@ def _become_init(
             stage,
             layout,
             read_places(Path(stage, sandbox.MEMORY)),
+            served(Path(stage)),
             package_cache=program.package_cache,
         )
         enter_tree(f"{stage}/{sandbox.merged(0)}", operations)

@@ -10,7 +10,9 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from ouassister.disk.storage import volume_name
+from ouassister.shadow.devices.mounts import GuestDevices
 from ouassister.shadow.mounts import Bind, BindPart, Devices, Folder, Operation, Tmpfs
+from ouassister.shadow.trees.handover import DEV, SYS
 
 if TYPE_CHECKING:
     from ouassister.disk.layout import Layout
@@ -27,6 +29,7 @@ TMPFS: Final = "tmpfs"  # where each of them is mounted once for all programs
 TOLD: Final = "work"  # see ouassister.shadow.told
 OWN_FOLDER: Final = b"/run/ouassister"  # what the shadow itself has in the tree
 CACHE: Final = "cache"  # kept between runs: package lists and archives
+KEPT: Final = "kept"  # in the cache; see ouassister.shadow.keep
 TOOLS: Final = "tools"  # recorders
 
 LOG: Final = "work/log"  # what scripts of ours write in the tree
@@ -70,6 +73,7 @@ def tree(
     stage: str,
     layout: Layout,
     memory: tuple[Place, ...] | None = None,
+    served: frozenset[str] = frozenset(),
     *,
     package_cache: bool,
 ) -> tuple[Operation, ...]:
@@ -80,12 +84,18 @@ def tree(
         layout: Where the guest's file systems stand.
         memory: Where its tmpfs stand that were made again; None when none was, and programs get
             an empty /run and /tmp.
+        served: Which of /sys and /dev are the guest's; otherwise the first is empty, and the second
+            has what every program needs.
         package_cache: apt's lists and cache are the kept ones instead of the guest's.
     """
+    shared = any(place.target == b"/dev/shm" for place in memory or ())
     standing = [
         *_guest_mounts(stage, layout, memory or ()),
-        Tmpfs("/sys", 0o555, read_only=True),  # the host's would be a lie
-        Devices(),
+        # The host's /sys would be a lie.
+        BindPart(f"{stage}/{SYS}", b"", b"/sys")
+        if SYS in served
+        else Tmpfs("/sys", 0o555, read_only=True),
+        GuestDevices(f"{stage}/{DEV}", own_shm=not shared) if DEV in served else Devices(),
     ]
     empty: tuple[Folder, ...] = ()
     if memory is None:
@@ -119,9 +129,9 @@ def tree(
 
 def _guest_mounts(
     stage: str, layout: Layout, memory: tuple[Place, ...]
-) -> list[BindPart | Tmpfs | Devices]:
+) -> list[BindPart | Tmpfs | Devices | GuestDevices]:
     """What the guest has mounted, in any order."""
-    operations: list[BindPart | Tmpfs | Devices] = [
+    operations: list[BindPart | Tmpfs | Devices | GuestDevices] = [
         BindPart(f"{stage}/{merged(place.volume)}", place.root, place.target, place.read_only)
         for place in layout.places[1:]
     ]

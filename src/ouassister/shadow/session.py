@@ -42,6 +42,7 @@ from ouassister.shadow.scripts import Expired
 from ouassister.shadow.servicemanager import RECORDS
 from ouassister.shadow.servicemanager.recorders import NAMES
 from ouassister.shadow.syscalls.records import SYSCALLS
+from ouassister.shadow.sysfs.record import ATTRIBUTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,6 +60,9 @@ _BASE_ENVIRONMENT: Final = {
     "LANG": "C.UTF-8",
     "LC_ALL": "C.UTF-8",
     "TERM": "dumb",
+    # sd-device(3) would refuse a /sys that statfs(2) does not call sysfs (systemd v251 and later,
+    # docs/ENVIRONMENT.md).
+    "SYSTEMD_DEVICE_VERIFY_SYSFS": "0",
 }
 # What the supervisor and the keeper call it; errors of `call` have their own codes.
 _KINDS: Final = {"host": HostNotReadyError.code, "file-system": UnsupportedGuestError.code}
@@ -104,6 +108,14 @@ class Shadow:
             HostNotReadyError: The host refuses a mount.
         """
         self._ask(op="mount")
+
+    def reset(self) -> None:
+        """Forget what programs wrote and recorded; the caller makes each tmpfs again.
+
+        Raises:
+            HostNotReadyError: The host does not let the union be mounted again.
+        """
+        self._ask(op="reset")
 
     def run(
         self,
@@ -206,8 +218,8 @@ class Shadow:
     def events(self) -> tuple[Event, ...]:
         """What programs did that belongs to the running guest.
 
-        Calls of the service manager come first, in their order, then values below /proc/sys, then
-        system calls.
+        Calls of the service manager come first, in their order, then values below /proc/sys and
+        /sys, then system calls.
 
         Raises:
             InternalError: What was recorded is not whole.
@@ -216,6 +228,7 @@ class Shadow:
         return (
             *read_events(output / RECORDS),
             *read_values(output / VALUES),
+            *read_values(output / ATTRIBUTES),
             *read_syscalls(output / SYSCALLS),
         )
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ouassister import codec
-from ouassister.shadow import raw, sandbox, told
+from ouassister.shadow import afresh, raw, sandbox, told
 from ouassister.shadow.programs import Programs, SetUpError
 from ouassister.shadow.syscalls.facts import GuestFacts
+from ouassister.shadow.sysfs.record import ATTRIBUTES
 from ouassister.shadow.told import Told
+from ouassister.shadow.trees.serve import ServerDiedError, Servers
 
 if TYPE_CHECKING:
     import socket
@@ -66,6 +68,7 @@ class Supervisor:
         self._layout = layout
         self._uts = uts
         self._programs = Programs(control, stage, layout, Told(GuestFacts(uts)), bounds)
+        self._servers = Servers()
         self._calls: dict[int, int] = {}  # pid, and where its answer comes from
         self._buffer = b""
 
@@ -84,14 +87,15 @@ class Supervisor:
             case "mount":
                 self._mount()
                 return None
+            case "reset":
+                self._reset()
+                return None
             case "know":
                 self._programs.know(told.read(Path(sandbox.TOLD), self._uts))
+                self._serve_trees()
                 return None
             case "run":
-                try:
-                    return self._programs.run(request)
-                except SetUpError as error:
-                    raise SupervisorError("host", str(error)) from error
+                return self._run(request)
             case "begin":
                 return self._begin(request)
             case "finish":
@@ -109,22 +113,53 @@ class Supervisor:
             if volume.is_ext:
                 _mount_ext(number)
             # else the keeper has (`ouassister.shadow.host_mounts`)
-            _liken(sandbox.upper(number), sandbox.lower(number))
-            layers = f"lowerdir={sandbox.lower(number)},upperdir={sandbox.upper(number)}"
-            options = f"{layers},workdir={sandbox.overlay_work(number)}"
-            try:
-                raw.mount(
-                    "overlay",
-                    sandbox.merged(number),
-                    "overlay",
-                    0,
-                    f"{options},userxattr,volatile,xino=off",
-                )
-            except OSError as error:
-                below = "fuse2fs" if volume.is_ext else f"{volume.fstype} with mapped ids"
-                raise SupervisorError(
-                    "host", f"overlayfs over {below}: {error.strerror}"
-                ) from error
+            self._unite(number)
+
+    def _unite(self, number: int) -> None:
+        """Lay an empty union layer over a volume."""
+        _liken(sandbox.upper(number), sandbox.lower(number))
+        layers = f"lowerdir={sandbox.lower(number)},upperdir={sandbox.upper(number)}"
+        options = f"{layers},workdir={sandbox.overlay_work(number)},userxattr,volatile,xino=off"
+        try:
+            raw.mount("overlay", sandbox.merged(number), "overlay", 0, options)
+        except OSError as error:
+            volume = self._layout.volumes[number]
+            below = "fuse2fs" if volume.is_ext else f"{volume.fstype} with mapped ids"
+            raise SupervisorError("host", f"overlayfs over {below}: {error.strerror}") from error
+
+    def _reset(self) -> None:
+        """Forget what programs wrote and recorded, as if none had run; see `afresh`."""
+        united = [
+            number
+            for number, volume in enumerate(self._layout.volumes)
+            if volume.fstype != "vfat"  # nothing can be written to those
+        ]
+        try:
+            afresh.clear(united)
+        except (OSError, RecursionError) as error:
+            raise SupervisorError("host", f"the union layer cannot be cleared: {error}") from error
+        self._programs.forget()
+        for number in united:
+            self._unite(number)
+
+    def _run(self, request: dict[str, Any]) -> dict[str, object]:
+        """Run a program; it ends well only where all that it saw was there to its end."""
+        try:
+            answer = self._programs.run(request)
+            self._servers.check()
+        except SetUpError as error:
+            raise SupervisorError("host", str(error)) from error
+        except ServerDiedError as error:
+            raise SupervisorError("internal", str(error)) from error
+        return answer
+
+    def _serve_trees(self) -> None:
+        """Mount the guest's /sys and /dev, where they were handed over."""
+        records = Path(self._stage, sandbox.WORK, "output", ATTRIBUTES)
+        try:
+            self._servers.start(Path(sandbox.TOLD), Path(self._stage), records)
+        except OSError as error:
+            raise SupervisorError("host", f"/sys and /dev by FUSE: {error}") from error
 
     # --- functions of ours that must see the guest's owners ---
 

@@ -254,6 +254,13 @@ class Store:
         )
         return tuple(Event(*row) for row in reversed(rows))
 
+    def details(self, step: str, most: int = 10_000) -> tuple[tuple[str, str], ...]:
+        """What all VMs' histories say of a step: VM and detail, oldest first."""
+        rows = self._all(
+            "SELECT vm, detail FROM event WHERE step = ? ORDER BY event_id DESC LIMIT ?", step, most
+        )
+        return tuple(reversed(rows))
+
     # --- SQLite ---
 
     def _migrate(self) -> None:

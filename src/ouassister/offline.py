@@ -1,0 +1,216 @@
+"""The offline update itself: lists, plan, archives, the run of the updater, the change set.
+
+It works in a shadow that is open (`ouassister.guest_shadow`).
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from ouassister.changeset import archive
+from ouassister.model import (
+    Changeset,
+    Kind,
+    LeftOut,
+    Mode,
+    PackageMode,
+    Plan,
+    Request,
+    UpdateReport,
+)
+from ouassister.packages import apt, update
+from ouassister.packages.owners import files_of, owners
+from ouassister.restart import plan as restart_plan
+from ouassister.restart.actions import coalesce
+from ouassister.shadow.events import actions_of
+from ouassister.staging import held, predict
+from ouassister.staging.ground import RealGround
+from ouassister.staging.settle import settle
+from ouassister.state.fence import check_fence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ouassister.guest_shadow import Guest, Options
+    from ouassister.model import PackageChange
+    from ouassister.packages.update import Prepared
+    from ouassister.staging.held import Running
+    from ouassister.store.database import Store
+    from ouassister.timeline import Timeline
+
+_REFRESH: Final = "refresh lists"
+_FETCH: Final = "plan and download"
+
+
+def run(
+    guest: Guest, wish: Plan | Request, store: Store, timeline: Timeline, options: Options
+) -> UpdateReport:
+    """Update a guest whose shadow is open.
+
+    Args:
+        guest: The guest.
+        wish: A request, or a plan that was stored.
+        store: Where plan and change set go.
+        timeline: Takes the story.
+        options: How to go about it.
+
+    Raises:
+        OUassisterError: Nothing of the VM was written, whichever error it is.
+    """
+    with ThreadPoolExecutor(1) as beside:  # the save file is read while archives are fetched
+        running = beside.submit(held.read, guest.sleeping.config.save)
+        return _update_with(guest, wish, store, timeline, options, running.result)
+
+
+def _update_with(
+    guest: Guest,
+    wish: Plan | Request,
+    store: Store,
+    timeline: Timeline,
+    options: Options,
+    running: Callable[[], Running],
+) -> UpdateReport:
+    vm = guest.sleeping.config.name
+    stored = wish if isinstance(wish, Plan) else None
+    request = wish.request if isinstance(wish, Plan) else wish
+    tool = apt_of(guest, timeline, options)
+    left_out = refresh(tool, timeline) if stored is None else ()
+    with timeline.phase(_FETCH):
+        simulated = tool.plan(request, fetch=True)
+        if stored is not None:
+            update.check_same(stored, simulated.changes)
+        made = stored or update.make_plan(vm, guest.sleeping.fence, request, simulated, left_out)
+        prepared = update.complete(tool, made)
+    guest.prove(timeline)
+    store.add_plan(prepared.plan)
+    if not prepared.plan.changes:
+        return _report(prepared.plan, None, timeline, _notes(guest))
+    ground = RealGround(guest, tool, prepared, timeline, running)
+    settled = settle(
+        ground,
+        prepared.plan.changes,
+        prepared.request,
+        staging=options.staging,
+        tell=timeline.say,
+    )
+    guest.settle()
+    changeset = _keep(guest, prepared, ground, settled.staged, store, timeline)
+    for change, reason in settled.staged.items():
+        store.log(vm, "update", predict.STAGED, predict.remember(change, reason))
+    modes = tuple(
+        PackageMode(change.name, change.architecture, Mode.STAGED, settled.staged[change])
+        if change in settled.staged
+        else PackageMode(change.name, change.architecture, Mode.EMULATED)
+        for change in prepared.plan.changes
+    )
+    return replace(_report(prepared.plan, changeset, timeline, changeset.notes), modes=modes)
+
+
+def _keep(
+    guest: Guest,
+    prepared: Prepared,
+    ground: RealGround,
+    staged: dict[PackageChange, str],
+    store: Store,
+    timeline: Timeline,
+) -> Changeset:
+    """Make a change set of what was settled, and store it."""
+    vm, extraction = prepared.plan.vm, ground.extraction
+    check_fence(guest.sleeping.fence)
+    with timeline.phase("plan restarts"):
+        due = restart_plan.make_plan(
+            ground.uses,
+            extraction.entries,
+            guest.sleeping.view.uts.release,
+            guest.sleeping.layout,
+            guest.shadow,
+            restart_plan.Staged(
+                files_of(guest.shadow, (change.name for change in staged if change.old)),
+                tuple(change.name for change in staged if change.new),
+            ),
+        )
+    actions, recorded_notes = actions_of(guest.shadow.events())
+    with timeline.phase("store change set"):
+        changeset = archive.build(
+            extraction,
+            vm=vm,
+            created_at_s=int(time.time()),
+            fence=guest.sleeping.fence,
+            identity=guest.identity(),
+            changes=prepared.plan.changes,
+            left_out=prepared.plan.left_out,
+            actions=coalesce(actions, due.restarts, due.again),
+            lock_paths=apt.LOCKS,
+            reboot_needed=bool(due.kernel),
+            notes=(*_notes(guest), *recorded_notes, *due.notes, *ground.notes),
+            restarts=due.restarts,
+            staged=ground.staged,
+            staged_steps=ground.steps,
+            staging_folder=ground.folder if ground.staged else b"",
+        )
+        layer = guest.shadow.output_path("layer.tar")
+        archive.save(changeset, layer, store.changesets(vm))
+        store.add_changeset(vm, changeset.changeset_id)
+    return changeset
+
+
+def _notes(guest: Guest) -> tuple[str, ...]:
+    """What is to be told of any run."""
+    refused = (f"a program wanted to fetch from {line}" for line in guest.shadow.refused_hosts())
+    return (*guest.sleeping.layout.notes, *refused)
+
+
+def apt_of(guest: Guest, timeline: Timeline, options: Options) -> apt.Apt:
+    """The guest's apt, with the story as its progress."""
+    mirrors = guest.sleeping.config.local_mirrors
+    return apt.Apt(guest.shadow, timeline.say, options.timeout_s, mirrors, options.script_timeout_s)
+
+
+def refresh(tool: apt.Apt, timeline: Timeline) -> tuple[LeftOut, ...]:
+    """Fetch the package lists; what could not be fetched is named."""
+    with timeline.phase(_REFRESH):
+        unreachable = tool.refresh()
+    reason = "this repository could not be read; its packages are as of the last time it could"
+    return tuple(LeftOut(where, reason) for where in unreachable)
+
+
+def predicted(
+    guest: Guest, changes: tuple[PackageChange, ...], store: Store
+) -> tuple[PackageMode, ...]:
+    """Guess what of a plan will be staged; a guest that does not tell is told of no guess."""
+    before = predict.recall(store.details(predict.STAGED))
+    files: tuple[held.HeldFile, ...] = ()
+    if changes:
+        view = guest.sleeping.memory.look(guest.sleeping.view, held.SUBJECTS)
+        files = predict.suspects(held.of_view(view))
+    programs = owners(guest.shadow, (path for file in files for path in file.known_by))
+    return predict.predict(changes, files, programs, before)
+
+
+def _report(
+    made: Plan, changeset: Changeset | None, timeline: Timeline, notes: tuple[str, ...]
+) -> UpdateReport:
+    download_s = timeline.seconds(_REFRESH, _FETCH)
+    entries = changeset.entries if changeset is not None else ()
+    deletions = sum(entry.kind is Kind.DELETE for entry in entries)
+    return UpdateReport(
+        vm=made.vm,
+        plan_id=made.plan_id,
+        changeset_id=changeset.changeset_id if changeset is not None else "",
+        changes=made.changes,
+        left_out=made.left_out,
+        files=len(entries) - deletions,
+        deletions=deletions,
+        layer_bytes=changeset.layer_size if changeset is not None else 0,
+        actions=changeset.actions if changeset is not None else (),
+        filtered=changeset.filtered if changeset is not None else (),
+        reboot_needed=changeset.reboot_needed if changeset is not None else False,
+        restarts=changeset.restarts if changeset is not None else (),
+        notes=notes,
+        phases=timeline.phases,
+        offline_s=0.0,
+        download_s=round(download_s, 4),
+    )

@@ -1,0 +1,176 @@
+"""The loop's ground: one open shadow, the guest's apt in it, and what memory tells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ouassister.changeset.extract import collect
+from ouassister.errors import OUassisterError, RepositoryError, UpdaterError
+from ouassister.guest_shadow import EXTRACT, KEEP
+from ouassister.model import Request
+from ouassister.packages import update
+from ouassister.packages.apt_steps import steps_for
+from ouassister.packages.owners import owners
+from ouassister.shadow import sandbox
+from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
+from ouassister.staging import carry, held, judge
+from ouassister.text import to_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from ouassister.changeset.extract import Extraction
+    from ouassister.disk.layout import Layout
+    from ouassister.guest_shadow import Guest
+    from ouassister.model import PackageChange, Staged, StagedStep
+    from ouassister.packages.apt import Apt, Ran
+    from ouassister.packages.update import Prepared
+    from ouassister.restart.uses import ProcessUse
+    from ouassister.shadow.events import Event
+    from ouassister.staging.held import Running
+    from ouassister.staging.judge import Reasons
+    from ouassister.timeline import Timeline
+
+_NS: Final = 1_000_000_000
+
+
+class RealGround:
+    """See `ouassister.staging.settle.Ground`.
+
+    Args:
+        guest: With nothing emulated yet.
+        tool: Its apt, which planned and fetched.
+        prepared: What it planned.
+        timeline: Takes the story.
+        running: Waits for what memory tells of processes.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        tool: Apt,
+        prepared: Prepared,
+        timeline: Timeline,
+        running: Callable[[], Running],
+    ) -> None:
+        self._guest = guest
+        self._tool = tool
+        self._prepared = prepared
+        self._timeline = timeline
+        self._running = running
+        self._order: str | None = None  # apt's simulation of the whole plan
+        self._archives("keep")
+        self.folder = carry.folder_of(prepared.plan.plan_id)
+        self.staged: tuple[Staged, ...] = ()
+        self.steps: tuple[StagedStep, ...] = ()
+        self.notes: tuple[str, ...] = ()
+        self.extraction: Extraction
+
+    def uses(self) -> tuple[ProcessUse, ...]:
+        """What processes run."""
+        return self._running().uses
+
+    def emulate(self, request: Request) -> Ran:
+        """Run the guest's updater."""
+        with self._timeline.phase("emulate"):
+            return self._tool.emulate(request)
+
+    def events(self) -> Iterable[Event]:
+        """What it recorded."""
+        return self._guest.shadow.events()
+
+    def extract(self, staged: Mapping[PackageChange, str]) -> Extraction:
+        """What changed, the archives of staged packages included."""
+        shadow = self._guest.shadow
+        with self._timeline.phase("extract"):
+            # Who is at fault is not known by now: later rounds call for the archives again.
+            self._describe(staged)
+            carry.put(shadow, self.staged, self.folder)
+            argument = {
+                "trees": _trees(self._guest.sleeping.layout),
+                "layer": f"{sandbox.WORK}/output/layer.tar",
+                "record": f"{sandbox.WORK}/output/record.json",
+                "devices": list(read_devices(shadow.output_path(SYSCALLS)).items()),
+            }
+            summary = shadow.call(EXTRACT, "run", argument)
+            self.extraction = collect(summary, shadow.output_path("record.json"))
+            carry.check(self.staged, self.folder, self.extraction.entries)
+        return self.extraction
+
+    def held(self, extraction: Extraction, ran: Ran, names: frozenset[str]) -> Reasons:
+        """Packages that wrote what sleeping processes hold open."""
+        try:
+            running = self._running()
+        except OUassisterError as error:
+            self.notes = (f"who holds files open cannot be told: {error.message}",)
+            return {}
+        self.notes = running.unknown
+        files = held.written(running.held, extraction.entries)
+        if not files:
+            return {}
+        asked = [path for file in files for path in (file.path, *file.known_by)]
+        wrote_s = {entry.path: entry.mtime_ns // _NS for entry in extraction.entries}
+        return judge.holders(files, owners(self._guest.shadow, asked), wrote_s, ran.works, names)
+
+    def plan_without(
+        self, staged: tuple[PackageChange, ...], request: Request
+    ) -> tuple[Request, tuple[PackageChange, ...]]:
+        """What is left of a request when some more packages stay as they are, and its plan."""
+        with self._timeline.phase("plan without staged packages"):
+            if self._order is None:  # nothing is staged yet: this is the order of all of them
+                self._order = self._tool.plan(self._prepared.request).output
+            self._tool.stage(staged)
+            names = {change.name for change in staged}
+            kept = tuple(word for word in request.install if carry.name_of(word) not in names)
+            left = Request(kept)
+            if request.install and not kept:
+                return left, ()
+            try:
+                return left, self._tool.plan(left, again=True).changes
+            except (UpdaterError, RepositoryError):  # one of them needs what is staged
+                left, _dropped = update.still_possible(self._tool, left)
+                if request.install and not left.install:
+                    return left, ()
+                return left, self._tool.plan(left, again=True).changes
+
+    def start_over(self) -> None:
+        """Forget what programs wrote and recorded."""
+        with self._timeline.phase("start over"):
+            self._guest.start_over()
+            self._archives("restore")
+            for archive in self._tool.lacking(self._prepared.plan.archives):
+                raise UpdaterError(f"a script changed the archive {archive.file_name}")
+
+    def _describe(self, staged: Mapping[PackageChange, str]) -> None:
+        if not staged:
+            return
+        plan = self._prepared.plan
+        folder = self._guest.shadow.spec.cache / "apt" / "archives"
+        self._archives("restore")
+        self.staged = carry.staged(staged, plan.archives, plan.request, folder)
+        numbers = {(one.name, one.architecture): at for at, one in enumerate(self.staged)}
+        self.steps = steps_for(self._order or "", numbers)
+
+    def _archives(self, function: str) -> None:
+        """Keep archives, or restore them; see `ouassister.shadow.keep`."""
+        names = [archive.file_name for archive in self._prepared.plan.archives]
+        for name in self._guest.shadow.call(KEEP, function, names):
+            raise UpdaterError(f"the archive {to_text(str(name).encode())} is gone")
+
+
+def _trees(layout: Layout) -> list[dict[str, object]]:
+    """What the extraction compares: the volumes that can be written to."""
+    return [
+        {
+            "upper": sandbox.upper(number),
+            "lower": sandbox.lower(number),
+            "image": sandbox.export(number) if volume.is_ext else None,
+            "places": [
+                (to_text(place.root), to_text(place.target))
+                for place in layout.places
+                if place.volume == number
+            ],
+        }
+        for number, volume in enumerate(layout.volumes)
+        if volume.fstype != "vfat"
+    ]
