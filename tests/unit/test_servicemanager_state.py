@@ -74,7 +74,7 @@ def test_processes_of_a_unit_are_together_the_oldest_first() -> None:
     assert (unit.unit, unit.cgroup) == ("a.service", "/system.slice/a.service")
     assert [process.pid for process in unit.processes] == [10, 20]
     assert unit.processes[0].threads == 2
-    assert unit.processes[0].command == "/usr/sbin/x -\ufffd"
+    assert unit.processes[0].command == '/usr/sbin/x "-\ufffd\n"'
     assert state.booted_us == 600_000_000
     assert codec.from_value(ManagerState, json.loads(json.dumps(codec.to_value(state)))) == state
 

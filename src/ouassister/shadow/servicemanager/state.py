@@ -14,6 +14,7 @@ Source: systemd v252 src/core/unit.c (``unit_export_state_files``, ``unit_prepar
 
 from __future__ import annotations
 
+import re
 import string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -33,10 +34,12 @@ _INVOCATION: Final = b"invocation:"
 _RUN: Final = b"/run"
 # systemd makes no units of what it mounts before all else (src/shared/mount-setup.c).
 _NO_UNITS: Final = frozenset(
-    (b"/proc", b"/sys", b"/dev", b"/dev/shm", b"/dev/pts", b"/run", b"/sys/kernel/security",
+    (b"/proc", b"/sys", b"/dev", b"/dev/shm", b"/dev/pts", b"/run", b"/run/lock",  # Debian's
+     b"/sys/kernel/security",
      b"/sys/fs/cgroup", b"/sys/fs/pstore", b"/sys/fs/bpf", b"/sys/firmware/efi/efivars")
 )  # fmt: skip
 _PLAIN: Final = frozenset((string.ascii_letters + string.digits + ":_.").encode())
+_NEEDS_QUOTES: Final = frozenset(b" \t\n\r\"\\`$*?['()<>|&;!")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,10 @@ def _in_order(tasks: Iterable[Task]) -> list[Task]:
 
 def _process(task: Task) -> Process:
     detail = task.detail
-    command = _text(b" ".join(task.cmdline)) if task.cmdline else f"[{_text(task.comm)}]"
+    words = list(task.cmdline)
+    while words and not words[-1]:  # what a title has left of the words before it
+        words.pop()
+    command = _text(b" ".join(map(_quoted, words))) if words else f"[{_text(task.comm)}]"
     return Process(
         pid=task.pid,
         parent=task.parent,
@@ -156,6 +162,16 @@ def _process(task: Task) -> Process:
         name=_text(task.comm),
         command=command,
     )
+
+
+def _quoted(word: bytes) -> bytes:
+    """As systemd shows a word of a command line.
+
+    Source: systemd v252 src/basic/escape.c (``shell_maybe_quote``).
+    """
+    if word and not set(word) & _NEEDS_QUOTES:
+        return word
+    return b'"%s"' % re.sub(rb'(["\\\\`$])', rb"\\\1", word)
 
 
 def _cgroup(task: Task, unit: str) -> str:

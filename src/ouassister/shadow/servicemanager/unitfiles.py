@@ -154,7 +154,8 @@ class UnitFiles:
 
     def generated(self) -> list[str]:
         """Where the units lie that systemd-sysv-generator makes of init scripts."""
-        names = (f"{script}.service" for script in self.entries(INIT_SCRIPTS))
+        scripts = self.entries(INIT_SCRIPTS)
+        names = dict.fromkeys(f"{script.removesuffix('.sh')}.service" for script in scripts)
         return [
             f"{_GENERATED}/{name}"
             for name in names
@@ -273,16 +274,19 @@ class UnitFiles:
         return tuple(found[entry] for entry in sorted(found))
 
     def _init_script(self, name: str) -> UnitFile | None:
-        """What systemd-sysv-generator makes of an init script at the next reload."""
+        """What systemd-sysv-generator makes of an init script at the next reload.
+
+        Source: systemd v252 src/sysv-generator/sysv-generator.c (``sysv_translate_name``).
+        """
         stem = name.removesuffix(".service")
-        path = f"{INIT_SCRIPTS}/{stem}"
         if stem == name or "@" in stem or stem.startswith("."):
             return None
-        try:
-            status = Path(self._root + path).stat()
-        except OSError:
-            return None
-        if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
+        for path in (f"{INIT_SCRIPTS}/{stem}", f"{INIT_SCRIPTS}/{stem}.sh"):
+            with contextlib.suppress(OSError):
+                status = Path(self._root + path).stat()
+                if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111:
+                    break
+        else:
             return None
         found = re.search(r"^# Short-Description:\s*(.*)$", self.read(path) or "", re.MULTILINE)
         settings: Settings = {

@@ -1,8 +1,8 @@
 """The shadow's /sys as a file system: what stands in the snapshot, and nothing else.
 
 A file whose content memory does not tell is there, with its mode and size: a script that asks for
-its existence is answered. To read it is an I/O error, which is told to the report. What a program
-writes to an attribute is told, too, and changes nothing.
+its existence is answered. To open it for reading is an I/O error, which is told to the report.
+What a program writes to an attribute is told, too, and changes nothing.
 
 Source: Linux v6.1 ``fs/kernfs/file.c`` (``kernfs_fop_open``, ``kernfs_fop_write_iter``),
 ``fs/kernfs/dir.c`` (``kernfs_dir_iops``); libfuse 3 ``include/fuse.h``; mfusepy 3.1
@@ -89,18 +89,14 @@ class SysFiles:
             raise OSError(errno.EACCES, path)
         if access != os.O_WRONLY and not mode & _READS:
             raise OSError(errno.EACCES, path)
+        if access == os.O_RDONLY:
+            self._content(path)  # programs take a file that cannot be opened for one that is absent
         return 0
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         """Read a piece of a file."""
         del fh
-        content = self._node(path).content
-        if content is None:
-            if path not in self._told:
-                self._told.add(path)
-                self._untold(path)
-            raise OSError(errno.EIO, path)
-        return content[offset : offset + size]
+        return self._content(path)[offset : offset + size]
 
     def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
         """Take a value, as if something happened."""
@@ -163,6 +159,15 @@ class SysFiles:
         """Tell what a sysfs tells: sizes of nothing."""
         del path
         return {"f_bsize": 4096, "f_frsize": 4096, "f_namemax": 255}
+
+    def _content(self, path: str) -> bytes:
+        content = self._node(path).content
+        if content is None:
+            if path not in self._told:
+                self._told.add(path)
+                self._untold(path)
+            raise OSError(errno.EIO, path)
+        return content
 
     def _node(self, path: str) -> Node:
         node = self._nodes.get(path)
