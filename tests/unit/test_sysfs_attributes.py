@@ -19,13 +19,22 @@ from ouassister.shadow.sysfs import look as looking
 from ouassister.shadow.sysfs.block import Blocks
 from ouassister.shadow.sysfs.buses import Buses
 from ouassister.shadow.sysfs.inputs import Inputs
-from ouassister.shadow.sysfs.look import Look, Structure, UntoldError, cpu_list, signed
+from ouassister.shadow.sysfs.look import (
+    PARTITION_UUID,
+    PRODUCT_FAMILY,
+    Look,
+    Structure,
+    UntoldError,
+    cpu_list,
+    signed,
+)
 from ouassister.shadow.sysfs.modules import Modules
 from ouassister.shadow.sysfs.table import TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+TEXTS = (PARTITION_UUID, PRODUCT_FAMILY, b"PARTUUID=%", b"A")
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "support.md"
 
 
@@ -352,13 +361,26 @@ def test_kernel_is_searched_for_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     guest.variables |= {"__start_rodata": 0x1000, "__end_rodata": 0x3000}
     for piece in (1, 7, 0x1003, 1 << 20):
         monkeypatch.setattr(rodata, "_PIECE", piece)
-        assert rodata.has_text(guest.kernel, b"PARTUUID=%s")
-        assert not rodata.has_text(guest.kernel, b"PARTUUID=%")
+        assert rodata.find_texts(guest.kernel, TEXTS) == {b"PARTUUID=%s"}
     guest.variables["__end_rodata"] = 0x200D
-    assert not rodata.has_text(guest.kernel, b"PARTUUID=%s")
+    assert rodata.find_texts(guest.kernel, TEXTS) == set()
     guest.variables["__end_rodata"] = 1 << 40
     with pytest.raises(CorruptGuestError, match="constants take"):
-        rodata.has_text(guest.kernel, b"x")
+        rodata.find_texts(guest.kernel, TEXTS)
+    guest.variables.clear()
+    with pytest.raises(UntoldError, match="no variable __start_rodata"):
+        Look(guest.kernel, tree()).knows(PARTITION_UUID)
+
+
+def test_machine_has_a_family_where_the_kernel_knows_the_word() -> None:
+    guest = Kernel()
+    guest.enum("dmi_field", DMI_NONE=0, DMI_PRODUCT_FAMILY=1, DMI_STRING_MAX=2)
+    table = guest.place(guest.new(16), "QQ", 0, guest.string(b"Some Family"))
+    guest.memory[0x2000:0x2004] = b"pfa\0"
+    guest.variables |= {"dmi_ident": table, "__start_rodata": 0x1800, "__end_rodata": 0x2004}
+    assert Buses(Look(guest.kernel, tree("id/"))).alias(1, b"/class/dmi") == b"dmi:pfaSomeFamily:"
+    guest.variables["__end_rodata"] = 0x2003
+    assert Buses(Look(guest.kernel, tree("id/"))).alias(1, b"/class/dmi") == b"dmi:"
 
 
 def test_device_of_an_unknown_bus_has_no_name_for_modprobe() -> None:

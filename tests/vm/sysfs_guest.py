@@ -37,7 +37,7 @@ LEFT_OUT: Final = re.compile(rb"/sys/(?:kernel/slab|module/[^/]+/(?:sections|not
 # The links are down when the guest wakes up, and its agent is asked.
 MOVES: Final = re.compile(
     rb"/sys/(?:devices/.*/net/eth0/(?:carrier\w*|operstate|dormant|flags)"
-    rb"|kernel/uevent_seqnum|module/\w+/refcnt)"
+    rb"|kernel/uevent_seqnum|module/\w+/refcnt|module/damon_stat/parameters/\w+)"
 )
 # Others are mounted there in the guest, and in the shadow.
 STANDS_ON: Final = frozenset((b"/dev/pts", b"/dev/shm", b"/dev/mqueue", b"/dev/hugepages"))

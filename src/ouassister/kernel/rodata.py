@@ -20,8 +20,8 @@ _MAX_SIZE: Final = 64 << 20
 _PIECE: Final = 1 << 20
 
 
-def has_text(kernel: Kernel, text: bytes) -> bool:
-    """Tell whether a text is among the kernel's constants.
+def find_texts(kernel: Kernel, texts: tuple[bytes, ...]) -> frozenset[bytes]:
+    """Return those of some texts that are among the kernel's constants.
 
     Raises:
         UnsupportedGuestError: The kernel does not tell where they lie.
@@ -31,10 +31,12 @@ def has_text(kernel: Kernel, text: bytes) -> bool:
     start, end = (variable(kernel, name) for name in SYMBOLS)
     if not 0 < end - start <= _MAX_SIZE:
         raise CorruptGuestError(f"the kernel's constants take {end - start} bytes")
-    wanted, before = text + b"\0", b""
+    left = {text + b"\0": text for text in texts}
+    longest = max(map(len, left))
+    found, before = set(), b""
     for at in range(start, end, _PIECE):
         piece = before + kernel.virtual.read(VirtAddr(at), min(_PIECE, end - at))
-        if wanted in piece:
-            return True
-        before = piece[-len(wanted) :]
-    return False
+        for wanted in [one for one in left if one in piece]:
+            found.add(left.pop(wanted))
+        before = piece[-longest:]
+    return frozenset(found)

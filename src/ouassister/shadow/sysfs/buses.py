@@ -28,7 +28,7 @@ from ouassister.kernel.fields import (
 from ouassister.kernel.modules import module_types
 from ouassister.kernel.modules import struct as module_struct
 from ouassister.model import VirtAddr
-from ouassister.shadow.sysfs.look import Structure, UntoldError, line, number
+from ouassister.shadow.sysfs.look import PRODUCT_FAMILY, Structure, UntoldError, line, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -341,6 +341,12 @@ class Buses:
         text = b"dmi"
         for prefix, name in _PRODUCTS.items():
             if name in self.products:
-                plain = bytes(one for one in self.products[name] if 32 < one < 127 and one != 58)
-                text += b":" + prefix + plain
+                text += b":" + prefix + _plain(self.products[name])
+        if "PRODUCT_FAMILY" in self.products and self._look.knows(PRODUCT_FAMILY):
+            text += b":pfa" + _plain(self.products["PRODUCT_FAMILY"])
         return text + b":"
+
+
+def _plain(text: bytes) -> bytes:
+    """Leave out what an alias must not have (``ascii_filter``)."""
+    return bytes(one for one in text if ord(" ") < one < 127 and one != ord(":"))

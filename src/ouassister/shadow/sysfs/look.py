@@ -12,10 +12,11 @@ import functools
 import stat
 from typing import TYPE_CHECKING, Any, Final
 
-from ouassister.errors import CorruptGuestError, UnsupportedGuestError
+from ouassister.errors import CorruptGuestError, PageAbsentError, UnsupportedGuestError
 from ouassister.kernel.fields import Fields, has_member, offset, read_string
 from ouassister.kernel.kernfs import path_of
 from ouassister.kernel.program import guest_reads
+from ouassister.kernel.rodata import find_texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from ouassister.kernel.program import Kernel
 
 MAX_TEXT: Final = 4095  # what fits into a page, behind which sysfs cuts
+# What functions print since some kernel between v6.12 and v7.3, for which no type changed.
+PARTITION_UUID: Final = b"PARTUUID=%s"  # part_uevent
+PRODUCT_FAMILY: Final = b"pfa"  # get_modalias
 _MAX_CONTENTS: Final = 16 << 20  # of all files
 _SUBSYSTEM: Final = b"subsystem"
 
@@ -157,6 +161,21 @@ class Look:
     def common(self, folder: int) -> Values:
         """Read what all devices have."""
         return self._device.read(self.device(folder))
+
+    def knows(self, text: bytes) -> bool:
+        """Tell whether the kernel's functions know one of the words below.
+
+        Raises:
+            UntoldError: That cannot be found out.
+        """
+        try:
+            return text in self._words
+        except (UnsupportedGuestError, PageAbsentError) as error:
+            raise UntoldError(error.message) from error
+
+    @functools.cached_property
+    def _words(self) -> frozenset[bytes]:
+        return find_texts(self.kernel, (PARTITION_UUID, PRODUCT_FAMILY))
 
     def text(self, address: int, limit: int = 256) -> bytes:
         """Read a string of the kernel.
