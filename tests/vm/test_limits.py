@@ -18,7 +18,7 @@ def test_script_that_does_not_end_is_killed_and_its_package_is_staged(world: Wor
     words = ("--install", "oua-slow", "--install", "oua-extra", "--script-timeout", "3")
     why = "the postinst of oua-slow did not end within 3 s and was killed while the guest slept"
     refused = world.run("update", *words, "--no-staging")
-    assert (refused.status, refused.code) == (31, "staging-needed"), refused
+    assert (refused.status, refused.code) == (31, "needs-staging"), refused
     assert refused.value["error"]["message"] == f"oua-slow: {why}"
     log = next(world.home.glob("vms/*/last-run.log")).read_text()
     assert "subprocess was killed by signal (Killed)" in log

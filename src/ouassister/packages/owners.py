@@ -66,7 +66,6 @@ def _query(shadow: Shadow, *words: str, most: int) -> bytes:
     path = shadow.output_path(_OUTPUT)
     with open_regular(path) as file:
         raw = file.read(_MAX_BYTES)
-    path.unlink()
     if status > most:
         raise UpdaterError(f"the guest's dpkg-query {words[0]} ended with {status}")
     return raw
