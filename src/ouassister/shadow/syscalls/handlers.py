@@ -6,7 +6,16 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import InternalError
-from ouassister.shadow.syscalls import caller, files, scheduling, signals, sockets, system, uts
+from ouassister.shadow.syscalls import (
+    caller,
+    daemons,
+    files,
+    scheduling,
+    signals,
+    sockets,
+    system,
+    uts,
+)
 from ouassister.shadow.syscalls.context import Answerer, Context, NotTheGuestsError
 from ouassister.shadow.syscalls.notify import Call, Handler, Pass, Result
 from ouassister.shadow.syscalls.records import DENIED, UNKNOWN, Journal, Recorder
@@ -89,4 +98,5 @@ _ANSWERERS: Final[dict[str, Answerer]] = {
     **scheduling.ANSWERERS,
     **files.ANSWERERS,
     **sockets.ANSWERERS,
+    **daemons.ANSWERERS,
 }
