@@ -9,6 +9,7 @@
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
 # make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep
 #             beside the same in a plain chroot
+# make case-test           one twin test for each thing that packages do to a system, and escapes
 #
 # Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
 # environment in .venv with the versions and hashes of requirements/.
@@ -61,6 +62,10 @@ cgroup-test: .venv/ready
 GUEST := bookworm
 fidelity: .venv/ready $(APPLIER)
 	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) $(PACKAGES)
+
+case-test: .venv/ready $(APPLIER)
+	$(ROOT) env OUASSISTER_CASES=all \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v --durations=0 tests/cases $(PYTEST)
 
 SECONDS := 60
 fuzz: .venv/ready
@@ -120,5 +125,5 @@ lock:
 clean:
 	rm -rf build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test staging-test cgroup-test fidelity fuzz bench applier guest-tests \
+.PHONY: demo test check view-test kernel-test staging-test case-test cgroup-test fidelity fuzz bench applier guest-tests \
         deps lock clean

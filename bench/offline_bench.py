@@ -5,8 +5,9 @@ Usage: ``python -m bench.offline_bench RESULT``; the result goes into the file's
 For each set of packages, both are warmed once (lists and archives are there, files are in the page
 cache), and then measured in pairs, with each in turn before the other. The median of the pairs'
 ratios counts. Of the update, everything counts but the phases that see the network: reading memory,
-the shadow, the packages' scripts, the change set, its store. Of the chroot, apt-get's own time
-alone; its tree is a copy on a file system of the host's kernel (`ouassister.demo.baseline`).
+the shadow, the packages' scripts, the change set, its store; ``staged`` names packages that are
+left to the guest. Of the chroot, apt-get's own time alone; its tree is a copy on a file system of
+the host's kernel (`ouassister.demo.baseline`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ouassister import pipeline
 from ouassister.demo.baseline import chroot_install_s
-from ouassister.model import Request
+from ouassister.model import Mode, Request
 from ouassister.provider import vmtoml
 from ouassister.sleeping import open_sleeping
 from ouassister.store.database import Store
@@ -46,12 +47,14 @@ def compare(config: VmConfig, packages: tuple[str, ...], work: Path) -> dict[str
         root = sleeping.layout.volumes[0].pieces[0]
         image = sleeping.disks[root.disk]
     with Store(work / "state") as store:
+        staged: set[str] = set()
 
         def ours() -> tuple[float, dict[str, float]]:
             story = Timeline(None)
             report = pipeline.update_sleeping(
                 config, Request(packages), store, story, pipeline.Options()
             )
+            staged.update(one.name for one in report.modes if one.mode is Mode.STAGED)
             return report.offline_s, {one.name: one.seconds for one in report.phases}
 
         def theirs() -> tuple[float, dict[str, float]]:
@@ -64,6 +67,7 @@ def compare(config: VmConfig, packages: tuple[str, ...], work: Path) -> dict[str
     phases = [phases for _ours, _theirs, phases in pairs]
     return {
         "packages": packages,
+        "staged": sorted(staged),
         "ratio": round(median(mine / other for mine, other, _ in pairs), 2),
         "ratios": [round(mine / other, 2) for mine, other, _ in pairs],
         "offline_s": round(median(mine for mine, _, _ in pairs), 3),

@@ -11,56 +11,69 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.fidelity import compare, twins
+from tests.fidelity import bisection, compare, twins
+from tests.fidelity.bisection import Outcome, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RESULT: Final = twins.BUILD / "fidelity.json"
+_SHOWN: Final = 60
 
 
-@dataclass
-class Verdict:
-    """What came of one package."""
+class Runs:
+    """Updates pairs of twins, and keeps what it cost.
 
-    verdict: str  # equal, differs, failed
-    mode: str = "emulated"  # or staged
-    reasons: list[str] = field(default_factory=list)
+    Args:
+        base: The guest that both are clones of.
+        everything: The first run upgrades all that is outdated, whatever else is named.
+    """
 
+    def __init__(self, base: Path, *, everything: bool) -> None:
+        self._base = base
+        self._everything = everything
+        self.log: list[dict[str, object]] = []
 
-def judge(
-    base: Path, packages: Sequence[str], verdicts: dict[str, Verdict], *, upgrade: bool
-) -> None:
-    """Try packages together; where that does not end in twins, try halves."""
-    print(f"fidelity: {' '.join(packages)}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="fidelity-", dir=twins.BUILD) as folder:
-        try:
-            pair = twins.update_both(base, Path(folder), packages, upgrade=upgrade)
-        except twins.UpdateFailedError as error:
-            result, reasons, staged, notes = "failed", [str(error)], frozenset[str](), list[str]()
-        else:
-            found, used = compare.differences(pair.theirs, pair.ours, pair.since_s, compare.load())
-            result, reasons = ("differs", found) if found else ("equal", [])
-            staged, notes = pair.staged, [*pair.reasons]
-            print(f"  {len(pair.theirs.nodes)} paths, seconds {pair.seconds}")
-            for reason, count in sorted(used.items()):
-                print(f"  allowed: {count} x {reason}")
-    print(f"  {result}", *(f"    {line}" for line in reasons[:20]), sep="\n", flush=True)
-    if result != "equal" and len(packages) > 1 and not upgrade:
-        middle = len(packages) // 2
-        for half in (packages[:middle], packages[middle:]):
-            judge(base, half, verdicts, upgrade=upgrade)
-        if all(verdicts[name].verdict == "equal" for name in packages):
-            for name in packages:  # each half is well: it is their being together
-                verdicts[name] = Verdict(result, reasons=["only together: ", *reasons])
-        return
-    for name in packages:
-        mode = "staged" if name in staged else "emulated"
-        verdicts[name] = Verdict(result, mode, [*reasons, *notes])
+    def attempt(self, packages: Sequence[str]) -> Trial:
+        """One update of a fresh pair."""
+        wish = twins.Wish(() if self._everything else tuple(packages))
+        self._everything = False
+        words = " ".join(wish.packages or ["everything, with", *packages])
+        print(f"fidelity: {words}", flush=True)
+        entry: dict[str, object] = {"packages": words}
+        self.log.append(entry)
+        with tempfile.TemporaryDirectory(prefix="fidelity-", dir=twins.BUILD) as folder:
+            try:
+                pair = twins.update_both(self._base, Path(folder), wish)
+            except twins.UpdateFailedError as error:
+                entry["failed"] = str(error)
+                print(f"  failed: {error}", flush=True)
+                return Trial(Outcome.FAILED, (str(error),), {})
+        found, used = compare.differences(pair.theirs, pair.ours, pair.since_s, compare.load())
+        changed = [one["name"] for one in pair.update["changes"]]
+        entry |= {
+            "changed": changed,
+            "paths": len(pair.theirs.nodes),
+            "hashed": sum(node.digest not in ("", "-") for node in pair.ours.nodes.values()),
+            "seconds": pair.seconds,
+            "offline_s": pair.update["offline_s"],
+            "online_s": pair.resume["online_s"],
+            "differences": found,
+            "allowed": used,
+            "notes": pair.update["notes"],
+        }
+        print(f"  {len(changed)} packages, {entry['paths']} paths, {entry['hashed']} hashed;"
+              f" seconds {pair.seconds}")  # fmt: skip
+        for reason, count in sorted(used.items()):
+            print(f"  allowed: {count} x {reason}")
+        for line in found[:_SHOWN]:
+            print(f"  {line}")
+        print(f"  {len(found)} differences", flush=True)
+        return Trial(Outcome.DIFFERS if found else Outcome.EQUAL, tuple(found), pair.staged)
 
 
 def main() -> int:
@@ -70,18 +83,19 @@ def main() -> int:
     parser.add_argument("--upgrade", action="store_true", help="they are there, and outdated")
     parser.add_argument("--guest", default="bookworm", choices=("bullseye", "bookworm", "trixie"))
     options = parser.parse_args()
-    before = options.packages if options.upgrade else []
+    before = tuple(options.packages) if options.upgrade else ()
     base = twins.sleeping(options.guest, before, outdated=options.upgrade)
-    verdicts: dict[str, Verdict] = {}
-    judge(base, options.packages, verdicts, upgrade=options.upgrade)
-    RESULT.write_text(
-        json.dumps(
-            {"guest": options.guest, "upgrade": options.upgrade,
-             "packages": {name: asdict(one) for name, one in verdicts.items()}}, indent=1,
-        ) + "\n"
-    )  # fmt: skip
+    runs = Runs(base, everything=options.upgrade)
+    verdicts = bisection.judge(options.packages, runs.attempt)
+    result = {
+        "guest": options.guest,
+        "upgrade": options.upgrade,
+        "packages": {name: asdict(one) for name, one in verdicts.items()},
+        "runs": runs.log,
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{RESULT}: {', '.join(f'{name} {one.verdict}' for name, one in verdicts.items())}")
-    return 0 if all(one.verdict == "equal" for one in verdicts.values()) else 1
+    return 0 if all(one.verdict is Outcome.EQUAL for one in verdicts.values()) else 1
 
 
 if __name__ == "__main__":

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.view.manifest import short
+from tests.fidelity.facts import QUESTIONS
+from tests.view.manifest import Node, short
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from tests.fidelity.facts import Facts
-    from tests.view.manifest import Node
 
 LIST: Final = Path(__file__).parent / "allowed.toml"
 # Another moment, another order of allocation: of no file the same in two guests.
 _IGNORED: Final = frozenset(("ctime", "inode"))
+_COLUMNS: Final = frozenset(Node._fields) - _IGNORED
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Rule:
     paths: tuple[str, ...]
     columns: frozenset[str]
     reason: str
+    directories: bool  # of these alone
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,33 @@ class Allowed:
 
 
 def load(path: Path = LIST) -> Allowed:
-    """Read the list; every entry must give a reason."""
-    raw = tomllib.loads(path.read_text())
+    """Read the list."""
+    return parse(path.read_text())
+
+
+def parse(text: str) -> Allowed:
+    """Read the text of a list.
+
+    Raises:
+        ValueError: An entry gives no reason, or speaks of what is not compared.
+    """
+    raw = tomllib.loads(text)
     rules = [
-        Rule(tuple(one["paths"]), frozenset(one.get("columns", ())), one["reason"])
+        Rule(
+            tuple(one["paths"]),
+            frozenset(one.get("columns", ())),
+            one["reason"],
+            one.get("kind") == "directory",
+        )
         for one in raw["path"]
     ]
     lines = [(one["table"], re.compile(one["line"]), one["reason"]) for one in raw.get("line", ())]
-    assert all(one.reason.strip() for one in rules)
-    assert all(reason.strip() for _, _, reason in lines)
+    for rule in rules:
+        if not rule.reason.strip() or rule.columns - _COLUMNS:
+            raise ValueError(f"the rule for {rule.paths} has no reason, or no such column")
+    for table, pattern, reason in lines:
+        if not reason.strip() or table not in QUESTIONS:
+            raise ValueError(f"the rule for {pattern.pattern!r} has no reason, or no such table")
     return Allowed(tuple(rules), tuple(lines))
 
 
@@ -71,7 +91,7 @@ def differences(
     found = [
         line
         for path, column, line in _of_paths(theirs, ours, since_s)
-        if not _is_allowed(path, column, allowed, used)
+        if not _is_allowed(path, column, _is_directory(path, theirs, ours), allowed, used)
     ]
     for name in theirs.tables:
         one, other = theirs.tables[name], ours.tables[name]
@@ -111,18 +131,17 @@ def _columns(one: Node, other: Node, since_s: float) -> Iterator[tuple[str, str,
         yield column, their, our
 
 
-def _is_allowed(path: str, column: str, allowed: Allowed, used: dict[str, int]) -> bool:
+def _is_directory(path: str, *both: Facts) -> bool:
+    return all(path in one.nodes and one.nodes[path].mode.startswith("4") for one in both)
+
+
+def _is_allowed(
+    path: str, column: str, directory: bool, allowed: Allowed, used: dict[str, int]
+) -> bool:
     for rule in allowed.rules:
-        if rule.columns and column not in rule.columns:
+        if (rule.columns and column not in rule.columns) or (rule.directories and not directory):
             continue
         if any(fnmatch.fnmatchcase(path, pattern) for pattern in rule.paths):
             used[rule.reason] = used.get(rule.reason, 0) + 1
             return True
     return False
-
-
-def report(lines: Iterable[str], most: int = 40) -> str:
-    """The first of them, to read."""
-    every = list(lines)
-    more = [f"... and {len(every) - most} more"] if len(every) > most else []
-    return "\n".join([f"{len(every)} differences", *every[:most], *more])

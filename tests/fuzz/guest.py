@@ -31,7 +31,11 @@ from ouassister.kernel.introspect import Guest, look, open_guest
 from ouassister.kernel.reader import GuestReader
 from ouassister.memory import PhysicalMemory, open_save
 from ouassister.shadow import tmpfs_handover
+from ouassister.shadow.devices.filesystem import DevFiles
+from ouassister.shadow.served.snapshot import decode
+from ouassister.shadow.sysfs.filesystem import SysFiles
 from ouassister.shadow.tmpfs_handover import TmpfsHandOver
+from ouassister.shadow.trees.collect import collect as collect_trees
 from ouassister.state.data import MappedFile
 
 if TYPE_CHECKING:
@@ -108,6 +112,7 @@ class Walkers(Target):
             "flushed": self._flushed,
             "unflushed": lambda guest: unflushed.collect(guest.kernel),
             "memory": self._memory,
+            "trees": self._trees,
             **{
                 str(subject): functools.partial(self._subject, subject=subject)
                 for subject in Subject
@@ -152,6 +157,15 @@ class Walkers(Target):
             if memory is not None:
                 memory.arguments()
                 memory.environment()
+
+    def _trees(self, guest: Guest) -> None:
+        """Until they are handed over: what is written of them is read again without a doubt."""
+        trees = collect_trees(GuestReader(guest))
+        for raw in (trees.system, trees.devices):
+            if raw is not None:
+                DevFiles(decode(raw), lambda: (0, 0)).readdir("/", 0)
+        if trees.system is not None:
+            SysFiles(decode(trees.system), lambda *_: None, lambda _: None).readdir("/", 0)
 
     # --- what they read --------------------------------------------------------------------
 

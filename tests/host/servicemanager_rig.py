@@ -88,7 +88,8 @@ def main() -> None:
         os.close(listener)
 
     listeners = Listeners.received(messages[b"listeners"])
-    manager = start(messages[b"namespaces"], listeners, state, records, confine)
+    log = os.open(folder / "journal.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    manager = start(messages[b"namespaces"], listeners, state, records, log, confine)
     ours.send(b"go")
     os.waitpid(runner, 0)
     sys.exit(0 if manager.stop() else 3)

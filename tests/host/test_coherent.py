@@ -340,6 +340,19 @@ def test_inode_that_disagrees_is_named(usual: Sleeper, what: dict[str, int], tol
         usual.apply()
 
 
+def test_time_under_way_is_taken_though_a_file_was_given_a_time_to_come(usual: Sleeper) -> None:
+    to_come = 1_900_000_000
+    usual.debugfs(f"set_inode_field empty mtime @{to_come}", "-w")
+    usual.change("empty", mtime_ns=to_come * 1_000_000_000)
+    newest = max(inode.ctime_ns for inode in usual.found.inodes)
+    usual.change("dir/file", ctime_ns=newest + 100_000_000)
+    assert usual.apply()["inodes"] == 1
+    usual.change("empty", ctime_ns=newest + 60_000_000_000)  # also under way, and a minute later
+    usual.change("dir/file", ctime_ns=newest + 200_000_000)
+    with pytest.raises(CorruptGuestError, match=f"inode {usual.number['dir/file']}: ctime"):
+        usual.apply()
+
+
 @pytest.mark.parametrize(
     ("entry", "told"),
     [((ROOT, b"dir", 0), "dir in directory 2: absent in memory"),

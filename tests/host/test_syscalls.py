@@ -352,3 +352,33 @@ def test_a_user_without_privilege_records_nothing(rig: Rig) -> None:
     outcome = rig.calls(*calls, uid=1000)
     assert outcome.results == [-errno.EPERM] * len(calls)
     assert outcome.records == []
+
+
+@BOTH
+def test_proc_is_procfs_whatever_serves_it(rig: Rig, bits: int) -> None:
+    proc, native = 0x9FA0, "statfs:s{},b120" if bits == 64 else "statfs64:s{},84,b84"
+    descriptor = "fstatfs:$,b120" if bits == 64 else "fstatfs64:$,84,b84"
+    told = rig.calls(
+        native.format("/proc"),
+        native.format("//proc/./"),
+        "open:s/proc/self/status,0",
+        descriptor,
+        native.format("/"),
+        native.format("/nothing"),
+        bits=bits,
+    )
+    fields = [struct.unpack_from("<2q" if bits == 64 else "<2I", told.buffer(line)) for line in
+              (0, 1, 3)]  # fmt: skip
+    assert fields == [(proc, 4096)] * 3
+    assert struct.unpack_from("<q" if bits == 64 else "<I", told.buffer(4)) != (proc,)
+    assert told.results[-1] == -errno.ENOENT
+    name_length = struct.unpack_from("<q" if bits == 64 else "<I", told.buffer(0), 64 if bits == 64
+                                     else 56)  # fmt: skip
+    assert name_length == (255,)
+
+
+def test_old_structure_of_32_bits_is_filled_and_another_size_is_refused(rig: Rig) -> None:
+    told = rig.calls("statfs:s/proc,b64", "statfs64:s/proc,80,b84", bits=32)
+    assert struct.unpack_from("<2I", told.buffer(0)) == (0x9FA0, 4096)
+    assert struct.unpack_from("<I", told.buffer(0), 36) == (255,)
+    assert told.results == [0, -errno.EINVAL]

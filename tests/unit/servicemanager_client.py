@@ -29,6 +29,7 @@ TIMEOUT_S = 20.0
 ROOT = "/org/freedesktop/systemd1"
 MANAGER = "org.freedesktop.systemd1.Manager"
 UNITS = "/usr/lib/systemd/system"
+WANTS = "/etc/systemd/system/multi-user.target.wants"
 NGINX = Process(385, 1, 1, 75_000_000, "nginx", "nginx: master process")
 WORKER = Process(390, 385, 1, 75_100_000, "nginx", "nginx: worker process")
 STATE = ManagerState(
@@ -182,9 +183,10 @@ class Systemctl:
                 return Output(1, text)
             case ["enable", *_, "plain.service"]:
                 return Output(0, "The unit files have no installation config (WantedBy=, ...\n")
-            case ["enable", *_]:
-                link = "/etc/systemd/system/multi-user.target.wants/nginx.service"
-                return Output(0, f"Created symlink {link} -> {UNITS}/nginx.service.\n")
+            case ["enable" | "add-wants", *_]:
+                return Output(
+                    0, f"Created symlink {WANTS}/nginx.service -> {UNITS}/nginx.service.\n"
+                )
             case ["disable", *_]:
                 return Output(0, 'Removed "/etc/systemd/system/x.wants/nginx.service".\n')
         return Output(1, "")
@@ -198,16 +200,20 @@ class Served:
         self.private = root / PRIVATE_SOCKET[1:]
         self.bus = root / BUS_SOCKET[1:]
         self.records = root / "records"
+        self.log = root / "journal.log"
         self.systemctl = Systemctl()
         self._stop, self._stopped = os.pipe()
         listeners = listen(str(root))
         records = os.open(self.records, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         procfs = os.open("/proc", os.O_PATH)
 
         def run() -> None:
-            serve(listeners, STATE, records, Callers(procfs), self.systemctl, self._stop, str(root))
+            callers = Callers(procfs)
+            serve(listeners, STATE, records, log, callers, self.systemctl, self._stop, str(root))
             listeners.close()
             os.close(records)
+            os.close(log)
             os.close(procfs)
 
         self._thread = threading.Thread(target=run)

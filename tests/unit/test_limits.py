@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,14 +34,14 @@ POSTINST = b"PATH=/bin\0DPKG_MAINTSCRIPT_PACKAGE=bcc\0DPKG_MAINTSCRIPT_NAME=post
 def table(*more: Process) -> dict[int, Process]:
     """A first process, a shell, dpkg, its script with a child, and what went to the background."""
     every = [
-        Process(FIRST, 2, 90, ended=False),
-        Process(SHELL, FIRST, 100, ended=False),
-        Process(DPKG, SHELL, 110, ended=False),
-        Process(OLDER, FIRST, 150, ended=False),
-        Process(SCRIPT, DPKG, 200, ended=False),
-        Process(CHILD, SCRIPT, 210, ended=False),
-        Process(AWAY, FIRST, 211, ended=False),
-        Process(3, 2, 300, ended=False),  # not a program's
+        Process(FIRST, 2, 90, b"S"),
+        Process(SHELL, FIRST, 100, b"S"),
+        Process(DPKG, SHELL, 110, b"S"),
+        Process(OLDER, FIRST, 150, b"S"),
+        Process(SCRIPT, DPKG, 200, b"S"),
+        Process(CHILD, SCRIPT, 210, b"S"),
+        Process(AWAY, FIRST, 211, b"S"),
+        Process(3, 2, 300, b"S"),  # not a program's
         *more,
     ]
     return {one.pid: one for one in every}
@@ -61,12 +62,12 @@ def test_script_is_the_topmost_that_says_so() -> None:
 
 
 def test_what_a_script_left_behind_is_none_and_neither_are_its_children() -> None:
-    child = Process(30, AWAY, 230, ended=False)
+    child = Process(30, AWAY, 230, b"S")
     assert found(table(child), environment(AWAY, 30)) == []
 
 
 def test_script_that_has_ended_is_none() -> None:
-    ended = Process(SCRIPT, DPKG, 200, ended=True)
+    ended = Process(SCRIPT, DPKG, 200, b"Z")
     assert found({**table(), SCRIPT: ended}, environment(SCRIPT)) == []
 
 
@@ -84,54 +85,66 @@ def test_words_that_dpkg_does_not_write_make_no_script(words: bytes) -> None:
 
 def test_what_belongs_to_a_script_is_below_it_or_left_behind_since() -> None:
     script = table()[SCRIPT]
-    grandchild = Process(31, AWAY, 240, ended=False)
-    gone = Process(32, CHILD, 250, ended=True)
+    grandchild = Process(31, AWAY, 240, b"S")
+    gone = Process(32, CHILD, 250, b"Z")
     pids = {one.pid for one in members(table(grandchild, gone), script, FIRST)}
     assert pids == {SCRIPT, CHILD, AWAY, 31}
 
 
 def test_pid_that_was_used_again_is_not_the_script() -> None:
-    every = {**table(), SCRIPT: Process(SCRIPT, DPKG, 999, ended=False)}
-    script = Process(SCRIPT, DPKG, 200, ended=False)
+    every = {**table(), SCRIPT: Process(SCRIPT, DPKG, 999, b"S")}
+    script = Process(SCRIPT, DPKG, 200, b"S")
     pids = {one.pid for one in members(every, script, FIRST)}
     assert SCRIPT not in pids
 
 
 def watching(
-    monkeypatch: pytest.MonkeyPatch, limit_s: float, rounds: int
+    monkeypatch: pytest.MonkeyPatch, limit_s: float, *, stops: bool = True
 ) -> tuple[ScriptWatch, list[tuple[list[int], signal.Signals]], list[dict[str, object]]]:
     sent: list[tuple[list[int], signal.Signals]] = []
     records: list[dict[str, object]] = []
 
     def send(targets: Iterable[Process], number: signal.Signals) -> None:
-        sent.append((sorted(one.pid for one in targets), number))
+        if pids := sorted(one.pid for one in targets):
+            sent.append((pids, number))
 
-    monkeypatch.setattr(scripts, "processes", table)
+    def processes() -> dict[int, Process]:
+        state = b"T" if sent and stops else b"R"
+        return {pid: replace(one, state=state) for pid, one in table().items()}
+
+    monkeypatch.setattr(scripts, "processes", processes)
     monkeypatch.setattr(scripts, "_environment", lambda pid: environment(SCRIPT).get(pid, b""))
     monkeypatch.setattr(scripts, "send", send)
-    return ScriptWatch(limit_s, records.append, rounds), sent, records
+    return ScriptWatch(limit_s, records.append, 0.1), sent, records
 
 
-def test_all_are_stopped_before_any_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, sent, records = watching(monkeypatch, 0, 5)
+def test_all_are_stopped_before_any_is_killed_and_the_script_goes_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch, sent, records = watching(monkeypatch, 0)
     watch.look(FIRST)
     every = [SCRIPT, CHILD, AWAY]
-    assert sent == [(every, signal.SIGSTOP), (every, signal.SIGKILL)]
+    others = [CHILD, AWAY]
+    assert sent == [
+        (every, signal.SIGSTOP),
+        (others, signal.SIGKILL),
+        ([SCRIPT], signal.SIGKILL),
+    ]
     assert watch.expired == [Expired("bcc", "postinst", 0)]
     assert [(one["outcome"], one["package"]) for one in records] == [("expired", "bcc")]
 
 
 def test_script_within_its_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, sent, records = watching(monkeypatch, 1000, 5)
+    watch, sent, records = watching(monkeypatch, 1000)
     watch.look(FIRST)
     watch.look(FIRST)
     assert (sent, records, watch.expired) == ([], [], [])
 
 
-def test_script_that_outruns_its_end_takes_the_program_along(
+def test_script_that_does_not_stop_takes_the_program_along(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    scripts_, sent, _records = watching(monkeypatch, 0, 1)
+    scripts_, sent, _records = watching(monkeypatch, 0, stops=False)
     with pytest.raises(UncontainedError):
         scripts_.look(FIRST)
     assert [number for _pids, number in sent] == [signal.SIGSTOP]
@@ -142,7 +155,7 @@ def test_script_that_outruns_its_end_takes_the_program_along(
 
 
 def test_program_is_over_when_its_time_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    scripts_, _sent, _records = watching(monkeypatch, 1000, 5)
+    scripts_, _sent, _records = watching(monkeypatch, 1000)
     place = room.Room((str(tmp_path),))
     assert not Watch(1000, scripts_, place).look(FIRST)
     watch = Watch(-1, scripts_, place)

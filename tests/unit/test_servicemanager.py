@@ -11,6 +11,8 @@ from tests.unit.servicemanager_client import (
     NGINX,
     ROOT,
     TIMEOUT_S,
+    UNITS,
+    WANTS,
     Client,
     Served,
 )
@@ -240,6 +242,21 @@ def test_what_would_end_the_guest_is_withheld(served: Served, client: Client) ->
     ]
 
 
+def test_dependencies_are_added_by_the_guests_own_systemctl(served: Served, client: Client) -> None:
+    words = (["nginx.service"], "multi-user.target")
+    assert client.call("AddDependencyUnitFiles", "asssbb", *words, "Wants", False, False) == (
+        [("symlink", f"{WANTS}/nginx.service", f"{UNITS}/nginx.service")],
+    )
+    assert served.systemctl.asked[-1][1:] == (
+        "add-wants", "--", "multi-user.target", "nginx.service",
+    )  # fmt: skip
+    refused = client.call("AddDependencyUnitFiles", "asssbb", *words, "After", False, False)
+    assert refused[0].endswith("InvalidArgs")
+    assert recorded(served) == [
+        (Outcome.DONE, ("systemctl", "add-wants", "multi-user.target", "nginx.service")),
+    ]
+
+
 def test_unit_files_are_changed_by_the_guests_own_systemctl(served: Served, client: Client) -> None:
     link = "/etc/systemd/system/multi-user.target.wants/nginx.service"
     target = "/usr/lib/systemd/system/nginx.service"
@@ -278,6 +295,8 @@ def test_file_states_are_asked_once_until_a_file_changes(served: Served, client:
     assert client.call("ListUnitFilesByPatterns", "asas", ["static"], []) == (
         [("/usr/lib/systemd/system/plain.service", "static")],
     )
+    (generated,) = client.call("ListUnitFilesByPatterns", "asas", ["generated"], [])
+    assert ("/run/systemd/generator.late/old.service", "generated") in generated
 
 
 def test_changed_unit_file_wants_a_reload(served: Served, client: Client) -> None:

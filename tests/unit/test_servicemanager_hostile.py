@@ -14,7 +14,7 @@ import pytest
 from tests.unit.servicemanager_client import ROOT, TIMEOUT_S, Client, Served, encode
 
 from ouassister.shadow.events import read_events
-from ouassister.shadow.servicemanager import bus
+from ouassister.shadow.servicemanager import bus, journal
 from ouassister.shadow.servicemanager.server import MAX_CLIENTS
 
 if TYPE_CHECKING:
@@ -45,6 +45,24 @@ def test_idle_connections_make_room_for_others(served: Served) -> None:
     assert idle[0].recv(1) == b""  # cut off
     for one in (*idle, client.socket):
         one.close()
+
+
+def test_what_is_told_to_the_log_is_kept_up_to_a_limit(served: Served, tmp_path: Path) -> None:
+    for path in journal.SOCKETS:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as logger:
+            logger.settimeout(TIMEOUT_S)  # whoever took nothing would let it wait
+            logger.connect(str(tmp_path) + path)
+            logger.send(b"<27>mysqld: " + path.encode() + b"\n\0")
+            for _ in range(40):
+                logger.send(b"x" * 60_000)
+    client = Client(served.private)
+    assert client.call("GetUnit", "s", "nginx.service")[0].endswith("nginx_2eservice")
+    client.socket.close()
+    served.stop()
+    kept = served.log.read_bytes()
+    assert kept.startswith(b"<27>mysqld: /run/systemd/journal/dev-log\nxxx")
+    assert len(kept) <= (1 << 20) + 100
+    assert kept.count(b"what follows in the log is not kept\n") == 1
 
 
 def test_client_that_never_reads_waits_alone(served: Served) -> None:

@@ -13,6 +13,7 @@ from tests.unit.fake_guest import FakeGuest
 from ouassister.cli import support_verb
 from ouassister.errors import CorruptGuestError
 from ouassister.guest_model import BlockDevice, MappedDevice
+from ouassister.kernel import rodata
 from ouassister.kernel.kernfs import KernfsNode
 from ouassister.shadow.sysfs import look as looking
 from ouassister.shadow.sysfs.block import Blocks
@@ -294,6 +295,16 @@ def test_module_that_is_loaded() -> None:
     }  # fmt: skip
 
 
+def test_module_of_the_image_has_its_version() -> None:
+    guest = Loaded()
+    guest.struct("module_version_attribute", ("mattr", 16), ("version", "p"))
+    version = guest.put("module_version_attribute", version=guest.string(b"1.0"))
+    holder = guest.put("module_kobject", kobj__ktype=0x50)
+    look = Look(guest.kernel, tree("nvme/", "nvme/version", nvme=holder, version=version))
+    Modules(look).render(1)
+    assert said(look) == {b"/nvme/version": b"1.0\n"}
+
+
 def test_folder_that_is_no_module_is_left_alone() -> None:
     guest = Loaded()
     holder = guest.put("module_kobject", kobj__ktype=0x58, mod=8)
@@ -312,6 +323,7 @@ def test_machine_is_called_as_modprobe_knows_it() -> None:
     table = guest.new(40)
     guest.place(table, "QQQQ", 0, guest.string(b"Sea BIOS: 1"), guest.string(b"QEMU"), 0)
     guest.variables["dmi_ident"] = table
+    guest.struct("gendisk", ("diskseq", "Q"))
     look = Look(guest.kernel, tree("id/", "id/bios_vendor", "id/product_name", "id/modalias"))
     buses = Buses(look)
     buses.machine(1)
@@ -320,6 +332,33 @@ def test_machine_is_called_as_modprobe_knows_it() -> None:
         b"/id/bios_vendor": b"Sea BIOS: 1\n",
         b"/id/modalias": b"dmi:bvnSeaBIOS1:svnQEMU:\n",
     }
+
+
+def test_machine_with_a_number_of_stock_on_an_old_kernel_has_no_alias() -> None:
+    guest = Kernel()
+    guest.enum("dmi_field", DMI_NONE=0, DMI_PRODUCT_SKU=1, DMI_STRING_MAX=2)
+    table = guest.place(guest.new(16), "QQ", 0, guest.string(b"12-3"))
+    guest.variables["dmi_ident"] = table
+    guest.struct("gendisk", ("flags", "I"))
+    with pytest.raises(UntoldError):
+        Buses(Look(guest.kernel, tree("id/"))).alias(1, b"/class/dmi")
+    guest.struct("gendisk", ("diskseq", "Q"))
+    assert Buses(Look(guest.kernel, tree("id/"))).alias(1, b"/class/dmi") == b"dmi:sku12-3:"
+
+
+def test_kernel_is_searched_for_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Kernel()
+    guest.memory[0x2000:0x2010] = b"A PARTUUID=%s\0xx"
+    guest.variables |= {"__start_rodata": 0x1000, "__end_rodata": 0x3000}
+    for piece in (1, 7, 0x1003, 1 << 20):
+        monkeypatch.setattr(rodata, "_PIECE", piece)
+        assert rodata.has_text(guest.kernel, b"PARTUUID=%s")
+        assert not rodata.has_text(guest.kernel, b"PARTUUID=%")
+    guest.variables["__end_rodata"] = 0x200D
+    assert not rodata.has_text(guest.kernel, b"PARTUUID=%s")
+    guest.variables["__end_rodata"] = 1 << 40
+    with pytest.raises(CorruptGuestError, match="constants take"):
+        rodata.has_text(guest.kernel, b"x")
 
 
 def test_device_of_an_unknown_bus_has_no_name_for_modprobe() -> None:

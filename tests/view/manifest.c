@@ -1,4 +1,4 @@
-/* manifest ROOT [PREFIX...]: one line for each path of the file system that ROOT is the top of.
+/* manifest [-s SECONDS] ROOT [PREFIX...]: one line for each path of the file system that ROOT is the top of.
  *
  * The same program runs in the guest, as the oracle, and on the mounted view. Columns, by tabs:
  * path, mode, uid, gid, size, mtime, ctime, links, inode, device, flags, link target, attributes,
@@ -6,7 +6,8 @@
  *
  * The digest is the SHA-256 of all blocks of 4 KiB that are not zero, each after its number, and
  * of the size: how holes lie is not content. With prefixes, files elsewhere get a sum of 64 bits
- * in its place: an emulated guest hashes 15 MB/s. Access times are neither changed nor told.
+ * in its place: an emulated guest hashes 15 MB/s. With -s, files whose inode has not changed since
+ * that time get "-", and are not read. Access times are neither changed nor told.
  */
 #include "../../guest/sha256.h"
 
@@ -35,6 +36,7 @@
 static char path[MAX_PATH_SIZE];
 static char **prefixes;
 static dev_t device;
+static long long since;
 
 /* The one or the other. */
 struct digest {
@@ -210,7 +212,9 @@ static void put_node(int parent, const char *name, const struct stat *status)
     snprintf(place, sizeof place, "/proc/self/fd/%d/%s", parent, name);
     put_xattrs(place);
     putchar('\t');
-    if (S_ISREG(status->st_mode))
+    if (S_ISREG(status->st_mode) && status->st_ctim.tv_sec < since)
+        putchar('-');
+    else if (S_ISREG(status->st_mode))
         put_digest(fd, status->st_size);
     putchar('\n');
     if (fd >= 0)
@@ -256,8 +260,13 @@ int main(int argc, char **argv)
     struct stat status;
     int root;
 
+    if (argc > 3 && strcmp(argv[1], "-s") == 0) {
+        since = strtoll(argv[2], NULL, 10);
+        argv += 2;
+        argc -= 2;
+    }
     if (argc < 2)
-        errx(2, "usage: manifest ROOT [PREFIX...]");
+        errx(2, "usage: manifest [-s SECONDS] ROOT [PREFIX...]");
     prefixes = argv + 2;
     root = open(argv[1], O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (root < 0 || fstat(root, &status) != 0)

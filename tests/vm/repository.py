@@ -7,14 +7,13 @@ answers 404, as mirrors in the middle of a sync do.
 from __future__ import annotations
 
 import http.server
+import shutil
 import subprocess
 import threading
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class Package:
     links: dict[str, str] = field(default_factory=dict)
     conffiles: tuple[str, ...] = ()
     scripts: dict[str, str] = field(default_factory=dict)
+    control: dict[str, str] = field(default_factory=dict)  # further control files, as they are
+    copies: dict[str, Path] = field(default_factory=dict)  # programs of the host's
 
 
 def build(package: Package, folder: Path) -> Path:
@@ -42,6 +43,8 @@ def build(package: Package, folder: Path) -> Path:
     (control / "control").write_text("\n".join(lines) + "\n")
     if package.conffiles:
         (control / "conffiles").write_text("\n".join(package.conffiles) + "\n")
+    for name, text in package.control.items():
+        (control / name).write_text(text)
     for name, script in package.scripts.items():
         (control / name).write_text(f"#!/bin/sh\nset -e\n{script}\n")
         (control / name).chmod(0o755)
@@ -49,8 +52,12 @@ def build(package: Package, folder: Path) -> Path:
         target = tree / path.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(content)
-        if "/bin/" in path:
+        if "/bin/" in path or "/init.d/" in path:
             target.chmod(0o755)
+    for path, source in package.copies.items():
+        target = tree / path.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
     for path, link in package.links.items():
         target = tree / path.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def asleep(tmp_path: Path) -> Iterator[Callable[[str, str], World]]:
     worlds: list[World] = []
 
     def make(package: str, script: str) -> World:
-        base = sleeping("bookworm", [package], outdated=True)
+        base = sleeping("bookworm", (package,), outdated=True)
         world = World(clone(base, tmp_path / "sleeper"), tmp_path / "home")
         worlds.append(world)
         with qemu.restore(world.config, links_up=False) as vm:

@@ -132,7 +132,7 @@ def test_run_shows_the_sleeping_guest_and_keeps_nothing(world: World) -> None:
 
 def test_program_in_the_shadow_prints_what_the_live_guest_prints(world: World) -> None:
     script = "uname -a; uname -n; dpkg -l; cat /etc/os-release /etc/machine-id;"
-    script += " ls -n --time-style=+%s /usr/bin"
+    script += " ls -n --time-style=+%s /usr/bin; stat -f -c '%T %s %l' /proc /proc/"
     command = [word for word in world.command("run", "--", "sh", "-c", script) if word != "--json"]
     shadow = subprocess.run(
         command, env=world.environment, capture_output=True, text=True, check=True

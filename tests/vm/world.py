@@ -42,6 +42,7 @@ class World:
 
     toml: Path
     home: Path
+    timeout_s: float = 300.0
 
     @property
     def config(self) -> vmtoml.VmConfig:
@@ -62,7 +63,7 @@ class World:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=self.timeout_s,
         )
         assert "Traceback" not in done.stderr, done.stderr
         return Done(done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr)

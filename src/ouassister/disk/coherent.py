@@ -202,10 +202,11 @@ def _settle_inodes(ext4: Ext4, handover: HandOver) -> int:
 
     A change sets the inode's times before it has a handle of the journal, which it may have to wait
     for (fs/inode.c, ``file_update_time``; fs/ext4/inode.c, ``ext4_dirty_inode``): a guest that is
-    stopped there has the time in memory alone. It is one of the last that memory knows.
+    stopped there has the time in memory alone. It is one of the last that memory knows; of these
+    only the change times count, since a file can be given any other, one to come included.
     """
     unflushed = {place.inode for place in handover.files}
-    newest = max((max(one.ctime_ns, one.mtime_ns) for one in handover.inodes), default=0)
+    newest = max((one.ctime_ns for one in handover.inodes), default=0)
     since = newest - _UNDER_WAY_NS
     wrong: list[str] = []
     changed = 0

@@ -47,7 +47,9 @@ UPDATERS: Final = frozenset(
     (b"/usr/bin/dpkg", b"/usr/bin/apt", b"/usr/bin/apt-get", b"/usr/bin/aptitude")
 )
 
-_ENVIRONMENT: Final = {"DEBIAN_FRONTEND": "noninteractive", "DEBCONF_NONINTERACTIVE_SEEN": "true"}
+# Questions are answered by their defaults, and not marked as seen: an administrator who configures
+# a package later is asked, as after any other run that nobody watched.
+_ENVIRONMENT: Final = {"DEBIAN_FRONTEND": "noninteractive"}
 _OPTIONS: Final = (
     "APT::Get::Assume-Yes=true",
     "APT::Color=0",

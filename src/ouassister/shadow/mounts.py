@@ -215,6 +215,7 @@ class Devices:
             ("stdin", "fd/0"),
             ("stdout", "fd/1"),
             ("stderr", "fd/2"),
+            ("log", "/run/systemd/journal/dev-log"),
         ):
             (device / name).symlink_to(link)
 

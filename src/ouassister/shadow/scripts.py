@@ -8,7 +8,8 @@ failure of that package itself.
 What belongs to a script: its children, theirs, and what of them went to the background, which is
 now a child of the program's first process and younger than the script. dpkg runs one script at
 a time, and nothing beside it. All are stopped before any is killed, until none is found any more:
-what is stopped cannot fork.
+what is stopped cannot fork; one that is only about to stop may be in the middle of a fork. The
+script itself goes last.
 
 Source: dpkg src/main/script.c (``maintscript_exec``); proc_pid_stat(5); proc_pid_environ(5).
 """
@@ -19,7 +20,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from ouassister.shadow.servicemanager.callers import Caller, from_environment
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
     from ouassister.shadow.syscalls.records import Recorder
 
 LOOK_S: Final = 1.0
-_ROUNDS: Final = 50
+_PATIENCE_S: Final = 20.0
+_POLL_S: Final = 0.02
 _MAX_FILE: Final = 1 << 17
 _ENDED: Final = b"ZX"  # states of processes that only have to be waited for
+_STOPPED: Final = b"Tt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,14 @@ class Process:
     """One line of /proc/PID/stat. ``started`` is in ticks of the clock since the host's start."""
 
     pid: int
-    parent: int
+    parent: int = field(compare=False)
     started: int
-    ended: bool
+    state: bytes = field(compare=False)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it only has to be waited for."""
+        return self.state in _ENDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,7 @@ class Expired:
 
 
 class UncontainedError(Exception):
-    """A script forks faster than it can be stopped."""
+    """A script cannot be stopped."""
 
 
 class ScriptWatch:
@@ -68,13 +76,14 @@ class ScriptWatch:
     Args:
         limit_s: Seconds that each has.
         recorder: Takes a record of each that was killed.
-        rounds: How often more of it is looked for, before it counts as uncontained.
+        patience_s: Seconds until all of a script has stopped, or it counts as uncontained; and
+            until what was killed is gone, or the script itself is killed all the same.
     """
 
-    def __init__(self, limit_s: float, recorder: Recorder, rounds: int = _ROUNDS) -> None:
+    def __init__(self, limit_s: float, recorder: Recorder, patience_s: float = _PATIENCE_S) -> None:
         self._limit_s = limit_s
         self._recorder = recorder
-        self._rounds = rounds
+        self._patience_s = patience_s
         self._since: dict[tuple[int, int], float] = {}
         self.expired: list[Expired] = []
 
@@ -101,16 +110,41 @@ class ScriptWatch:
         self._since = running
 
     def _kill(self, script: Process, first: int) -> None:
+        stopped = self._stop(script, first)
+        others = {one for one in stopped if one.pid != script.pid}
+        send(others, signal.SIGKILL)
+        self._await_gone(others, script)
+        send(stopped - others, signal.SIGKILL)
+
+    def _stop(self, script: Process, first: int) -> set[Process]:
+        """Stop all that belongs to a script."""
         stopped: set[Process] = set()
-        for _ in range(self._rounds):
-            found = members(processes(), script, first) - stopped
-            if not found:
+        quiet = 0  # looks in a row at which all had stopped: a child may come after the first
+        end = time.monotonic() + self._patience_s
+        while quiet < 2:
+            found = members(processes(), script, first)
+            new = found - stopped
+            send(new, signal.SIGSTOP)
+            stopped |= new
+            quiet = 0 if new or any(one.state not in _STOPPED for one in found) else quiet + 1
+            if time.monotonic() >= end:
+                raise UncontainedError
+            if not new:
+                time.sleep(_POLL_S)
+        return stopped
+
+    def _await_gone(self, killed: set[Process], script: Process) -> None:
+        """Wait until they take no room any more, but for children that the script has to reap.
+
+        dpkg goes on as soon as the script has ended, and would find no room for a process.
+        """
+        starts = {one.pid: one.started for one in killed}
+        end = time.monotonic() + self._patience_s
+        while time.monotonic() < end:
+            left = (one for one in processes().values() if starts.get(one.pid) == one.started)
+            if all(one.ended and one.parent == script.pid for one in left):
                 break
-            send(found, signal.SIGSTOP)
-            stopped |= found
-        else:
-            raise UncontainedError
-        send(stopped, signal.SIGKILL)
+            time.sleep(_POLL_S)
 
 
 def find_scripts(
@@ -145,8 +179,9 @@ def members(table: Mapping[int, Process], script: Process, first: int) -> set[Pr
     left = [
         one for one in children[first] if one.started >= script.started and one.pid not in above
     ]
-    if table.get(script.pid) == script:
-        left.append(script)
+    now = table.get(script.pid)
+    if now is not None and now == script:
+        left.append(now)
     found: set[Process] = set()
     while left:
         process = left.pop()
@@ -171,7 +206,7 @@ def read_process(pid: int) -> Process | None:
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     if len(fields) < 20:
         return None
-    return Process(pid, int(fields[1]), int(fields[19]), fields[0] in _ENDED)
+    return Process(pid, int(fields[1]), int(fields[19]), fields[0])
 
 
 def send(targets: Iterable[Process], number: signal.Signals) -> None:

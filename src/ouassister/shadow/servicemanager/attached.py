@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.shadow import raw
+from ouassister.shadow.servicemanager.journal import LOG
 from ouassister.shadow.servicemanager.process import ServiceManager, start
 from ouassister.shadow.syscalls.filter import build_filter
 
@@ -73,12 +75,14 @@ class Attached:
         if not self._namespaces or self._listeners is None:
             return False
         records = os.open(self._records, _APPEND, 0o644)  # read by the host's side
+        log = os.open(Path(self._records).with_name(LOG), _APPEND, 0o644)
         try:
             self._manager = start(
-                self._namespaces, self._listeners, self._state, records, self._confine
+                self._namespaces, self._listeners, self._state, records, log, self._confine
             )
         finally:
             os.close(records)
+            os.close(log)
         return True
 
     def _confine(self) -> None:

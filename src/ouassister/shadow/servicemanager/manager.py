@@ -13,6 +13,7 @@ import fnmatch
 import re
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ouassister.shadow.events import Event, Outcome
@@ -250,6 +251,11 @@ class Manager:
             (self.units.files.locate(name), state.state)
             for name, state in self._systemctl.states().items()
             if (not states or state.state in states) and _matches(name, patterns)
+        ]
+        wanted += [
+            (path, "generated")
+            for path in self.units.files.generated()
+            if (not states or "generated" in states) and _matches(Path(path).name, patterns)
         ]
         return "a(ss)", ([item for item in wanted if item[0]],)
 

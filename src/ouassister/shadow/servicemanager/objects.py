@@ -77,6 +77,15 @@ def _preset(manager: Manager, who: Who, names: list[str], mode: str, *flags: boo
     return manager.change_files(who, "preset", names, _flags(*flags))
 
 
+def _dependency(
+    manager: Manager, who: Who, names: list[str], target: str, kind: str, *flags: bool
+) -> Answer:
+    verb = {"Wants": "add-wants", "Requires": "add-requires"}.get(kind)
+    if verb is None:
+        raise RefusalError(f"{ERRORS}InvalidArgs", f"Invalid dependency type {kind}")
+    return _changes(manager.change_files(who, verb, [target, *names], _flags(*flags)))
+
+
 def _withheld(verb: str) -> Callable[..., Answer]:
     return lambda manager, who, *_: manager.withhold(who, verb)
 
@@ -122,6 +131,7 @@ MANAGER_METHODS: Final[dict[str, Method]] = {
     "DisableUnitFiles": ("asb", _files("disable")),
     "DisableUnitFilesWithFlags": ("ast", _flagged("disable")),
     "DisableUnitFilesWithFlagsAndInstallInfo": ("ast", _flagged("disable", info=True)),
+    "AddDependencyUnitFiles": ("asssbb", _dependency),
     "LinkUnitFiles": ("asbb", _files("link")),
     "MaskUnitFiles": ("asbb", _files("mask")),
     "UnmaskUnitFiles": ("asb", _files("unmask")),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from ouassister.shadow import raw
 from ouassister.shadow.servicemanager.callers import Callers
 from ouassister.shadow.servicemanager.guestctl import GuestPrograms, GuestSystemctl
+from ouassister.shadow.servicemanager.journal import Journal
 from ouassister.shadow.servicemanager.manager import Manager
 from ouassister.shadow.servicemanager.objects import Objects
 from ouassister.shadow.servicemanager.server import Records, Server
@@ -73,6 +74,7 @@ def start(
     listeners: Listeners,
     state: ManagerState,
     records: int,
+    log: int,
     confine: Callable[[], None],
 ) -> ServiceManager:
     """Start a stand-in for one tree; when it returns, it serves.
@@ -82,6 +84,7 @@ def start(
         listeners: What the first process there made in its tree (`listen`); closed here.
         state: What the guest had running.
         records: Descriptor of a file out of the guest's reach, opened to append.
+        log: The same, for what is told to the guest's log daemon.
         confine: Called in a child, before it becomes a program of the guest: installs the filter of
             system calls and hands its listener to who answers.
 
@@ -92,7 +95,7 @@ def start(
     pid = os.fork()
     if pid == 0:
         ours.close()
-        _become(namespaces, listeners, state, records, confine, theirs)
+        _become(namespaces, listeners, state, records, log, confine, theirs)
     theirs.close()
     listeners.close()
     for descriptor in namespaces:
@@ -111,6 +114,7 @@ def _become(
     listeners: Listeners,
     state: ManagerState,
     records: int,
+    log: int,
     confine: Callable[[], None],
     channel: socket.socket,
 ) -> NoReturn:
@@ -132,7 +136,8 @@ def _become(
         channel.send(str(error).encode("utf-8", "replace")[:4000])
         os._exit(1)
     try:
-        serve(listeners, state, records, callers, GuestPrograms(confine).run, channel.fileno())
+        run = GuestPrograms(confine).run
+        serve(listeners, state, records, log, callers, run, channel.fileno())
         status = 0
     finally:
         os._exit(status)
@@ -142,6 +147,7 @@ def serve(
     listeners: Listeners,
     state: ManagerState,
     records: int,
+    log: int,
     callers: Callers,
     run: Callable[[Sequence[str]], Output],
     stop: int,
@@ -153,6 +159,7 @@ def serve(
         listeners: Where clients come in.
         state: What the guest had running.
         records: Descriptor to write events to.
+        log: Descriptor to write log messages to.
         callers: Tells packages from processes.
         run: Runs a program of the guest.
         stop: Descriptor.
@@ -166,5 +173,6 @@ def serve(
     units = Units(files, state, started_ns)
     manager = Manager(units, systemctl, written.write)
     objects = Objects(manager, written.write)
-    Server(listeners, objects, callers, written.write).run(stop)
+    journal = Journal(listeners.journal, log)
+    Server(listeners, objects, callers, written.write, journal).run(stop)
     written.end()

@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.shadow.events import END, MAX_RECORDS, Event, Outcome, encode
+from ouassister.shadow.servicemanager import journal
 from ouassister.shadow.servicemanager.bus import Client
 from ouassister.shadow.servicemanager.manager import Who
+from ouassister.shadow.servicemanager.places import in_the_place_of
 from ouassister.shadow.servicemanager.recorders import Recorders
 from ouassister.shadow.servicemanager.wire import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from ouassister.shadow.servicemanager.callers import Callers
+    from ouassister.shadow.servicemanager.journal import Journal
     from ouassister.shadow.servicemanager.manager import Signal
     from ouassister.shadow.servicemanager.objects import Objects
 
@@ -47,21 +50,26 @@ class Listeners:
     private: socket.socket
     bus: socket.socket
     pipe: int
+    journal: tuple[socket.socket, ...] = ()  # what they send log messages to
 
     def descriptors(self) -> list[int]:
         """To be sent to another process."""
-        return [self.private.fileno(), self.bus.fileno(), self.pipe]
+        logs = (one.fileno() for one in self.journal)
+        return [self.private.fileno(), self.bus.fileno(), self.pipe, *logs]
 
     @classmethod
     def received(cls, descriptors: Sequence[int]) -> Listeners:
         """Out of what `descriptors` sent."""
-        private, bus, pipe = descriptors
-        return cls(socket.socket(fileno=private), socket.socket(fileno=bus), pipe)
+        private, bus, pipe, *logs = descriptors
+        journal = tuple(socket.socket(fileno=one) for one in logs)
+        return cls(socket.socket(fileno=private), socket.socket(fileno=bus), pipe, journal)
 
     def close(self) -> None:
         """Close all; the names stay."""
         self.private.close()
         self.bus.close()
+        for one in self.journal:
+            one.close()
         os.close(self.pipe)
 
 
@@ -79,7 +87,7 @@ def listen(root: str = "") -> Listeners:
     sockets = []
     for path, mode in ((PRIVATE_SOCKET, 0o700), (BUS_SOCKET, 0o666)):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        with _in_the_place_of(Path(root + path), mode):
+        with in_the_place_of(Path(root + path), mode):
             listener.bind(root + path)
         listener.listen(_BACKLOG)
         sockets.append(listener)
@@ -91,23 +99,7 @@ def listen(root: str = "") -> Listeners:
     pipe = os.open(root + RECORD_PIPE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
         raise OSError(f"{RECORD_PIPE} was replaced")
-    return Listeners(sockets[0], sockets[1], pipe)
-
-
-@contextlib.contextmanager
-def _in_the_place_of(path: Path, mode: int) -> Iterator[None]:
-    """Let a socket be made that looks as the guest's; ``mode`` is for one that the guest lacks."""
-    folder = path.parent.stat()
-    before: os.stat_result | None = None
-    with contextlib.suppress(FileNotFoundError):
-        before = path.lstat()
-        path.unlink()
-    yield
-    path.chmod(mode if before is None else stat.S_IMODE(before.st_mode))
-    if before is not None:
-        os.chown(path, before.st_uid, before.st_gid)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        os.utime(path.parent, ns=(folder.st_atime_ns, folder.st_mtime_ns))
+    return Listeners(sockets[0], sockets[1], pipe, journal.listen(root))
 
 
 class Records:
@@ -146,6 +138,7 @@ class Server:
         objects: The service manager.
         callers: Tells packages from processes.
         record: Takes each event.
+        log: Takes log messages.
     """
 
     def __init__(
@@ -154,7 +147,9 @@ class Server:
         objects: Objects,
         callers: Callers,
         record: Callable[[Event], None],
+        log: Journal,
     ) -> None:
+        self._log = log
         self._listeners = listeners
         self._objects = objects
         self._callers = callers
@@ -169,12 +164,15 @@ class Server:
         """Serve until the descriptor ``stop`` can be read; then take what is still there."""
         for listener in (self._listeners.private, self._listeners.bus, self._listeners.pipe, stop):
             self._selector.register(listener, selectors.EVENT_READ)
+        for one in self._log.sockets:
+            self._selector.register(one, selectors.EVENT_READ)
         running = True
         while running:
             waiting = any(client.waiting for client in self._clients.values())
             ready = self._selector.select(0 if waiting else None)
             running = not any(key.fd == stop for key, _ in ready)
             self._drain_pipe()  # a recorder has ended before the same script's next call
+            self._log.take()
             for key, events in ready:
                 if key.fileobj in (self._listeners.private, self._listeners.bus):
                     self._accept(key.fileobj)
@@ -187,6 +185,7 @@ class Server:
             while connection in self._clients and self._clients[connection].waiting:
                 self._answer(connection)
         self._drain_pipe()
+        self._log.take()
         for connection in list(self._clients):
             self._close(connection)
         self._selector.close()

@@ -152,6 +152,15 @@ class UnitFiles:
         """Where a unit file lies, without reading it; empty when there is none."""
         return next((f"{folder}/{name}" for folder in self._holding(name)), "")
 
+    def generated(self) -> list[str]:
+        """Where the units lie that systemd-sysv-generator makes of init scripts."""
+        names = (f"{script}.service" for script in self.entries(INIT_SCRIPTS))
+        return [
+            f"{_GENERATED}/{name}"
+            for name in names
+            if is_unit_name(name) and not self.locate(name) and self._init_script(name)
+        ]
+
     def depends(self, file: UnitFile, kind: str) -> list[str]:
         """Units that ``file`` names in ``Wants``, ``Requires``, and the like; folders included."""
         found = [name for name in file.words("Unit", kind) if is_unit_name(name)]

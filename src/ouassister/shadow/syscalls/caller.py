@@ -129,6 +129,11 @@ def working_folder(call: Call) -> bytes:
     return _link(call, "cwd")
 
 
+def root(call: Call) -> bytes:
+    """What a caller takes for the root, as its mount namespace names it."""
+    return _link(call, "root")
+
+
 def _link(call: Call, name: str) -> bytes:
     return os.readlink(os.fsencode(f"/proc/{call.pid}/{name}"))  # noqa: PTH115 - bytes
 

@@ -39,6 +39,8 @@ _KERNEL: Final = frozenset(
     b"autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devtmpfs efivarfs fusectl hugetlbfs"
     b" nfsd pstore resctrl rpc_pipefs securityfs selinuxfs smackfs sysfs tracefs".split()
 )
+_SHOWN: Final = frozenset((b"/proc", b"/sys", b"/dev", b"/dev/pts", b"/dev/shm", b"/run"))
+_SHADOWS_OWN: Final = (b"/run/ouassister/", b"/proc/.own/")
 
 
 # --- device nodes ---
@@ -130,12 +132,17 @@ def _unmount(context: Context, listener: int, call: Call, what: str) -> Result:
     whole = target
     if not target.startswith(b"/"):
         whole = caller.working_folder(call).rstrip(b"/") + b"/" + target
-    if os.path.normpath(whole) in context.facts.mounted:
+    if (place := os.path.normpath(whole)) in context.facts.mounted or _is_the_shadows(place):
         caller.require(listener, call, caller.CAP_SYS_ADMIN)
         context.journal.note(call, what, DENIED, [target], device=target)
         raise OSError(errno.EBUSY, "a file system of the guest")
     context.journal.note(call, what, PASSED, [target])
     return Pass.CONTINUE
+
+
+def _is_the_shadows(place: bytes) -> bool:
+    """What the shadow shows in the place of the guest's: below it is something of the host's."""
+    return place in _SHOWN or (place + b"/").startswith(_SHADOWS_OWN)
 
 
 # --- extended attributes ---

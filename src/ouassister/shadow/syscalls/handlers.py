@@ -13,6 +13,7 @@ from ouassister.shadow.syscalls import (
     scheduling,
     signals,
     sockets,
+    statfs,
     system,
     uts,
 )
@@ -99,4 +100,5 @@ _ANSWERERS: Final[dict[str, Answerer]] = {
     **files.ANSWERERS,
     **sockets.ANSWERERS,
     **daemons.ANSWERERS,
+    **statfs.ANSWERERS,
 }

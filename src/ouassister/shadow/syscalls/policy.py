@@ -29,6 +29,8 @@ GROUPS: Final[tuple[tuple[str, str, str], ...]] = (
     ("emulated", "the guest's struct new_utsname", "uname"),
     ("emulated", "memory, swap, load, processes and uptime of the guest at suspend", "sysinfo"),
     ("emulated", "as many processors as the guest has", "sched_getaffinity"),
+    ("emulated", "/proc is procfs; else sizes and kinds of the host's file systems below the tree",
+     "statfs fstatfs statfs64 fstatfs64"),
     ("emulated if pid 1", "nice value of a guest's process", "getpriority"),
     ("emulated if pid 1", "I/O priority of a guest's process: that of its nice value",
      "ioprio_get"),
@@ -119,8 +121,6 @@ GROUPS: Final[tuple[tuple[str, str, str], ...]] = (
      " vmsplice getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr removexattr"
      " lremovexattr fremovexattr getxattrat listxattrat removexattrat file_getattr file_setattr"
      " name_to_handle_at cachestat vhangup"),
-    ("partial", "sizes and kinds of the host's file systems below the tree",
-     "statfs fstatfs statfs64 fstatfs64"),
     ("full", "descriptors",
      "dup dup2 dup3 fcntl fcntl64 ioctl pipe pipe2 poll ppoll ppoll_time64 select _newselect"
      " pselect6 pselect6_time64 close_range epoll_create epoll_create1 epoll_ctl epoll_wait"

@@ -333,6 +333,11 @@ class Buses:
                 self._look.set(index, raw)
 
     def _dmi_alias(self) -> bytes:
+        # The last part is there since v5.14, which no type tells; disks are numbered since v5.15.
+        if "PRODUCT_SKU" in self.products and not has_member(
+            self._look.kernel, "struct gendisk", "diskseq"
+        ):
+            raise UntoldError("modalias")
         text = b"dmi"
         for prefix, name in _PRODUCTS.items():
             if name in self.products:

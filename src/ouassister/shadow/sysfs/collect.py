@@ -7,6 +7,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import CorruptGuestError, PageAbsentError, UnsupportedGuestError
+from ouassister.kernel import rodata
 from ouassister.kernel.kernfs import Kernfs, link_text
 from ouassister.kernel.program import guest_reads
 from ouassister.shadow.served.snapshot import Node
@@ -59,7 +60,8 @@ def collect(
     # In one pass over the table of symbols; each alone would take one.
     kernel.symbols.learn(
         ("sysfs_root_kn", "init_net", "dmi_ident", "acpi_device_fwnode_ops", "devlist",
-         "boot_cpu_data", *modules.SYMBOLS, *system.SYMBOLS)
+         "boot_cpu_data", *modules.SYMBOLS, *system.SYMBOLS,
+         *rodata.SYMBOLS)
     )  # fmt: skip
     with kernel.virtual.bounded(_MAX_READS):
         nodes = Kernfs(kernel).read(_is_left_out)

@@ -72,6 +72,9 @@ class Modules:
         (module,) = self._object.read(kobject - self._object_at)
         if module:
             self._loaded(folder, module)
+        elif (version := self._look.below[folder].get(b"version")) is not None:
+            (text,) = self._version.read(self._look.nodes[version].private)
+            self._look.give(folder, b"version", line(self._look.text(text)))
         parameters = self._look.below[folder].get(b"parameters")
         for index in self._look.below.get(parameters or 0, {}).values() if parameters else ():
             try:
@@ -83,6 +86,11 @@ class Modules:
             except UntoldError:
                 continue
             self._look.set(index, content[:MAX_TEXT])
+
+    @functools.cached_property
+    def _version(self) -> Fields:
+        """Of a module that is a part of the kernel's image."""
+        return Fields(self._look.kernel, "struct module_version_attribute", "version")
 
     def _loaded(self, folder: int, module: int) -> None:
         one = self._module.read(module)

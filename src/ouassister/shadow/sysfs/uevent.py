@@ -16,6 +16,7 @@ import functools
 from typing import TYPE_CHECKING, Final
 
 from ouassister.kernel.fields import variable
+from ouassister.kernel.rodata import has_text
 from ouassister.shadow.sysfs.buses import NoDeviceError
 from ouassister.shadow.sysfs.look import Structure, UntoldError
 from ouassister.text import from_text
@@ -171,4 +172,11 @@ class Uevents:
         lines = [b"PARTN=%d" % device.partition]
         if device.partition_label:
             lines.append(b"PARTNAME=" + from_text(device.partition_label))
+        if device.partition_uuid and self._tells_uuid:
+            lines.append(b"PARTUUID=" + from_text(device.partition_uuid))
         return lines
+
+    @functools.cached_property
+    def _tells_uuid(self) -> bool:
+        """Whether ``part_uevent`` knows the words: 7.3 does, 6.12 does not, and no type changed."""
+        return has_text(self._look.kernel, b"PARTUUID=%s")
