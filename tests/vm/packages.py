@@ -164,6 +164,17 @@ AFTER: Final = (
         files={"/usr/bin/oua-user": "#!/bin/sh\necho user\n"},
         scripts={"postinst": "grep -q configured /var/lib/oua-live.log"},
     ),
+    # It asks the guest's web server and goes on without an answer: it would leave something else.
+    Package(
+        "oua-asks",
+        "1.0",
+        files={"/usr/share/oua-asks/file": "asks\n"},
+        scripts={
+            "postinst": "perl -e 'use Socket; socket(S, AF_INET, SOCK_STREAM, 0);"
+            ' connect(S, pack_sockaddr_in(80, inet_aton("127.0.0.1"))) or exit 0;'
+            ' open(F, ">", "/var/lib/oua-asks"); print F "answered";\''
+        },
+    ),
     # It is unpacked only where oua-live is configured.
     Package(
         "oua-early",

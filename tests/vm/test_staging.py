@@ -61,6 +61,8 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
     assert modes["oua-user"][0] == "staged"
     assert "oua-live" in modes["oua-user"][1]
     assert modes["oua-early"][0] == "staged"
+    assert modes["oua-asks"][0] == "staged"
+    assert "connect tcp:80" in modes["oua-asks"][1]
     assert modes["oua-keys"][0] == "staged"
     assert "keyctl" in modes["oua-keys"][1]
     assert world.hashes() == before
@@ -70,7 +72,7 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
 
     plan = world.run("plan", *wish)
     guessed = {one["name"]: one["reason"] for one in plan.result["predicted"]}
-    staged = ("oua-live", "oua-user", "oua-early", "oua-keys")
+    staged = ("oua-live", "oua-user", "oua-early", "oua-keys", "oua-asks")
     assert guessed.keys() == set(staged)
     assert all("it was staged for" in reason for reason in guessed.values())
 
@@ -95,6 +97,7 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
             f"oua-{name} ii" for name in ("early", "extra", "keys", "live", "once", "user")
         } <= {line.strip() for line in shown.splitlines()}
         assert _out(vm, "dpkg --audit; dpkg --verify oua-extra oua-keys oua-live oua-user") == ""
+        assert _out(vm, "cat /var/lib/oua-asks") == "answered"
         assert _out(vm, "cat /var/lib/oua-live.log") == "configured"
         assert _out(vm, "apt-mark showauto 'oua-*'") == "oua-live"
         assert _out(vm, "oua-user; oua-extra") == "user\nextra"

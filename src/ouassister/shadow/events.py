@@ -64,6 +64,7 @@ _OF_CALLS: Final = {
     "recorded": Outcome.WITHHELD,
     "passed": Outcome.DONE,
     "denied": Outcome.REFUSED,
+    "foreign": Outcome.FOREIGN,
     "unknown": Outcome.UNKNOWN,
     "expired": Outcome.EXPIRED,
     "limited": Outcome.LIMITED,
@@ -144,6 +145,8 @@ def read_syscalls(path: Path) -> tuple[Event, ...]:
         detail = "a system call, for the running guest alone"
         if record["name"] in _SIGNALS and outcome is Outcome.WITHHELD:
             outcome, words = Outcome.DEFERRED, ("kill", "-s", words[-1][3:], words[-2])
+        elif outcome is Outcome.FOREIGN:
+            detail = "a daemon of the sleeping guest, which answers nobody"
         elif outcome is Outcome.REFUSED:
             detail = "a system call that the shadow denies"
         elif outcome is Outcome.UNKNOWN:

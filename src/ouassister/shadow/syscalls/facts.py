@@ -59,3 +59,4 @@ class GuestFacts:
     loads: tuple[int, int, int] = (0, 0, 0)
     threads: int = 0
     mounted: tuple[bytes, ...] = ()
+    listeners: tuple[bytes, ...] = ()  # see `ouassister.shadow.syscalls.daemons`

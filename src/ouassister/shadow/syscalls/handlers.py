@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from ouassister.errors import InternalError
 from ouassister.shadow.syscalls import (
     caller,
+    daemons,
     files,
     scheduling,
     signals,
@@ -98,5 +99,6 @@ _ANSWERERS: Final[dict[str, Answerer]] = {
     **scheduling.ANSWERERS,
     **files.ANSWERERS,
     **sockets.ANSWERERS,
+    **daemons.ANSWERERS,
     **statfs.ANSWERERS,
 }

@@ -91,6 +91,8 @@ GROUPS: Final[tuple[tuple[str, str, str], ...]] = (
     ("denied EAFNOSUPPORT if is 0 40 or is 0 38 or is 0 44 or is 2 4",
      "AF_VSOCK, AF_ALG, AF_XDP: in no network namespace; NETLINK_SOCK_DIAG: EPROTONOSUPPORT, its"
      " callers fall back to /proc/net", "socket"),
+    ("emulated", "in the shadow's network namespace; a daemon of the guest answers nobody, and who"
+     " calls it is named", "connect"),
     ("emulated if is 0 1", "a new socket is made for the caller; the same are denied",
      "socketcall"),
     # --- not there --------------------------------------------------------------------------
@@ -159,7 +161,7 @@ GROUPS: Final[tuple[tuple[str, str, str], ...]] = (
      " timer_settime timer_gettime timer_getoverrun timer_delete timer_gettime64"
      " timer_settime64"),
     ("full", "sockets of the shadow's network namespace",
-     "socketpair connect bind listen accept accept4 getsockname getpeername sendto recvfrom"
+     "socketpair bind listen accept accept4 getsockname getpeername sendto recvfrom"
      " sendmsg recvmsg sendmmsg recvmmsg recvmmsg_time64 shutdown setsockopt getsockopt"),
     ("full", "in an IPC namespace of the run",
      "shmget shmat shmctl shmdt semget semop semtimedop semtimedop_time64 semctl msgget msgsnd"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import InternalError
 from ouassister.guest_model import GuestPid
+from ouassister.shadow.syscalls.daemons import listeners
 from ouassister.shadow.syscalls.facts import GuestFacts, GuestMemory, GuestProcess
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def read_facts(files: Mapping[bytes, bytes], uts: Uts) -> GuestFacts:
             loads=_loads(files.get(b"loadavg")),
             threads=_threads(files.get(b"loadavg")),
             mounted=_mounted(files.get(b"1/mounts", b"")),
+            listeners=listeners(files),
         )
     except (ValueError, LookupError, OverflowError) as error:
         raise InternalError(f"the guest's /proc is not as the kernel prints it: {error}") from error

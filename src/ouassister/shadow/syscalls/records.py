@@ -4,7 +4,8 @@
      "package": "nginx-common", "program": "nginx.postinst", "target": "nginx"}
 
 ``outcome`` is *recorded* (to be done in the guest, if at all), *passed* (the host's kernel judges
-it, in the shadow), *denied* or *unknown* (these two are told once for each program). Text is what a
+it, in the shadow), *denied*, *unknown*, or *foreign*, meant for a daemon of the sleeping guest
+(these three are told once for each program). Text is what a
 guest's program chose: its reader has to judge it.
 """
 
@@ -32,6 +33,7 @@ SYSCALLS: Final = "syscalls.jsonl"
 """The file of records, among the outputs of a shadow: no program of the guest reaches it."""
 
 RECORDED, PASSED, DENIED, UNKNOWN = "recorded", "passed", "denied", "unknown"
+FOREIGN = "foreign"
 _VARIABLE: Final = b"DPKG_MAINTSCRIPT_PACKAGE="  # dpkg(1), "Internal environment"
 _MAX_ENVIRONMENT: Final = 1 << 20
 _MAX_NAME: Final = 255
@@ -68,7 +70,7 @@ class Journal:
         """
         program, package = _comm(call.pid), _package(call.pid)
         key = (name, outcome, program)
-        if outcome in (DENIED, UNKNOWN) and not more:
+        if outcome in (DENIED, UNKNOWN, FOREIGN) and not more:
             if key in self._told:
                 return
             self._told.add(key)
