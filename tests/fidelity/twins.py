@@ -65,6 +65,10 @@ class UpdateFailedError(Exception):
     """A twin could not be updated; says which, and how it ended."""
 
 
+class NothingToDoError(UpdateFailedError):
+    """What was asked for is there already, and current."""
+
+
 @dataclass(frozen=True)
 class Wish:
     """What both shall do: install packages, or upgrade everything when there are none."""
@@ -222,8 +226,10 @@ def _updated(world: World, wish: Wish) -> tuple[RunningVM, dict[str, Any], dict[
     install = [f"--install={name}" for name in wish.packages]
     for verb, arguments in (("update", install), ("resume", [])):
         done = world.run(verb, *arguments)
+        if done.status == 10:
+            raise NothingToDoError("ours: there is nothing to do")
         if done.status not in (0, 11, 12):
-            told = done.value.get("error") or f"there was nothing to do: {done.value}"
+            told = done.value.get("error")
             raise UpdateFailedError(f"ours: {verb} ended with {done.status}: {told}")
         reports.append(done.result)
     update, resume = reports
