@@ -56,7 +56,7 @@ _LAST_WORDS: Final = (
 )
 
 
-_UNIT: Final = "oua-twin.service"
+_UNIT: Final = "twin-of-a-test.service"
 _OUTPUT: Final = "/dev/shm/twin.log"  # noqa: S108 - of the guest
 _POLL_S: Final = 2.0
 
