@@ -58,7 +58,7 @@ _LAST_WORDS: Final = (
 
 _UNIT: Final = "twin-of-a-test.service"
 _OUTPUT: Final = "/dev/shm/twin.log"  # noqa: S108 - of the guest
-_POLL_S: Final = 2.0
+_POLL_S: Final = 4.0  # each look costs an emulated guest half a second
 
 
 class UpdateFailedError(Exception):
