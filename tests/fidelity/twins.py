@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import subprocess
@@ -139,7 +140,10 @@ def update_both(base: Path, folder: Path, wish: Wish) -> Pair:
     Raises:
         UpdateFailedError: One of them could not be updated.
     """
-    subprocess.run(["make", "-s", "-C", str(Path(__file__).parents[1] / "view")], check=True)
+    programs = ["make", "-s", "-C", str(Path(__file__).parents[1] / "view")]
+    # A make that runs this would pass its variables on.
+    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    subprocess.run(programs, check=True, env=environment)
     seconds: dict[str, float] = {}
     save = base.with_name("save.img").resolve()
     since_s = save.stat().st_mtime - _MARGIN_S
