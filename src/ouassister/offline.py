@@ -133,6 +133,7 @@ def _keep(
             ),
         )
     actions, recorded_notes = actions_of(guest.shadow.events())
+    notes = (*_notes(guest), *ground.earlier, *recorded_notes, *due.notes, *ground.notes)
     with timeline.phase("store change set"):
         changeset = archive.build(
             extraction,
@@ -145,7 +146,7 @@ def _keep(
             actions=coalesce(actions, due.restarts, due.again),
             lock_paths=apt.LOCKS,
             reboot_needed=bool(due.kernel),
-            notes=(*_notes(guest), *recorded_notes, *due.notes, *ground.notes),
+            notes=tuple(dict.fromkeys(notes)),
             restarts=due.restarts,
             staged=ground.staged,
             staged_steps=ground.steps,

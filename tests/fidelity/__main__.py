@@ -35,7 +35,7 @@ class Runs:
 
     def __init__(self, base: Path, *, everything: bool) -> None:
         self._base = base
-        self._everything = everything
+        self._upgrade = self._everything = everything
         self.log: list[dict[str, object]] = []
 
     def attempt(self, packages: Sequence[str]) -> Trial:
@@ -49,6 +49,11 @@ class Runs:
         with tempfile.TemporaryDirectory(prefix="fidelity-", dir=twins.BUILD) as folder:
             try:
                 pair = twins.update_both(self._base, Path(folder), wish)
+            except twins.NothingToDoError as error:
+                print(f"  {error}", flush=True)
+                # Among several that are outdated some are not; a package to install has to be.
+                outcome = Outcome.EQUAL if self._upgrade else Outcome.FAILED
+                return Trial(outcome, (str(error),), {})
             except twins.UpdateFailedError as error:
                 entry["failed"] = str(error)
                 print(f"  failed: {error}", flush=True)

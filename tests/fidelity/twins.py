@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import subprocess
@@ -56,13 +57,17 @@ _LAST_WORDS: Final = (
 )
 
 
-_UNIT: Final = "oua-twin.service"
+_UNIT: Final = "twin-of-a-test.service"
 _OUTPUT: Final = "/dev/shm/twin.log"  # noqa: S108 - of the guest
-_POLL_S: Final = 2.0
+_POLL_S: Final = 4.0  # each look costs an emulated guest half a second
 
 
 class UpdateFailedError(Exception):
     """A twin could not be updated; says which, and how it ended."""
+
+
+class NothingToDoError(UpdateFailedError):
+    """What was asked for is there already, and current."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,10 @@ def update_both(base: Path, folder: Path, wish: Wish) -> Pair:
     Raises:
         UpdateFailedError: One of them could not be updated.
     """
-    subprocess.run(["make", "-s", "-C", str(Path(__file__).parents[1] / "view")], check=True)
+    programs = ["make", "-s", "-C", str(Path(__file__).parents[1] / "view")]
+    # A make that runs this would pass its variables on.
+    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    subprocess.run(programs, check=True, env=environment)
     seconds: dict[str, float] = {}
     save = base.with_name("save.img").resolve()
     since_s = save.stat().st_mtime - _MARGIN_S
@@ -222,8 +230,10 @@ def _updated(world: World, wish: Wish) -> tuple[RunningVM, dict[str, Any], dict[
     install = [f"--install={name}" for name in wish.packages]
     for verb, arguments in (("update", install), ("resume", [])):
         done = world.run(verb, *arguments)
+        if done.status == 10:
+            raise NothingToDoError("ours: there is nothing to do")
         if done.status not in (0, 11, 12):
-            told = done.value.get("error") or f"there was nothing to do: {done.value}"
+            told = done.value.get("error")
             raise UpdateFailedError(f"ours: {verb} ended with {done.status}: {told}")
         reports.append(done.result)
     update, resume = reports

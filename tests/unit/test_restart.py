@@ -168,6 +168,17 @@ def test_units_that_no_script_restarted_are_restarted_in_one_call() -> None:
     )
 
 
+def test_signals_go_to_processes_that_are_still_there() -> None:
+    hangup, upgrade = Action(("kill", "-s", "HUP", "520")), Action(("kill", "-s", "USR2", "451"))
+    start, again = (Action(("systemctl", verb, "nginx.service")) for verb in ("start", "restart"))
+    master = Exposed(GuestPid(451), b"nginx", (b"/usr/sbin/nginx",))
+    due = [Restart("nginx.service", Verdict.RESTART, "", (master,))]
+    assert actions.coalesce([RELOAD, start, hangup, upgrade], due)[:4] == (
+        RELOAD, hangup, upgrade, start,
+    )  # fmt: skip
+    assert actions.coalesce([again, upgrade, hangup], due) == (hangup, again)
+
+
 def test_reload_comes_first() -> None:
     told = actions.coalesce([], [restart("a.service")])
     assert told == (RELOAD, Action(("systemctl", "try-restart", "a.service")))

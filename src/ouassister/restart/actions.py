@@ -23,6 +23,7 @@ _VERBS: Final = frozenset(
 _ENDS: Final = frozenset(("restart", "try-restart", "stop"))
 _RELOAD: Final = Action(("systemctl", "daemon-reload"))
 _LATER_S: Final = 30
+_SIGNAL: Final = "kill"  # with the pid as its last word (`shadow.events`)
 
 
 def coalesce(
@@ -31,11 +32,13 @@ def coalesce(
     """Merge both.
 
     A unit that a script restarts or stops is not restarted again, unless it is in ``again``:
-    packages that follow will replace what it runs. Whatever ends the guest agent
+    packages that follow will replace what it runs. Signals are sent first, while the processes
+    that they are meant for are still there, and not to those of a unit that a script restarts or
+    stops as well. Whatever ends the guest agent
     is put off until the resume needs it no more: its children, the resume's own commands, would
     end with it.
     """
-    recorded = list(recorded)
+    recorded, restarts = list(recorded), list(restarts)
     done: set[str] = set()
     actions: list[Action] = []
     later = False
@@ -50,6 +53,10 @@ def coalesce(
         if verb in _ENDS:
             done.update(units)
         actions.append(action)
+    actions = _signals_first(
+        actions,
+        {one.pid for restart in restarts if restart.unit in done for one in restart.processes},
+    )
     due = []
     for restart in restarts:
         if restart.verdict is Verdict.LATER:
@@ -67,6 +74,15 @@ def coalesce(
         timer = ("systemd-run", f"--on-active={_LATER_S}", "systemctl", "try-restart", _AGENT)
         actions.append(Action(timer))
     return tuple(actions)
+
+
+def _signals_first(actions: list[Action], ending: Container[int]) -> list[Action]:
+    """A pid may be another process's by the time that its own has been restarted."""
+    signals = [action for action in actions if action.argv[0] == _SIGNAL]
+    meant = [action for action in signals if int(action.argv[-1]) not in ending]
+    others = [action for action in actions if action.argv[0] != _SIGNAL]
+    at = 1 if others[:1] == [_RELOAD] else 0
+    return [*others[:at], *meant, *others[at:]]
 
 
 def _head(action: Action) -> int:

@@ -12,6 +12,7 @@ from ouassister.packages import update
 from ouassister.packages.apt_steps import steps_for
 from ouassister.packages.owners import owners
 from ouassister.shadow import sandbox
+from ouassister.shadow.events import actions_of
 from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
 from ouassister.staging import carry, held, judge
 from ouassister.text import to_text
@@ -64,6 +65,7 @@ class RealGround:
         self.staged: tuple[Staged, ...] = ()
         self.steps: tuple[StagedStep, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self.earlier: tuple[str, ...] = ()  # notes on what is done over: what it tried stays told
         self.extraction: Extraction
 
     def uses(self) -> tuple[ProcessUse, ...]:
@@ -136,6 +138,7 @@ class RealGround:
     def start_over(self) -> None:
         """Forget what programs wrote and recorded."""
         with self._timeline.phase("start over"):
+            self.earlier += actions_of(self.events())[1]
             self._guest.start_over()
             self._archives("restore")
             for archive in self._tool.lacking(self._prepared.plan.archives):
