@@ -146,7 +146,7 @@ def test_files_are_as_the_guest_shows_them() -> None:
 def test_file_that_memory_does_not_tell_is_an_error_and_told_once() -> None:
     told = Told()
     for _ in range(2):
-        assert told.files.open("/block/stat", os.O_RDONLY) == 0
+        assert refused(told.files.open, "/block/stat", os.O_RDONLY) == errno.EIO
         assert refused(told.files.read, "/block/stat", 4096, 0, 0) == errno.EIO
     assert told.untold == ["/block/stat"]
 

@@ -56,8 +56,8 @@ ALLOWED: Final = {
     # The slice has no process and no trace outside of the manager's heap.
     "units": r"^ *system-modprobe\.slice .*\n|^\d+ loaded units listed.*\n",
     # It asks by netlink once for each port, and then reads /proc. Packet sockets are not told, and
-    # interfaces that ioctl(2) asks for are the shadow's. Its test "lkm", which asks for each of four
-    # million pids, takes ten minutes in the shadow and is left out.
+    # interfaces that ioctl(2) asks for are the shadow's. Its test "lkm", which asks for each of
+    # four million pids, takes ten minutes in the shadow and is left out.
     "chkrootkit": _NETLINK + r"|^WARNING: Output from ifpromisc:\n(?:.*PACKET SNIFFER.*\n)+\n",
 }  # fmt: skip
 _APART: Final = frozenset(("ps", "lsof", "ss", "free"))
