@@ -49,7 +49,7 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
     before = world.hashes()
     wish = [
         word
-        for name in ("user", "early", "keys", "once", "extra")
+        for name in ("user", "early", "keys", "asks", "once", "extra")
         for word in ("--install", f"oua-{name}")
     ]
     update = world.run("update", *wish)
