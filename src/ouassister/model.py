@@ -169,7 +169,7 @@ class PackageChange:
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """One archive to download. ``digest`` is ``ALGORITHM:hex``, as the index says."""
+    """One archive, fetched or to be fetched. ``digest`` is ``ALGORITHM:hex``, as the index says."""
 
     package: str
     url: str

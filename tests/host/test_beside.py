@@ -53,7 +53,8 @@ def test_one_that_was_killed_is_an_error() -> None:
 
 def test_it_does_not_outlive_the_block(tmp_path: Path) -> None:
     def hang() -> None:
-        (tmp_path / "pid").write_text(str(os.getpid()))
+        (tmp_path / "new").write_text(str(os.getpid()))
+        (tmp_path / "new").rename(tmp_path / "pid")
         time.sleep(600)
 
     deadline = time.monotonic() + 30

@@ -32,7 +32,9 @@ def run(arguments: argparse.Namespace) -> common.Result:
         plan = pipeline.plan(config, Request(tuple(arguments.install)), store, story, options)
     lines = [f"plan {plan.plan_id} for {plan.vm}"]
     lines += package_lines(plan.changes, plan.left_out)
-    lines.append(f"to download: {len(plan.archives)} archives, {size(plan.download_bytes)}")
+    lines.append(
+        f"archives: {len(plan.archives)}, {size(plan.download_bytes)}; what was fetched is kept"
+    )
     lines += [
         f"  will perhaps be staged (a prediction): {one.name}: {one.reason}"
         for one in plan.predicted

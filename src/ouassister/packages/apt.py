@@ -201,7 +201,9 @@ class Apt:
         get = shlex.join(self._apt_get())
         fetching = shlex.join(self._apt_get(network=True)) if fetch else ""
         wish = shlex.join(words)
-        chains = [{"simulate": f"{get} -s {wish}"}, {"uris": f"{get} --print-uris {wish}"}]
+        # What lies in the cache is left out of the list: apt is told of another one, without any.
+        uris = f"{get} -o Dir::Cache::Archives=/run/ouassister/none/ --print-uris {wish}"
+        chains = [{"simulate": f"{get} -s {wish}"}, {"uris": uris}]
         if fetch:
             self._shadow.provide(EXCERPT_SCRIPT.name, EXCERPT_SCRIPT.read_bytes())
             chains[0]["excerpt"] = _MAKE_EXCERPT

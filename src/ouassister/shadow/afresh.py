@@ -15,11 +15,12 @@ from ouassister.shadow import raw, sandbox
 from ouassister.shadow.procfs import VALUES
 from ouassister.shadow.servicemanager import RECORDS
 from ouassister.shadow.syscalls.records import SYSCALLS
+from ouassister.shadow.sysfs.record import ATTRIBUTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_RECORDS: Final = (RECORDS, VALUES, SYSCALLS)
+_RECORDS: Final = (RECORDS, VALUES, ATTRIBUTES, SYSCALLS)
 
 
 def clear(volumes: Iterable[int]) -> None:
