@@ -109,19 +109,26 @@ class TmpfsReader:
         ram = self.is_ramfs(sb)
         nodes = [
             self.describe(path, inode, unread, attributes=not ram)
-            for path, inode in self.inodes(sb.s_root.read_())
+            for path, inode in self.inodes(self.root(sb))
         ]
         return self.tree(target, sb, nodes, unread)
 
     def is_ramfs(self, sb: Object) -> bool:
         """Tell whether it is a ramfs: no limits, no attributes."""
-        return read_string(self._kernel, sb.s_type.name.value_(), 64) == b"ramfs"
+        with guest_reads("reading the super block of a tmpfs"):
+            return read_string(self._kernel, sb.s_type.name.value_(), 64) == b"ramfs"
+
+    def root(self, sb: Object) -> Object:
+        """``struct dentry *`` of its root."""
+        with guest_reads("reading the super block of a tmpfs"):
+            return sb.s_root.read_()
 
     def tree(
         self, target: bytes, sb: Object, nodes: Iterable[TmpfsNode], unread: Iterable[str]
     ) -> Tmpfs:
         """Make the description of one from that of its files."""
-        device = sb.s_dev.value_()
+        with guest_reads("reading the super block of a tmpfs"):
+            device = sb.s_dev.value_()
         return Tmpfs(
             target=target,
             major=device >> _MINOR_BITS,

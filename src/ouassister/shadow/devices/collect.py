@@ -61,7 +61,7 @@ def collect(reader: GuestReader) -> tuple[list[Node], list[str]]:
     attributes = not tmpfs.is_ramfs(sb)
     left_out: list[str] = []
     tree = _Tree()
-    found = sorted(tmpfs.inodes(sb.s_root.read_()), key=lambda one: one[0].split(b"/"))
+    found = sorted(tmpfs.inodes(tmpfs.root(sb)), key=lambda one: one[0].split(b"/"))
     for path, inode in found:
         try:
             one = tmpfs.describe(path, inode, left_out, attributes=attributes, counted=False)
