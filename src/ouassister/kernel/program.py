@@ -106,8 +106,9 @@ def guest_reads(what: str) -> Iterator[None]:
             raise
         raise UnsupportedGuestError(f"this kernel is laid out otherwise: {text}",
                                     context=what) from error  # fmt: skip
-    except (TypeError, ValueError, OverflowError, struct.error) as error:
-        # A hostile type table gives any member any type: structures where numbers are, no size.
+    except (TypeError, ValueError, OverflowError, struct.error, RecursionError) as error:
+        # A hostile type table gives any member any type: structures where numbers are, no size,
+        # types of types without an end (drgn: "maximum type depth exceeded").
         raise UnsupportedGuestError(f"this kernel's types are not what they were: {error}",
                                     context=what) from error  # fmt: skip
 
