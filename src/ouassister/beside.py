@@ -7,6 +7,7 @@ it. What comes of it goes into files.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from typing import TYPE_CHECKING, Final
@@ -81,6 +82,7 @@ def beside(function: Callable[[], None]) -> Iterator[Running]:
 
 def _become(function: Callable[[], None], answer: int, parent: int) -> None:
     status = 1
+    gc.disable()  # it would write to all that both share, and the process is a short one
     try:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)

@@ -125,7 +125,10 @@ def open_guest(
             refuse_unsafe(sleeping)
         # The rest of memory is read while the shadow is being built.
         shared = folder / "shadow"
-        telling = stack.enter_context(beside(lambda: _write_what_memory_tells(sleeping, shared)))
+        telling = [
+            stack.enter_context(beside(lambda: _write_processes(sleeping, shared))),
+            stack.enter_context(beside(lambda: _write_trees(sleeping, shared))),
+        ]
         stack.enter_context(
             watched(config.name, lambda: any(writer_of(disk.path) for disk in config.disks))
         )
@@ -152,18 +155,20 @@ def open_guest(
             filling = shadow.begin(_TMPFS, "fill", _FILL)
             for view in views:
                 shadow.call(_COHERENT, "apply", view)
+            shadow.mount()
+            notes += tuple(shadow.finish(filling))
+            if not updating:
+                tmpfs_handover.forget(memory)
+            for one in telling:
+                one.wait()
+            notes += handover.read_notes(folder / "shadow")
+            shadow.know()
+            # Nothing waits for these before something leaves the run: they go beside the network.
             proofs = [shadow.begin(_PROOF, "prove", view) for view in views]
             for number, volume in enumerate(layout.volumes):
                 if volume.by_host_kernel:
                     names = {"mounted": sandbox.lower(number), "names": sandbox.unflushed(number)}
                     proofs.append(shadow.begin(_NAMES, "prove", names))
-            shadow.mount()
-            notes += tuple(shadow.finish(filling))
-            if not updating:
-                tmpfs_handover.forget(memory)
-            telling.wait()
-            notes += handover.read_notes(folder / "shadow")
-            shadow.know()
         layout = replace(layout, notes=(*layout.notes, *notes))
         sleeping = replace(sleeping, layout=layout)
         guest = Guest(sleeping, shadow, folder, proofs)
@@ -174,13 +179,16 @@ def open_guest(
             raise
 
 
-def _write_what_memory_tells(sleeping: Sleeping, folder: Path) -> None:
-    """Write down what programs in the shadow are told."""
+def _write_processes(sleeping: Sleeping, folder: Path) -> None:
+    """Write down what programs are told of the guest's processes and services."""
     memory = sleeping.memory
-    reader = GuestReader(memory.kernel)
-    tree = collect_proc(reader, sleeping.view)
+    tree = collect_proc(GuestReader(memory.kernel), sleeping.view)
     told.write(folder, tree, collect_services(memory.look(sleeping.view, _SERVICES)))
-    handover.write(folder, collect_trees(reader))
+
+
+def _write_trees(sleeping: Sleeping, folder: Path) -> None:
+    """Write down what they are told of its devices."""
+    handover.write(folder, collect_trees(GuestReader(sleeping.memory.kernel)))
 
 
 @contextlib.contextmanager
