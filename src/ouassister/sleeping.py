@@ -22,6 +22,7 @@ from ouassister.errors import (
 from ouassister.guest_model import Subject
 from ouassister.kernel import cached_names
 from ouassister.kernel.flushed import find, is_frozen, unflushed_part
+from ouassister.kernel.program import guest_reads
 from ouassister.kernel.unflushed import collect
 from ouassister.memory import SaveFile, open_save
 from ouassister.model import Fence, GuestView
@@ -117,7 +118,8 @@ def open_sleeping(
             layout = make_layout(view, host_kernel_mounts=config.host_kernel_mounts)
         frozen: tuple[str, ...] = ()
         if unflushed is not None:
-            frozen = _hand_over(guest.kernel, save, layout, unflushed)
+            with guest_reads("reading what is not on the disks yet"):
+                frozen = _hand_over(guest.kernel, save, layout, unflushed)
         disks = _match(config, view, layout)
         bound = binding.result()
         beside.shutdown()  # no thread of ours is left: who has the record may fork

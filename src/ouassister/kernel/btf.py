@@ -140,7 +140,7 @@ class Btf:
         """Yield the ids of the types with that name and one of those kinds."""
         if self._base:
             yield from self._base.find(name, kinds)
-        for offset in self._string_offsets(name):
+        for offset in self.string_offsets(name):
             index = -1
             while True:
                 try:
@@ -158,7 +158,8 @@ class Btf:
             if _kind(self._words[start + 1]) in kinds:
                 yield self.first_id + index
 
-    def _string_offsets(self, name: str) -> list[int]:
+    def string_offsets(self, name: str) -> list[int]:
+        """Return where a string stands in the string section, and in that of the base."""
         if not name:
             return []
         encoded = name.encode()
@@ -166,7 +167,7 @@ class Btf:
         at = self._strings.find(b"\0" + encoded + b"\0")
         if at >= 0:  # pahole stores each string once
             offsets.append(self._first_string + at + 1)
-        return offsets + (self._base._string_offsets(name) if self._base else [])
+        return offsets + (self._base.string_offsets(name) if self._base else [])
 
 
 def _sections(raw: bytes, *, split: bool) -> tuple[bytes, bytes, bytes]:

@@ -54,7 +54,7 @@ class BtfTypes:
         self._types: dict[int, Type] = {}
         self._members: dict[int, int] = {}  # of structures, by type id
         self._depth = 0
-        self._enumerators: dict[str, tuple[int, int]] | None = None
+        self._enums: list[tuple[int, Record]] | None = None
 
     def find(
         self, prog: Program, kinds: TypeKindSet, name: str, filename: str | None
@@ -84,17 +84,17 @@ class BtfTypes:
 
     def constant(self, name: str) -> Object | None:
         """Return an enumerator as an object."""
-        if self._enumerators is None:
-            self._enumerators = {}
-            for type_id in self.btf.of_kind((Kind.ENUM, Kind.ENUM64)):
-                record = self.btf.record(type_id)
-                for label, value in self._labels(record):
-                    self._enumerators.setdefault(label, (type_id, value))
-        try:
-            type_id, value = self._enumerators[name]
-        except KeyError:
-            return None
-        return Object(self._prog, self.type(type_id), value)
+        if self._enums is None:
+            of_kind = self.btf.of_kind((Kind.ENUM, Kind.ENUM64))
+            self._enums = [(type_id, self.btf.record(type_id)) for type_id in of_kind]
+        offsets = self.btf.string_offsets(name)
+        for type_id, record in self._enums:
+            # Strings are compared by their places: there are 20,000, of which few are asked for.
+            step = _step(record)
+            if any(offset in record.words[: record.count * step : step] for offset in offsets):
+                value = next(value for label, value in self._labels(record) if label == name)
+                return Object(self._prog, self.type(type_id), value)
+        return None
 
     def type(self, type_id: int) -> Type:
         """Return a type by its id.
@@ -200,7 +200,7 @@ class BtfTypes:
         return lambda: self.type(type_id)
 
     def _labels(self, record: Record) -> list[tuple[str, int]]:
-        step = 2 if record.kind is Kind.ENUM else 3
+        step = _step(record)
         bits = 32 * (step - 1)
         labels = []
         for at in range(0, record.count * step, step):
@@ -247,6 +247,11 @@ class BtfTypes:
 
     def _parameter(self, type_id: int) -> Callable[[], Type]:
         return lambda: self.type(type_id)
+
+
+def _step(record: Record) -> int:
+    """Words of one enumerator."""
+    return 2 if record.kind is Kind.ENUM else 3
 
 
 def _qualified(base: Type, qualifier: Qualifiers) -> Type:

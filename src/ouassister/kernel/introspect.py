@@ -17,7 +17,7 @@ from ouassister.errors import (
     UnsupportedStateError,
 )
 from ouassister.kernel import e820, mounts, system, tasks, vmcoreinfo
-from ouassister.kernel.program import Image, Kernel
+from ouassister.kernel.program import Image, Kernel, guest_reads
 from ouassister.kernel.reader import GuestReader
 from ouassister.kernel.time import Clocks, read_clocks
 from ouassister.kernel.uts import read_uts
@@ -131,13 +131,15 @@ def introspect(save: SaveFile, want: frozenset[Subject] = frozenset()) -> GuestV
 
 def look(guest: Guest, save: SaveFile, want: frozenset[Subject] = frozenset()) -> GuestView:
     """`introspect` for a kernel that was found already."""
-    with guest.kernel.virtual.bounded(_MIN_READS + save.ram_bytes // _BYTES_PER_READ):
+    bound = _MIN_READS + save.ram_bytes // _BYTES_PER_READ
+    with guest.kernel.virtual.bounded(bound), guest_reads("looking at the guest's kernel"):
         return _look(guest, save, want)
 
 
 def add(guest: Guest, save: SaveFile, view: GuestView, want: frozenset[Subject]) -> GuestView:
     """Let a view that `look` made contain more; raises as `introspect`."""
-    with guest.kernel.virtual.bounded(_MIN_READS + save.ram_bytes // _BYTES_PER_READ):
+    bound = _MIN_READS + save.ram_bytes // _BYTES_PER_READ
+    with guest.kernel.virtual.bounded(bound), guest_reads("looking at the guest's kernel"):
         return GuestReader(guest).fill(view, want)
 
 

@@ -271,7 +271,8 @@ class GuestReader:
         Processors stop anywhere: a list that is just being changed is no reason to tell nothing.
         """
         try:
-            return question()
+            with guest_reads(""):  # what is read is named below
+                return question()
         except (UnsupportedGuestError, CorruptGuestError, PageAbsentError) as error:
             where = f" ({error.context})" if error.context else ""
             self.guest.degraded.append(f"{what.replace('_', ' ')}: {error.message}{where}")

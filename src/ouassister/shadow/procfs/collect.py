@@ -43,7 +43,7 @@ def collect(reader: GuestReader, view: GuestView) -> Tree:
         reader: The guest's kernel.
         view: What was learnt already; only its processes, names and clocks are used.
     """
-    with reader.kernel.virtual.bounded(_MAX_READS):
+    with reader.kernel.virtual.bounded(_MAX_READS), guest_reads("rendering /proc"):
         return _Collector(reader, view).tree
 
 
