@@ -81,7 +81,9 @@ _DEAD: Final = Status("inactive", "dead")
 @dataclass(slots=True)
 class _Known:
     recorded: dict[str, Status] = field(default_factory=dict)
-    read_ns: dict[str, int] = field(default_factory=dict)  # when units came that were not there
+    # Of units that were not there: their files' last change when they came. The time of now is no
+    # measure, since files have that of the kernel's last tick.
+    read_ns: dict[str, int] = field(default_factory=dict)
     assumed: frozenset[str] | None = None
 
 
@@ -133,7 +135,7 @@ class Units:
         """From now on the unit is told as started (or, not active, as stopped)."""
         now = time.time_ns() // 1000
         if not unit.running:
-            self._known.read_ns[unit.name] = time.time_ns()
+            self._known.read_ns[unit.name] = unit.file.changed_ns if unit.file is not None else 0
         if not active or (_is_oneshot(unit.file) and not _remains(unit.file)):
             self._known.recorded[unit.name] = Status("inactive", "dead", now)
         else:
