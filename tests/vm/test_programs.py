@@ -120,7 +120,9 @@ def test_ps_lists_the_same_tree(seen: dict[str, tuple[str, str]]) -> None:
     live = {pid: line for pid, line in live.items() if pid <= last and "kworker" not in line}
     both = ours.keys() & live.keys()  # some end right after the guest wakes up
     assert len(both) > 40
-    assert {pid: ours[pid].split()[0] for pid in both} == {pid: live[pid].split()[0] for pid in both}
+    assert {pid: ours[pid].split()[0] for pid in both} == {
+        pid: live[pid].split()[0] for pid in both
+    }
 
 
 def test_lsof_lists_the_same_files(seen: dict[str, tuple[str, str]]) -> None:
