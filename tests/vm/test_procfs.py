@@ -157,12 +157,7 @@ def test_resting_processes_show_the_same_bytes(seen: Seen) -> None:
     wrong = {}
     for path in sorted(seen.live.keys() | seen.ours.keys()):
         pid = path.partition(b"/")[0]
-        # Children of a resting process end when the guest wakes up.
-        if (
-            pid not in resting
-            or path.endswith((b"/task", b"/children"))
-            or path.startswith(b"1/net")
-        ):
+        if pid not in resting or path.endswith(b"/task") or path.startswith(b"1/net"):
             continue
         if pid in zombies and b"/ns" in path:  # it has no namespaces but those of its pid
             continue
