@@ -22,6 +22,9 @@ $0 = "oua title with  spaces \\ and (parentheses)";
 $SIG{HUP} = 'IGNORE'; $SIG{USR1} = sub {};
 my $child = fork // die; if (!$child) { setpgrp; $0 = 'oua-child'; sleep 1 while 1 }
 my $zombie = fork // die; exit 3 if !$zombie;
+for my $last (29999, 19999) { # the later child has the lower pid
+  open my $pids, '>', '/proc/sys/kernel/ns_last_pid'; syswrite $pids, $last; close $pids;
+  my $late = fork // die; if (!$late) { $0 = "oua-after-$last"; sleep 100000 while 1 } }
 open my $name, '>', '/proc/self/comm'; syswrite $name, "odd) name\n"; close $name;
 open my $file, '>>', "/root/odd\nname"; open my $gone, '<', '/root/procfs.pl';
 use Fcntl ':flock'; flock $file, LOCK_EX or die; chdir '/var/tmp'; select undef, undef, undef, 0.5;

@@ -169,6 +169,12 @@ def test_resting_processes_show_the_same_bytes(seen: Seen) -> None:
     assert wrong == {}, sorted(wrong)
 
 
+def test_children_stand_in_the_order_in_which_they_came(seen: Seen) -> None:
+    (ours,) = (node.content for path, node in seen.ours.items()
+               if path.endswith(b"/children") and b" 30000 " in node.content)  # fmt: skip
+    assert ours.endswith(b" 30000 20000 ")
+
+
 def test_prepared_processes_are_told_apart(seen: Seen) -> None:
     """The comparison is worth something: what was prepared is there in our own files."""
     limits = b"".join(n.content for path, n in seen.ours.items() if path.endswith(b"/limits"))

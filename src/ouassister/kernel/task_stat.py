@@ -2,7 +2,8 @@
 
 Source: Linux v6.1 ``include/linux/sched.h`` (``struct task_struct``, ``PF_WQ_WORKER``),
 ``include/linux/sched/signal.h`` (``struct signal_struct``), ``kernel/sched/cputime.c``
-(``cputime_adjust``), ``fs/proc/array.c`` (``proc_task_name``, ``do_task_stat``),
+(``cputime_adjust``), ``fs/proc/array.c`` (``proc_task_name``, ``do_task_stat``,
+``get_children_pid``),
 ``kernel/workqueue.c`` (``wq_worker_comm``), ``drivers/tty/tty_io.c`` (``tty_devnum``). What moved:
 the processor is in ``thread_info`` since bcf9033e5449 ("sched: move CPU field back into thread_info
 if THREAD_INFO_IN_TASK=y", v5.16); a kthread's own structure is ``worker_private`` since
@@ -36,6 +37,8 @@ from ouassister.kernel.memory_stat import MemoryStat, MemoryStats
 from ouassister.kernel.program import guest_reads
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from drgn import Object
 
     from ouassister.kernel.program import Kernel
@@ -92,6 +95,7 @@ class ThreadStat:
     loginuid: int
     sessionid: int
     adjusted_ns: tuple[int, int]  # user and system time, as the kernel would show them
+    children: tuple[GuestPid, ...] = ()  # those that it has forked or taken over, in that order
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,15 @@ class TaskStats:
         self._tgid = Fields(kernel, "struct task_struct", "tgid")
         self._places = {
             name: offset(kernel, "struct task_struct", name)
-            for name in ("pending.signal", "blocked", "cpus_mask", "mems_allowed", "thread_node")
+            for name in (
+                "pending.signal",
+                "blocked",
+                "cpus_mask",
+                "mems_allowed",
+                "thread_node",
+                "children",
+                "sibling",
+            )
         }
         self._cpus = min(kernel.type("struct cpumask").size or 0, _MAX_MASK)
         self._nodes = min(sizeof(kernel.type("nodemask_t")), _MAX_MASK)
@@ -337,7 +349,13 @@ class TaskStats:
             loginuid=loginuid,
             sessionid=session,
             adjusted_ns=_adjust(user, system, run, (shown_user, shown_system)),
+            children=tuple(self._children(address)),
         )
+
+    def _children(self, address: int) -> Iterator[GuestPid]:
+        """Yield the processes of a thread; its list holds leaders of thread groups alone."""
+        for node in walk.list_nodes(self._kernel, address + self._places["children"]):
+            yield GuestPid(self._tgid.read(node - self._places["sibling"])[0])
 
     def _comm(self, comm: bytes, flags: int, own: int) -> bytes:
         """Return the name as proc_task_name makes it: a worker's with what it does."""

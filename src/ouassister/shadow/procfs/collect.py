@@ -246,19 +246,16 @@ class _Collector:
         euid: tuple[int, int],
     ) -> None:
         self.tree.folder(base + b"/task", owner=euid)
-        children = [one.pid for one in self._view.tasks if one.parent == task.pid]
         for thread in figures.threads:
             own = base + b"/task/%d" % thread.pid
-            leads = thread.pid == task.pid
             self.tree.folder(own, owner=euid)
             content = process.stat(figures, thread)
             self.tree.file(own + b"/stat", content, owner=owner)
             content = process.status(figures, groups, self._cpus, thread)
             self.tree.file(own + b"/status", content, owner=owner)
             self.tree.file(own + b"/comm", thread.comm + b"\n", 0o644, owner)
-            if leads:
-                text = b"".join(b"%d " % child for child in children)
-                self.tree.file(own + b"/children", text, owner=owner)
+            text = b"".join(b"%d " % child for child in thread.children)
+            self.tree.file(own + b"/children", text, owner=owner)
 
     def _network(self, base: bytes) -> None:
         """Show init's network namespace, which /proc/net leads to."""
