@@ -66,11 +66,16 @@ def main() -> None:
     runner = os.fork()
     if runner == 0:
         raw.unshare(_NAMESPACES)
+        opened, tell_opened = os.pipe()
         init = os.fork()
         if init:
+            # Before the first process enters the tree, as `ouassister.shadow.runner` does it.
             socket.send_fds(theirs, [b"namespaces"], open_namespaces())
+            os.close(tell_opened)
             os._exit(os.waitstatus_to_exitcode(os.waitpid(init, 0)[1]) & 0xFF)
         ours.close()
+        os.close(tell_opened)
+        os.read(opened, 1)
         _be_init(job, theirs, answers)
     theirs.close()
     messages: dict[bytes, list[int]] = {}

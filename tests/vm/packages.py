@@ -165,14 +165,23 @@ AFTER: Final = (
         scripts={"postinst": "grep -q configured /var/lib/oua-live.log"},
     ),
     # It asks the guest's web server and goes on without an answer: it would leave something else.
+    # And it asks whoever installs it, who is nobody.
     Package(
         "oua-asks",
         "1.0",
+        depends="debconf",
+        control={
+            "templates": "Template: oua-asks/colour\nType: string\nDefault: blue\n"
+            "Description: Which colour?\n"
+        },
         files={"/usr/share/oua-asks/file": "asks\n"},
         scripts={
-            "postinst": "perl -e 'use Socket; socket(S, AF_INET, SOCK_STREAM, 0);"
+            "config": ". /usr/share/debconf/confmodule\n"
+            "db_input critical oua-asks/colour || :\ndb_go || :",
+            "postinst": ". /usr/share/debconf/confmodule\n"
+            "perl -e 'use Socket; socket(S, AF_INET, SOCK_STREAM, 0);"
             ' connect(S, pack_sockaddr_in(80, inet_aton("127.0.0.1"))) or exit 0;'
-            ' open(F, ">", "/var/lib/oua-asks"); print F "answered";\''
+            ' open(F, ">", "/var/lib/oua-asks"); print F "answered";\'',
         },
     ),
     # It is unpacked only where oua-live is configured.

@@ -98,6 +98,8 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
         } <= {line.strip() for line in shown.splitlines()}
         assert _out(vm, "dpkg --audit; dpkg --verify oua-extra oua-keys oua-live oua-user") == ""
         assert _out(vm, "cat /var/lib/oua-asks") == "answered"
+        # Nobody has seen the question, which a star would tell; the next who is there is asked.
+        assert _out(vm, "debconf-show oua-asks") == "oua-asks/colour: blue"
         assert _out(vm, "cat /var/lib/oua-live.log") == "configured"
         assert _out(vm, "apt-mark showauto 'oua-*'") == "oua-live"
         assert _out(vm, "oua-user; oua-extra") == "user\nextra"

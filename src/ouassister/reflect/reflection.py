@@ -107,8 +107,6 @@ def reflect(
                 result = _apply(vm, medium)
             states: tuple[StagedState, ...] = ()
             asked, last = staged.split(changeset)
-            if not changeset.staged:
-                asked, last = changeset.actions, ()
             with timeline.phase("actions"):
                 failed = _act(vm, asked)
             if changeset.staged:

@@ -151,8 +151,11 @@ def judge(staged: tuple[Staged, ...], told: bytes) -> tuple[str, Installed]:
 def split(changeset: Changeset) -> tuple[tuple[Action, ...], tuple[Action, ...]]:
     """What scripts of emulated packages asked for, and the restarts that memory calls for.
 
-    A staged package may depend on what the former start; the latter come last, and once.
+    A staged package may depend on what the former start; the latter come last, and once. Where
+    nothing is staged, all is one call.
     """
+    if not changeset.staged:
+        return changeset.actions, ()
     asked = list(changeset.actions)
     last: list[Action] = []
     units = {one.unit for one in changeset.restarts if one.verdict is Verdict.RESTART}
@@ -229,7 +232,7 @@ def _await(vm: RunningVM, state: str, hint: str) -> bytes:
             done = vm.qga().run(["/bin/sh", "-c", _ASK, "ouassister", state], timeout_s=_ASK_S)
         except (AgentError, DeadlineError) as error:
             last = error.message
-            time.sleep(_PAUSE_S)
+            time.sleep(_PAUSE_S)  # it is being restarted, which nothing tells
             continue
         if done.stdout:
             return done.stdout

@@ -1,7 +1,7 @@
 # Installs staged packages; the guest's own shell runs it, apart from the agent (staged.py). Before
 # this stand: state, limit, folder, names and pids, and the functions steps and marks.
 umask 022
-export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true LC_ALL=C.UTF-8 HOME=/root
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 HOME=/root
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 end=$(($(date +%s) + limit))
 : >"$state/log"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LOOK_S: Final = 1.0
 _PATIENCE_S: Final = 20.0
-_POLL_S: Final = 0.02
+_POLL_S: Final = 0.02  # nothing tells of processes that are nobody's children here
 _MAX_FILE: Final = 1 << 17
 _ENDED: Final = b"ZX"  # states of processes that only have to be waited for
 _STOPPED: Final = b"Tt"
