@@ -60,8 +60,13 @@ def run(
     Raises:
         OUassisterError: Nothing of the VM was written, whichever error it is.
     """
-    with ThreadPoolExecutor(1) as beside:  # the save file is read while archives are fetched
-        running = beside.submit(held.read, guest.sleeping.config.save)
+    sleeping = guest.sleeping
+
+    def look() -> Running:
+        return held.running(sleeping.memory.look(sleeping.view, held.SUBJECTS))
+
+    with ThreadPoolExecutor(1) as beside:  # memory is read while archives are fetched
+        running = beside.submit(look)
         return _update_with(guest, wish, store, timeline, options, running.result)
 
 

@@ -59,7 +59,7 @@ def make_plan(
     """Say what is done about each unit that runs what the entries replace.
 
     Args:
-        read_uses: Tells who runs what (`ouassister.restart.uses.read`).
+        read_uses: Tells who runs what (`ouassister.restart.uses`).
         entries: Of the change set.
         release: Of the kernel that runs.
         layout: Where the guest's file systems are.

@@ -11,13 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from ouassister import kernel
-from ouassister.guest_model import GuestPid, Subject
-from ouassister.memory import open_save
+from ouassister.guest_model import GuestPid
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ouassister.guest_model import Vma
     from ouassister.model import GuestView, Task
 
@@ -55,17 +51,6 @@ class ProcessUse:
     apart: bool
     files: tuple[UsedFile, ...]
     script: bytes
-
-
-def read(save: Path) -> tuple[ProcessUse, ...]:
-    """Read it from a save file.
-
-    Raises:
-        OUassisterError: The save file or the kernel in it is not one that can be read.
-    """
-    with open_save(save) as opened:
-        guest = kernel.open_guest(opened)
-        return of_view(kernel.look(guest, opened, frozenset((Subject.TASKS, Subject.MAPS))))
 
 
 def of_view(view: GuestView) -> tuple[ProcessUse, ...]:

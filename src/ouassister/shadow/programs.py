@@ -162,7 +162,16 @@ class Programs:
             services.stop()
         except OSError as error:
             raise SetUpError(str(error)) from error
+        self._check_proc()
         return answer
+
+    def _check_proc(self) -> None:
+        """Make sure that programs had a /proc to their end; it goes by itself after them."""
+        pid, status = os.waitpid(self._helpers[0], os.WNOHANG)
+        if pid:
+            self._helpers.pop(0)
+        if pid and status:
+            raise SetUpError("the server of /proc died")
 
     def _serve_proc(self, procfs: Procfs, *others: socket.socket) -> int:
         server = os.fork()

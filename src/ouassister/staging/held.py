@@ -13,15 +13,12 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from ouassister import kernel
 from ouassister.guest_model import GuestPid, Subject
-from ouassister.memory import open_save
 from ouassister.restart import uses
 from ouassister.restart.uses import ProcessUse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
     from ouassister.model import Entry, GuestView
 
@@ -63,15 +60,8 @@ class Running:
     unknown: tuple[str, ...] = ()
 
 
-def read(save: Path) -> Running:
-    """Read it from a save file.
-
-    Raises:
-        OUassisterError: The save file or the kernel in it is not one that can be read.
-    """
-    with open_save(save) as opened:
-        guest = kernel.open_guest(opened)
-        view = kernel.look(guest, opened, SUBJECTS)
+def running(view: GuestView) -> Running:
+    """Read it from a view with `SUBJECTS`."""
     unknown = () if view.files is not None else ("which files are open cannot be told",)
     return Running(uses.of_view(view), of_view(view), unknown)
 
