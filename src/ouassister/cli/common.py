@@ -66,7 +66,10 @@ def add_script_timeout(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(word: str) -> float:
-    value = float(word)
+    try:
+        value = float(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds") from error
     if not 0 < value <= _MOST_SECONDS:  # NaN too fails this
         raise argparse.ArgumentTypeError(f"{word} is not between 0 and {_MOST_SECONDS}")
     return value
