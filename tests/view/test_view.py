@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from tests.view import manifest, rig
 
+from ouassister.provider import vmtoml
+from ouassister.testing import clone, guest_run
 from ouassister.testing.view import build_view, mounted_view
 
 if TYPE_CHECKING:
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 OPERATIONS: Final = 3500
+INLINE: Final = "/mnt/inline-data"
+# Files outgrow their inodes under the journal and are written on; of "dropped" and "never" no page
+# is cached in the end. The journal's copy of their first block is older than the disk, or newer.
+OUTGROWN: Final = f"""
+cd {INLINE}; for name in cached dropped never; do printf old-old >$name; done; sync
+for name in cached dropped never; do fallocate -l 8000 $name; done
+for name in cached dropped; do printf NEW-NEW | dd of=$name conv=notrunc status=none; done
+sync cached; sync dropped; echo 3 >/proc/sys/vm/drop_caches; cat cached >/dev/null
+"""
 WITNESSES: Final = "/var/tmp/witnesses"  # noqa: S108 - of the guest
 TARGETS: Final = ("/", *(extra.target for extra in rig.EXTRAS))
 
@@ -61,6 +72,24 @@ def test_view_is_what_the_guest_says_when_it_wakes_up(
     # A seed divisible by three never syncs.
     idle = {name for name, (succeeded, _) in run.operations.items() if succeeded == 0}
     assert idle == ({"sync"} if seed % 3 == 0 else set())
+
+
+def test_first_block_that_the_journal_has_too_is_what_the_guest_reads(
+    base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    toml = clone(base("bookworm"), tmp_path / "guest")
+    with rig.running(vmtoml.load(toml)) as vm:
+        guest_run(vm, OUTGROWN)
+        rig.suspend(vm)
+    image = build_view(toml, tmp_path / "view", INLINE.encode())
+    script = f"cd {INLINE}; head -c 7 cached dropped never"
+    with rig.running(vmtoml.load(toml)) as vm:
+        told = guest_run(vm, script).stdout
+    with mounted_view(image) as tree:
+        command = ["head", "-c", "7", "cached", "dropped", "never"]
+        found = subprocess.run(command, cwd=tree, check=True, capture_output=True).stdout
+    assert found == told
+    assert found.count(b"NEW-NEW") == 2
 
 
 def test_disk_as_it_lies_is_not_what_the_guest_says(

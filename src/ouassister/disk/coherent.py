@@ -22,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ouassister.disk import raw_inode
+from ouassister.disk import first_blocks, raw_inode
 from ouassister.disk.handover import HandOver
 from ouassister.disk.libext2fs import Ext4, Super
 from ouassister.disk.proof import e2fsck, is_own, refuse
@@ -63,12 +63,14 @@ def apply(argument: dict[str, Any]) -> dict[str, Any]:
     image = Path(argument["image"])
     handover = HandOver(Path(argument["handover"]))
     try:
-        written = _lay_blocks(image, handover)
+        replaced = first_blocks.Replaced(image)
+        written = _lay_blocks(image, handover, replaced)
+        replaced.take_back()
         with Ext4(image) as ext4:
             _refuse_unknown(ext4, handover)
             _empty_journal(ext4, image)
             _write_files(ext4, handover)
-            _write_first(ext4, handover)
+            first_blocks.write_cached(ext4, handover)
             changed = _settle_inodes(ext4, handover)
             _list_orphans(ext4, handover)
             ext4.count_free()
@@ -85,7 +87,7 @@ def apply(argument: dict[str, Any]) -> dict[str, Any]:
         handover.close()
 
 
-def _lay_blocks(image: Path, handover: HandOver) -> int:
+def _lay_blocks(image: Path, handover: HandOver, replaced: first_blocks.Replaced) -> int:
     """Write the blocks of the device that differ; return how many bytes."""
     written = 0
     descriptor = os.open(image, os.O_RDWR | os.O_CLOEXEC)
@@ -96,7 +98,9 @@ def _lay_blocks(image: Path, handover: HandOver) -> int:
                 raise CorruptGuestError("a block in memory lies beyond the end of its device")
             at = place.offset
             for data in handover.read(place):
-                if os.pread(descriptor, len(data), at) != data:
+                old = os.pread(descriptor, len(data), at)
+                if old != data:
+                    replaced.add(at, old)
                     _write_all(descriptor, data, at)
                     written += len(data)
                 at += len(data)
@@ -184,17 +188,6 @@ def _pieces(
             if at < end:
                 yield at, data[: max(0, size - at)].ljust(len(data), b"\0")[: end - at]
             at += len(data)
-
-
-def _write_first(ext4: Ext4, handover: HandOver) -> None:
-    """Let the first block of a file be what its page holds; see ``Unflushed.first``."""
-    for place in handover.first:
-        flags = raw_inode.flags(ext4.inode(place.inode))
-        if flags & (raw_inode.ENCRYPT_FL | raw_inode.INLINE_DATA_FL):
-            continue
-        data = b"".join(handover.read(place))[: ext4.block_size]
-        if ext4.block(place.inode, 0) and ext4.read(place.inode, [(0, len(data))]) != [data]:
-            ext4.write(place.inode, iter([(0, data)]))
 
 
 def _settle_inodes(ext4: Ext4, handover: HandOver) -> int:

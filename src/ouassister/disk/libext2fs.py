@@ -55,6 +55,9 @@ class _Library:
         self.read_bitmaps = self._get("read_bitmaps", p)
         self.read_inode = self._get("read_inode_full", p, n, p, i)
         self.write_inode = self._get("write_inode_full", p, n, p, i)
+        self.scan_open = self._get("open_inode_scan", p, i, p)
+        self.scan_next = self._get("get_next_inode_full", p, p, p, i)
+        self.scan_close = self._get("close_inode_scan", p, restype=None)
         self.file_open = self._get("file_open", p, n, i, p)
         self.file_seek = self._get("file_llseek", p, q, i, p)
         self.file_write = self._get("file_write", p, ctypes.c_char_p, ctypes.c_uint, p)
@@ -206,6 +209,29 @@ class Ext4:
         self._check(
             self._lib.write_inode(self._fs, number, place, self.inode_size), f"inode {number}"
         )
+
+    def inodes(self) -> Iterator[tuple[int, bytearray]]:
+        """Yield number and bytes of each inode that was ever used; checksums are verified.
+
+        The bytes are valid until the next one.
+
+        Raises:
+            CorruptGuestError: A table of inodes is damaged.
+        """
+        scan = ctypes.c_void_p()
+        self._check(self._lib.scan_open(self._fs, 0, ctypes.byref(scan)), "the inodes")
+        try:
+            raw = bytearray(self.inode_size)
+            place = (ctypes.c_char * self.inode_size).from_buffer(raw)
+            number = _U32()
+            while True:
+                code = self._lib.scan_next(scan, ctypes.byref(number), place, self.inode_size)
+                self._check(code, "the inodes")
+                if not number.value:
+                    return
+                yield number.value, raw
+        finally:
+            self._lib.scan_close(scan)
 
     def block(self, inode: int, index: int) -> int:
         """Return the block of the device that a block of a file lies in; 0 for a hole."""

@@ -15,13 +15,31 @@ if TYPE_CHECKING:
 
     from ouassister.disk.handover import Inode
 
-ENCRYPT_FL, EA_INODE_FL = 0x800, 0x20_0000
+ENCRYPT_FL, EXTENTS_FL, EA_INODE_FL = 0x800, 0x8_0000, 0x20_0000
 INLINE_DATA_FL, CASEFOLD_FL = 0x1000_0000, 0x4000_0000
 _GOOD_OLD_SIZE: Final = 128
+_BLOCKS_SIZE: Final = 60
 _SECOND: Final = 1_000_000_000
 _SIZE, _DTIME, _LINKS, _FLAGS, _BLOCKS, _SIZE_HIGH = 0x04, 0x14, 0x1A, 0x20, 0x28, 0x6C
 # Seconds, and two bits of epoch below thirty of nanoseconds.
 _TIMES: Final = (("atime", 0x08, 0x8C), ("ctime", 0x0C, 0x84), ("mtime", 0x10, 0x88))
+
+
+def mode(raw: bytearray) -> int:
+    """Return ``i_mode``."""
+    value: int = struct.unpack_from("<H", raw, 0)[0]
+    return value
+
+
+def links(raw: bytearray) -> int:
+    """Return ``i_links_count``."""
+    value: int = struct.unpack_from("<H", raw, _LINKS)[0]
+    return value
+
+
+def blocks(raw: bytearray) -> bytes:
+    """Return ``i_block``: the root of the extents, block numbers, or what is inline."""
+    return bytes(raw[_BLOCKS : _BLOCKS + _BLOCKS_SIZE])
 
 
 def flags(raw: bytearray) -> int:
@@ -84,9 +102,7 @@ def set_size(raw: bytearray, value: int) -> None:
 
 def is_orphan(raw: bytearray) -> bool:
     """Tell whether an inode has no name any more and was not released."""
-    (mode,) = struct.unpack_from("<H", raw, 0)
-    (links,) = struct.unpack_from("<H", raw, _LINKS)
-    return bool(mode) and not links
+    return bool(mode(raw)) and not links(raw)
 
 
 def set_next_orphan(raw: bytearray, number: int) -> None:
