@@ -123,7 +123,7 @@ lock:
 	    -o requirements/runtime.txt pyproject.toml
 
 clean:
-	rm -rf build .venv $(APPLIER)
+	rm -rf --one-file-system build .venv $(APPLIER)
 
 .PHONY: demo test check view-test kernel-test staging-test case-test cgroup-test fidelity fuzz bench applier guest-tests \
         deps lock clean

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.conftest import need
 
-from ouassister.disk import coherent, first_blocks, handover, proof, raw_inode
+from ouassister.disk import coherent, handover, proof, raw_inode
 from ouassister.disk.libext2fs import Ext4, Super
 from ouassister.errors import CorruptGuestError, UnsupportedGuestError
 from ouassister.kernel.cached_inodes import CachedFileSystem, CachedInode
@@ -201,77 +201,6 @@ def test_first_page_of_a_file_wins_over_the_disk(sleeper: Sleeper) -> None:
     assert sleeper.content("dir/file") == b"new!" * (size // 4) + b"x" * (5000 - size)
 
 
-def test_journal_has_an_older_first_block_of_a_file(tmp_path: Path) -> None:
-    """It outgrew its inode, was written since, and no page of it is cached: the disk is read."""
-    sleeper = Sleeper(tmp_path, LAYOUTS["inline"])
-    block = int(sleeper.debugfs("blocks /dir/file").split()[0])
-    old = sleeper.ram.put(b"old!" * 1024)
-    sleeper.found.device.append(Piece(block * 4096, 4096, old))
-    assert sleeper.apply()["blocks"] == 4096
-    assert sleeper.content("dir/file") == b"x" * 5000
-
-
-def test_journal_has_an_older_block_of_a_file_with_many_extents(tmp_path: Path) -> None:
-    """The extents have left the inode, and the block has moved within its file."""
-    sleeper = Sleeper(tmp_path, LAYOUTS["inline"])
-    for at in range(16):
-        sleeper.dirty("empty", at * 8192, bytes([at + 1]) * 4096)
-    sleeper.change("empty", size=16 * 8192)
-    sleeper.apply()
-    assert "ETB0" in sleeper.debugfs("stat /empty")
-    sleeper.found.files.clear()
-    block = int(sleeper.debugfs("bmap /empty 20"))
-    old = sleeper.ram.put(b"old!" * 1024)
-    sleeper.found.device.append(Piece(block * 4096, 4096, old))
-    sleeper.apply()
-    assert sleeper.content("empty")[20 * 4096 : 21 * 4096] == bytes([11]) * 4096
-
-
-def test_blocks_of_directories_are_not_taken_back(tmp_path: Path) -> None:
-    sleeper = Sleeper(tmp_path, LAYOUTS["inline"])
-    block = int(sleeper.debugfs("blocks <2>").split()[0])
-    data = sleeper.image.read_bytes()[block * 4096 : (block + 1) * 4096]
-    sleeper.found.device.append(Piece(block * 4096, 4096, sleeper.ram.put(data)))
-    with sleeper.image.open("r+b") as file:
-        file.seek(block * 4096)
-        file.write(bytes(4096))
-    assert sleeper.apply()["blocks"] == 4096
-    assert sleeper.content("dir/file") == b"x" * 5000
-
-
-def test_block_of_a_hole_is_no_block_of_the_file(tmp_path: Path) -> None:
-    """A file in the old form without blocks does not take the super block's place back."""
-    sleeper = Sleeper(tmp_path, LAYOUTS["inline"])
-    for field in ("flags 0", "block[0] 0", "block[1] 0", "size 8192"):
-        sleeper.debugfs(f"set_inode_field /empty {field}", "-w")
-    sleeper.change("empty", size=8192)
-    sleeper.debugfs("set_super_value volume_name newer", "-w")
-    newer = sleeper.ram.put(sleeper.image.read_bytes()[:4096])
-    sleeper.found.device.append(Piece(0, 4096, newer))
-    sleeper.debugfs("set_super_value volume_name older", "-w")
-    sleeper.apply()
-    assert "newer" in sleeper.debugfs("stats")
-
-
-def test_more_metadata_than_a_journal_holds_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(first_blocks, "_MOST", 4095)
-    sleeper = Sleeper(tmp_path, LAYOUTS["inline"])
-    sleeper.found.device.append(Piece(8192, 4096, sleeper.ram.put(b"old!" * 1024)))
-    with pytest.raises(UnsupportedGuestError, match="inline_data"):
-        sleeper.apply()
-
-
-def test_damaged_extents_are_refused(tmp_path: Path) -> None:
-    sleeper = Sleeper(tmp_path, LAYOUTS["inline"])
-    block = int(sleeper.debugfs("blocks /dir/file").split()[0])
-    sleeper.debugfs("set_inode_field /dir/file block[0] 0x00090000", "-w")
-    sleeper.found.device.append(Piece(block * 4096, 4096, sleeper.ram.put(b"old!" * 1024)))
-    with pytest.raises(CorruptGuestError, match=f"extents of inode {sleeper.number['dir/file']}"):
-        sleeper.apply()
-
-
 def test_first_page_of_a_file_without_blocks_changes_nothing(sleeper: Sleeper) -> None:
     number = sleeper.number["empty"]
     sleeper.found.first[number] = Piece(0, 4096, sleeper.ram.put(b"n" * 4096))
@@ -357,6 +286,33 @@ def test_deleted_files_are_released(usual: Sleeper) -> None:
     assert "free" in usual.debugfs(f"testi <{number}>") or "not" in usual.debugfs(
         f"testi <{number}>"
     )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_attributes_of_a_deleted_fifo_are_released(usual: Sleeper, *, shared: bool) -> None:
+    """It has no blocks of data, and e2fsck does not look at that of its attributes."""
+    usual.debugfs(f"ea_set /empty user.long {'v' * 1000}", "-w")
+    for field in ("mode 010644", "flags 0", "block[0] 0", "links_count 0", "dtime 0"):
+        usual.debugfs(f"set_inode_field /empty {field}", "-w")
+    number = usual.number["empty"]
+    usual.debugfs("unlink /empty", "-w")
+    usual.debugfs(f"set_super_value last_orphan {number}", "-w")
+    usual.change("empty", links=0, mode=0o10644)
+    usual.found.names[1] = (ROOT, b"empty", 0)
+    with Ext4(usual.image) as ext4:
+        block = raw_inode.attribute_block(ext4.inode(number))
+        if shared:
+            told = (ext4._fs, block, bytes(4096), 1, None, number)
+            assert ext4._lib.adjust_attributes(*told) == 0
+            other = ext4.inode(usual.number["dir/file"])
+            struct.pack_into("<I", other, 0x68, block)
+            struct.pack_into("<I", other, 0x1C, struct.unpack_from("<I", other, 0x1C)[0] + 8)
+            ext4.set_inode(usual.number["dir/file"], other)
+    assert block
+    assert usual.apply()["orphans"] is True
+    assert ("not in use" in usual.debugfs(f"testb {block}")) is not shared
+    if shared:
+        assert "user.long" in usual.debugfs("ea_list /dir/file")
 
 
 def test_deleted_files_are_released_without_a_journal(tmp_path: Path) -> None:

@@ -173,10 +173,16 @@ def work(
 def ask(
     run: Run, targets: Sequence[str] = ("/",), prefixes: Sequence[str] = ()
 ) -> dict[str, dict[str, manifest.Node]]:
-    """Resume the guest and let it tell what it has, by mount point; see manifest.c."""
+    """Resume the guest and let it tell what it has, by mount point; see manifest.c.
+
+    It syncs first. Of a file that outgrew its inode the journal can have a copy of the first block
+    that is not what lies on the disk, and until it is there, the guest itself reads now the one
+    and now the other (docs/design/0007).
+    """
     start = time.monotonic()
     told = {}
     with running(vmtoml.load(run.toml)) as vm:
+        guest_run(vm, "sync")
         for target in targets:
             # A bind mount shows what other mounts cover.
             script = f"d=$(mktemp -d -p {_PLACE}); mount --bind {target} $d && "

@@ -22,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ouassister.disk import first_blocks, raw_inode
+from ouassister.disk import raw_inode
 from ouassister.disk.handover import HandOver
 from ouassister.disk.libext2fs import Ext4, Super
 from ouassister.disk.proof import e2fsck, is_own, refuse
@@ -63,16 +63,15 @@ def apply(argument: dict[str, Any]) -> dict[str, Any]:
     image = Path(argument["image"])
     handover = HandOver(Path(argument["handover"]))
     try:
-        replaced = first_blocks.Replaced(image)
-        written = _lay_blocks(image, handover, replaced)
-        replaced.take_back()
+        written = _lay_blocks(image, handover)
         with Ext4(image) as ext4:
             _refuse_unknown(ext4, handover)
             _empty_journal(ext4, image)
             _write_files(ext4, handover)
-            first_blocks.write_cached(ext4, handover)
+            _write_first(ext4, handover)
             changed = _settle_inodes(ext4, handover)
             _list_orphans(ext4, handover)
+            _release_attributes(ext4, handover)
             ext4.count_free()
             ext4.call_clean()
         released = _release_orphans(image)
@@ -87,7 +86,7 @@ def apply(argument: dict[str, Any]) -> dict[str, Any]:
         handover.close()
 
 
-def _lay_blocks(image: Path, handover: HandOver, replaced: first_blocks.Replaced) -> int:
+def _lay_blocks(image: Path, handover: HandOver) -> int:
     """Write the blocks of the device that differ; return how many bytes."""
     written = 0
     descriptor = os.open(image, os.O_RDWR | os.O_CLOEXEC)
@@ -98,9 +97,7 @@ def _lay_blocks(image: Path, handover: HandOver, replaced: first_blocks.Replaced
                 raise CorruptGuestError("a block in memory lies beyond the end of its device")
             at = place.offset
             for data in handover.read(place):
-                old = os.pread(descriptor, len(data), at)
-                if old != data:
-                    replaced.add(at, old)
+                if os.pread(descriptor, len(data), at) != data:
                     _write_all(descriptor, data, at)
                     written += len(data)
                 at += len(data)
@@ -190,6 +187,17 @@ def _pieces(
             at += len(data)
 
 
+def _write_first(ext4: Ext4, handover: HandOver) -> None:
+    """Let the first block of a file be what its page holds; see ``Unflushed.first``."""
+    for place in handover.first:
+        flags = raw_inode.flags(ext4.inode(place.inode))
+        if flags & (raw_inode.ENCRYPT_FL | raw_inode.INLINE_DATA_FL):
+            continue
+        data = b"".join(handover.read(place))[: ext4.block_size]
+        if ext4.block(place.inode, 0) and ext4.read(place.inode, [(0, len(data))]) != [data]:
+            ext4.write(place.inode, iter([(0, data)]))
+
+
 def _settle_inodes(ext4: Ext4, handover: HandOver) -> int:
     """Set sizes and times that are in memory alone; return how many inodes had to be changed.
 
@@ -236,6 +244,23 @@ def _list_orphans(ext4: Ext4, handover: HandOver) -> None:
             raw_inode.set_next_orphan(raw, ext4.number(Super.LAST_ORPHAN))
             ext4.set_inode(inode.number, raw)
             ext4.set_number(Super.LAST_ORPHAN, inode.number)
+
+
+def _release_attributes(ext4: Ext4, handover: HandOver) -> None:
+    """Release what e2fsck would lose: attributes of deleted inodes that have no blocks of data.
+
+    It passes by the attributes' block of inline and special files (e2fsck 1.47 ``e2fsck/super.c``,
+    ``release_inode_blocks``), and finds it lost afterwards.
+    """
+    for inode in handover.inodes:
+        if inode.links or is_own(inode.number):
+            continue
+        raw = ext4.inode(inode.number)
+        block = raw_inode.attribute_block(raw)
+        if block and raw_inode.is_orphan(raw) and not ext4.has_blocks(raw):
+            ext4.release_attributes(inode.number, block)
+            raw_inode.forget_attribute_block(raw)
+            ext4.set_inode(inode.number, raw)
 
 
 def _release_orphans(image: Path) -> bool:

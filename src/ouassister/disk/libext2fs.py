@@ -55,9 +55,6 @@ class _Library:
         self.read_bitmaps = self._get("read_bitmaps", p)
         self.read_inode = self._get("read_inode_full", p, n, p, i)
         self.write_inode = self._get("write_inode_full", p, n, p, i)
-        self.scan_open = self._get("open_inode_scan", p, i, p)
-        self.scan_next = self._get("get_next_inode_full", p, p, p, i)
-        self.scan_close = self._get("close_inode_scan", p, restype=None)
         self.file_open = self._get("file_open", p, n, i, p)
         self.file_seek = self._get("file_llseek", p, q, i, p)
         self.file_write = self._get("file_write", p, ctypes.c_char_p, ctypes.c_uint, p)
@@ -67,6 +64,9 @@ class _Library:
         self.dir_iterate = self._get("dir_iterate2", p, n, i, p, _ENTRY, p)
         self.group_free_blocks = self._get("bg_free_blocks_count", p, n, restype=_U32)
         self.group_free_inodes = self._get("bg_free_inodes_count", p, n, restype=_U32)
+        self.has_blocks = self._get("inode_has_valid_blocks2", p, p, restype=i)
+        self.adjust_attributes = self._get("adjust_ea_refcount3", p, q, p, i, p, n)
+        self.count_block = self._get("block_alloc_stats2", p, q, i, restype=None)
         self.crc32c = self._get("crc32c_le", n, ctypes.c_char_p, ctypes.c_size_t, restype=_U32)
 
     def _get(
@@ -210,29 +210,6 @@ class Ext4:
             self._lib.write_inode(self._fs, number, place, self.inode_size), f"inode {number}"
         )
 
-    def inodes(self) -> Iterator[tuple[int, bytearray]]:
-        """Yield number and bytes of each inode that was ever used; checksums are verified.
-
-        The bytes are valid until the next one.
-
-        Raises:
-            CorruptGuestError: A table of inodes is damaged.
-        """
-        scan = ctypes.c_void_p()
-        self._check(self._lib.scan_open(self._fs, 0, ctypes.byref(scan)), "the inodes")
-        try:
-            raw = bytearray(self.inode_size)
-            place = (ctypes.c_char * self.inode_size).from_buffer(raw)
-            number = _U32()
-            while True:
-                code = self._lib.scan_next(scan, ctypes.byref(number), place, self.inode_size)
-                self._check(code, "the inodes")
-                if not number.value:
-                    return
-                yield number.value, raw
-        finally:
-            self._lib.scan_close(scan)
-
     def block(self, inode: int, index: int) -> int:
         """Return the block of the device that a block of a file lies in; 0 for a hole."""
         found = ctypes.c_uint64()
@@ -248,9 +225,7 @@ class Ext4:
         Raises:
             CorruptGuestError: There is no room, or the file's extents are damaged.
         """
-        if not self._bitmaps:
-            self._check(self._lib.read_bitmaps(self._fs), "the bitmaps")
-            self._bitmaps = True
+        self._read_bitmaps()
         what = f"writing inode {inode}"
         file = ctypes.c_void_p()
         self._check(self._lib.file_open(self._fs, inode, _FILE_WRITE, ctypes.byref(file)), what)
@@ -266,6 +241,30 @@ class Ext4:
             self._lib.file_close(file)
             raise
         self._check(self._lib.file_close(file), what)
+
+    def has_blocks(self, raw: bytearray) -> bool:
+        """Tell whether an inode can have blocks of data: inline ones and special files cannot."""
+        return bool(
+            self._lib.has_blocks(self._fs, (ctypes.c_char * self.inode_size).from_buffer(raw))
+        )
+
+    def release_attributes(self, inode: int, block: int) -> None:
+        """Take an inode off those that share a block of extended attributes; the last frees it.
+
+        Raises:
+            CorruptGuestError: It is no such block.
+        """
+        self._read_bitmaps()
+        buffer, left = ctypes.create_string_buffer(self.block_size), _U32()
+        code = self._lib.adjust_attributes(self._fs, block, buffer, -1, ctypes.byref(left), inode)
+        self._check(code, f"the attributes of inode {inode}")
+        if not left.value:
+            self._lib.count_block(self._fs, block, -1)
+
+    def _read_bitmaps(self) -> None:
+        if not self._bitmaps:
+            self._check(self._lib.read_bitmaps(self._fs), "the bitmaps")
+            self._bitmaps = True
 
     def read(self, inode: int, places: Iterable[tuple[int, int]]) -> list[bytes]:
         """Read bytes of a file: for each offset and size what is there, shorter at its end.

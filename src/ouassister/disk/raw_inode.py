@@ -15,31 +15,14 @@ if TYPE_CHECKING:
 
     from ouassister.disk.handover import Inode
 
-ENCRYPT_FL, EXTENTS_FL, EA_INODE_FL = 0x800, 0x8_0000, 0x20_0000
+ENCRYPT_FL, EA_INODE_FL = 0x800, 0x20_0000
 INLINE_DATA_FL, CASEFOLD_FL = 0x1000_0000, 0x4000_0000
 _GOOD_OLD_SIZE: Final = 128
-_BLOCKS_SIZE: Final = 60
 _SECOND: Final = 1_000_000_000
 _SIZE, _DTIME, _LINKS, _FLAGS, _BLOCKS, _SIZE_HIGH = 0x04, 0x14, 0x1A, 0x20, 0x28, 0x6C
+_FILE_ACL, _FILE_ACL_HIGH = 0x68, 0x76
 # Seconds, and two bits of epoch below thirty of nanoseconds.
 _TIMES: Final = (("atime", 0x08, 0x8C), ("ctime", 0x0C, 0x84), ("mtime", 0x10, 0x88))
-
-
-def mode(raw: bytearray) -> int:
-    """Return ``i_mode``."""
-    value: int = struct.unpack_from("<H", raw, 0)[0]
-    return value
-
-
-def links(raw: bytearray) -> int:
-    """Return ``i_links_count``."""
-    value: int = struct.unpack_from("<H", raw, _LINKS)[0]
-    return value
-
-
-def blocks(raw: bytearray) -> bytes:
-    """Return ``i_block``: the root of the extents, block numbers, or what is inline."""
-    return bytes(raw[_BLOCKS : _BLOCKS + _BLOCKS_SIZE])
 
 
 def flags(raw: bytearray) -> int:
@@ -100,9 +83,24 @@ def set_size(raw: bytearray, value: int) -> None:
     struct.pack_into("<I", raw, _SIZE_HIGH, value >> 32)
 
 
+def attribute_block(raw: bytearray) -> int:
+    """Return ``i_file_acl``: the block of extended attributes; 0 for none."""
+    (low,) = struct.unpack_from("<I", raw, _FILE_ACL)
+    (high,) = struct.unpack_from("<H", raw, _FILE_ACL_HIGH)
+    return int(low | high << 32)
+
+
+def forget_attribute_block(raw: bytearray) -> None:
+    """Set ``i_file_acl`` to none."""
+    struct.pack_into("<I", raw, _FILE_ACL, 0)
+    struct.pack_into("<H", raw, _FILE_ACL_HIGH, 0)
+
+
 def is_orphan(raw: bytearray) -> bool:
     """Tell whether an inode has no name any more and was not released."""
-    return bool(mode(raw)) and not links(raw)
+    (mode,) = struct.unpack_from("<H", raw, 0)
+    (links,) = struct.unpack_from("<H", raw, _LINKS)
+    return bool(mode) and not links
 
 
 def set_next_orphan(raw: bytearray, number: int) -> None:
