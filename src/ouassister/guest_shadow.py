@@ -30,12 +30,13 @@ from ouassister.shadow.session import (
     open_shadow,
 )
 from ouassister.shadow.trees import handover
-from ouassister.shadow.trees.collect import collect as collect_trees
+from ouassister.shadow.trees.collect import collect_devices, collect_system
 from ouassister.sleeping import Sleeping, open_sleeping, refuse_unsafe
 from ouassister.state.running import writer_of
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
     from ouassister.provider.vmtoml import VmConfig
@@ -91,6 +92,10 @@ class Guest:
         self.shadow.reset()
         self.shadow.call(_TMPFS, "fill", _FILL)
 
+    def notes(self) -> tuple[str, ...]:
+        """What is to be told of the view so far."""
+        return (*self.sleeping.layout.notes, *handover.read_notes(self.folder / "shadow"))
+
     def settle(self) -> None:
         """There is no starting over any more."""
         tmpfs_handover.forget(self.folder / "shadow" / "tmpfs")
@@ -125,10 +130,9 @@ def open_guest(
             refuse_unsafe(sleeping)
         # The rest of memory is read while the shadow is being built.
         shared = folder / "shadow"
-        telling = [
-            stack.enter_context(beside(lambda: _write_processes(sleeping, shared))),
-            stack.enter_context(beside(lambda: _write_trees(sleeping, shared))),
-        ]
+        telling = stack.enter_context(beside(lambda: _write_told(sleeping, shared)))
+        with handover.listen(shared) as listener:
+            stack.enter_context(beside(lambda: _answer(listener, sleeping, shared)))
         stack.enter_context(
             watched(config.name, lambda: any(writer_of(disk.path) for disk in config.disks))
         )
@@ -159,9 +163,7 @@ def open_guest(
             notes += tuple(shadow.finish(filling))
             if not updating:
                 tmpfs_handover.forget(memory)
-            for one in telling:
-                one.wait()
-            notes += handover.read_notes(folder / "shadow")
+            telling.wait()
             shadow.know()
             # Nothing waits for these before something leaves the run: they go beside the network.
             proofs = [shadow.begin(_PROOF, "prove", view) for view in views]
@@ -179,16 +181,19 @@ def open_guest(
             raise
 
 
-def _write_processes(sleeping: Sleeping, folder: Path) -> None:
-    """Write down what programs are told of the guest's processes and services."""
+def _write_told(sleeping: Sleeping, folder: Path) -> None:
+    """Write down what programs are told of the guest's processes, services and devices."""
     memory = sleeping.memory
-    tree = collect_proc(GuestReader(memory.kernel), sleeping.view)
+    reader = GuestReader(memory.kernel)
+    handover.write(folder, handover.DEV, collect_devices(reader))
+    tree = collect_proc(reader, sleeping.view)
     told.write(folder, tree, collect_services(memory.look(sleeping.view, _SERVICES)))
 
 
-def _write_trees(sleeping: Sleeping, folder: Path) -> None:
-    """Write down what they are told of its devices."""
-    handover.write(folder, collect_trees(GuestReader(sleeping.memory.kernel)))
+def _answer(listener: socket.socket, sleeping: Sleeping, folder: Path) -> None:
+    """Write down what they are told of /sys, when the first of them asks."""
+    kernel = sleeping.memory.kernel
+    handover.answer(listener, folder, lambda: collect_system(GuestReader(kernel)))
 
 
 @contextlib.contextmanager

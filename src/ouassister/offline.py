@@ -166,7 +166,7 @@ def _keep(
 def _notes(guest: Guest) -> tuple[str, ...]:
     """What is to be told of any run."""
     refused = (f"a program wanted to fetch from {line}" for line in guest.shadow.refused_hosts())
-    return (*guest.sleeping.layout.notes, *refused)
+    return (*guest.notes(), *refused)
 
 
 def apt_of(guest: Guest, timeline: Timeline, options: Options) -> apt.Apt:

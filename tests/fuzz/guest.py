@@ -35,7 +35,7 @@ from ouassister.shadow.devices.filesystem import DevFiles
 from ouassister.shadow.served.snapshot import decode
 from ouassister.shadow.sysfs.filesystem import SysFiles
 from ouassister.shadow.tmpfs_handover import TmpfsHandOver
-from ouassister.shadow.trees.collect import collect as collect_trees
+from ouassister.shadow.trees.collect import collect_devices, collect_system
 from ouassister.state.data import MappedFile
 
 if TYPE_CHECKING:
@@ -160,12 +160,13 @@ class Walkers(Target):
 
     def _trees(self, guest: Guest) -> None:
         """Until they are handed over: what is written of them is read again without a doubt."""
-        trees = collect_trees(GuestReader(guest))
-        for raw in (trees.system, trees.devices):
-            if raw is not None:
-                DevFiles(decode(raw), lambda: (0, 0)).readdir("/", 0)
-        if trees.system is not None:
-            SysFiles(decode(trees.system), lambda *_: None, lambda _: None).readdir("/", 0)
+        devices = collect_devices(GuestReader(guest)).raw
+        if devices is not None:
+            DevFiles(decode(devices), lambda: (0, 0)).readdir("/", 0)
+        system = collect_system(GuestReader(guest)).raw
+        if system is not None:
+            nodes = decode(system)
+            SysFiles(lambda: nodes, lambda *_: None, lambda _: None).readdir("/", 0)
 
     # --- what they read --------------------------------------------------------------------
 

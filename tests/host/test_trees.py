@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import lacking
@@ -14,7 +18,10 @@ from tests.conftest import lacking
 from ouassister.shadow.served import snapshot
 from ouassister.shadow.served.snapshot import Node
 from ouassister.shadow.trees import handover
-from ouassister.shadow.trees.handover import Trees
+from ouassister.shadow.trees.handover import Tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(120)]
 
@@ -37,13 +44,32 @@ DEVICES = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(place: Path) -> Iterator[Path]:
+    """Somebody tells what /sys is, when it is asked for."""
+    told = Tree(snapshot.encode(SYSTEM), ("another note",))
+    with handover.listen(place) as listener:
+
+        def tell() -> None:
+            with contextlib.suppress(OSError):  # nobody asked
+                handover.answer(listener, place, lambda: told)
+
+        thread = threading.Thread(target=tell)
+        thread.start()
+        try:
+            yield place
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
     if os.geteuid() != 0:
         lacking("root")
     place = tmp_path / "trees"
     place.mkdir(mode=0o755)
     (place / "stage").mkdir()
-    handover.write(place, Trees(snapshot.encode(SYSTEM), snapshot.encode(DEVICES), ("a note",)))
+    handover.write(place, handover.DEV, Tree(snapshot.encode(DEVICES), ("a note",)))
     assert handover.read_notes(place) == ("a note",)
     above = place
     while above != above.parent:  # other ids come through
@@ -54,7 +80,7 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-def told(folder: Path, script: str, *more: str) -> list[str]:
+def told(folder: Path, script: str, *more: str, error: str = "") -> list[str]:
     done = subprocess.run(
         [sys.executable, str(INSIDE), str(folder), script, *more],
         stdin=subprocess.DEVNULL,
@@ -64,7 +90,7 @@ def told(folder: Path, script: str, *more: str) -> list[str]:
         timeout=60,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr[-len(error) :] if error else done.stderr) == (0, error)
     return done.stdout.splitlines()
 
 
@@ -80,6 +106,43 @@ def test_files_are_shown_with_all_their_attributes(folder: Path) -> None:
         "8",
         "served",
     ]
+
+
+def test_sys_is_read_when_somebody_looks(folder: Path) -> None:
+    assert told(folder, "stat -c %F dev/vda") == ["block special file", "served"]
+    assert not (folder / "sys").exists()
+    told(folder, "ls sys")
+    assert (folder / "sys").exists()
+    assert handover.read_notes(folder) == ("a note", "another note")
+
+
+def test_sys_that_nobody_tells_is_empty(place: Path) -> None:
+    with handover.listen(place) as listener:
+        thread = threading.Thread(target=lambda: handover.answer(listener, place, Tree))
+        thread.start()
+        assert told(place, "ls -la sys | wc -l; cat sys/vda") == [
+            "3",
+            "cat: sys/vda: No such file or directory",
+            "served",
+        ]
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [("nobody listens", "Connection refused\n"), ("no answer", "nobody reads the guest's /sys\n")],
+)
+def test_sys_without_an_answer_ends_its_server(place: Path, how: str, error: str) -> None:
+    with handover.listen(place) as listener:
+        thread = threading.Thread(target=lambda: listener.accept()[0].close())
+        if how == "nobody listens":
+            listener.close()
+        else:
+            thread.start()
+        lines = told(place, "ls sys", error=error)
+        assert lines[-1] == "the server of the shadow's /sys ended with 1"
+        if how != "nobody listens":
+            thread.join()
 
 
 def test_what_is_not_told_and_what_is_written(folder: Path) -> None:

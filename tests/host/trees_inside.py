@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ouassister.shadow import raw
 from ouassister.shadow.served.server import import_library
-from ouassister.shadow.trees.serve import ServerDiedError, Servers, served
+from ouassister.shadow.trees.serve import ServerDiedError, Servers
 
 BASE = 100000
 
@@ -52,8 +52,7 @@ def inside(folder: Path, script: str, kill: bool) -> None:
     for name in ("sys", "dev"):
         (stage / name).mkdir()
     servers = Servers()
-    servers.start(folder, stage, stage / "records")
-    assert served(stage) == {"sys", "dev"}
+    assert servers.start(folder, stage, stage / "records") == {"sys", "dev"}
     if kill:
         for pid in servers.pids():
             os.kill(pid, signal.SIGKILL)

@@ -110,7 +110,9 @@ class Told:
     def __init__(self) -> None:
         self.wrote: list[tuple[str, bytes]] = []
         self.untold: list[str] = []
-        self.files = SysFiles(NODES, lambda *one: self.wrote.append(one), self.untold.append)
+        self.files = SysFiles(
+            lambda: NODES, lambda *one: self.wrote.append(one), self.untold.append
+        )
 
 
 def refused(call: Callable[..., Any], *arguments: object) -> int | None:

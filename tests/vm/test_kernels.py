@@ -20,7 +20,7 @@ from ouassister.kernel.introspect import open_guest
 from ouassister.memory import open_save
 from ouassister.provider import qemu, vmtoml
 from ouassister.shadow.served.snapshot import Node, decode
-from ouassister.shadow.trees.collect import collect
+from ouassister.shadow.trees.collect import collect_devices, collect_system
 from ouassister.testing import Recipe, build_image, guest_run, make_suspended
 from ouassister.testing import clone as make_clone
 from ouassister.testing.view import build_view, mounted_view
@@ -185,13 +185,14 @@ def test_kernel_locks_are_the_live_guests(seen: Seen) -> None:
 
 def test_kernel_sysfs_and_devices_are_the_live_guests(seen: Seen) -> None:
     with open_save(vmtoml.load(seen.toml).save) as save:
-        trees = collect(GuestReader(open_guest(save)))
-    assert trees.notes == ()
-    assert trees.system is not None
-    assert trees.devices is not None
+        reader = GuestReader(open_guest(save))
+        devices, system = collect_devices(reader), collect_system(reader)
+    assert (devices.notes, system.notes) == ((), ())
+    assert system.raw is not None
+    assert devices.raw is not None
     live = seen.told.files
     ours: dict[bytes, Node] = {}
-    for top, raw in ((b"/sys", trees.system), (b"/dev", trees.devices)):
+    for top, raw in ((b"/sys", system.raw), (b"/dev", devices.raw)):
         paths: list[bytes] = []
         for node in decode(raw):
             paths.append(paths[node.parent] + b"/" + node.name if paths else top)

@@ -49,6 +49,10 @@ _SETS: Final = (
     ("init_ipc_ns", "ipc_namespace", "mq_set"),
     ("init_pid_ns", "pid_namespace", "set"),
 )
+SYMBOLS: Final = (
+    *HANDLERS, *(name for name, _, _ in VARIABLES.values()), "sysctl_table_root", "init_net",
+    "jiffies_64", *(name for name, _, _ in _SETS),
+)  # fmt: skip
 
 
 class Sysctls:
@@ -61,9 +65,7 @@ class Sysctls:
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self._left = _MAX_ENTRIES
-        others = [name for name, _, _ in VARIABLES.values()]
-        kernel.symbols.learn((*HANDLERS, *others, "sysctl_table_root", "init_net",
-                              "jiffies_64", *(name for name, _, _ in _SETS)))  # fmt: skip
+        kernel.symbols.learn(SYMBOLS)
         self._handlers: dict[int, Kind] = {
             address: kind
             for name, kind in HANDLERS.items()

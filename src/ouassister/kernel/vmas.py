@@ -55,6 +55,7 @@ class Vmas:
         self._file = Fields(kernel, "struct file", "f_path.mnt", "f_path.dentry", "f_inode")
         self._inode = Fields(kernel, "struct inode", "i_ino", "i_sb")
         self._mm = Fields(kernel, "struct mm_struct", "start_brk", "brk", "start_stack")
+        self._known: dict[int, tuple[int, int, bytes]] = {}  # of a struct file; most have several
         self._special = kernel.symbols.address("special_mapping_vmops")
         self._special_name = Fields(kernel, "struct vm_special_mapping", "name")
         self._anon_name: tuple[int, int] | None = None
@@ -106,11 +107,11 @@ class Vmas:
         start, end, flags, pgoff, file, ops, private = self._vma.read(address)
         inode_number = device = place = 0
         if file:
-            mnt, dentry, inode = self._file.read(file)
-            inode_number, sb = self._inode.read(inode)
-            _, device = self._names.file_system(sb)
             place = pgoff << 12
-            name = self._names.name(mnt, dentry, inode)
+            known = self._known.get(file)
+            if known is None:
+                known = self._known[file] = self._of_file(file)
+            inode_number, device, name = known
         else:
             name = self._purpose(address, start, end, ops, private, marks)
         return Vma(
@@ -126,6 +127,13 @@ class Vmas:
             inode=inode_number,
             path=name,
         )
+
+    def _of_file(self, file: int) -> tuple[int, int, bytes]:
+        """Return inode, device and name of a ``struct file *``."""
+        mnt, dentry, inode = self._file.read(file)
+        number, sb = self._inode.read(inode)
+        _, device = self._names.file_system(sb)
+        return number, device, self._names.name(mnt, dentry, inode)
 
     def _purpose(
         self, address: int, start: int, end: int, ops: int, private: int, marks: tuple[int, ...]

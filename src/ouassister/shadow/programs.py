@@ -71,12 +71,13 @@ class Programs:
         self._helpers: list[int] = []  # pids of what serves one program and ends with it
         self._recorder = JsonLines(f"{stage}/{_OUTPUT}/{SYSCALLS}")
         self._told = told
+        self._trees: frozenset[str] = frozenset()
         self._bounds = bounds
         self._handlers: Handlers | None = None
 
-    def know(self, told: Told) -> None:
-        """From now on, answer from this."""
-        self._told = told
+    def know(self, told: Told, trees: frozenset[str]) -> None:
+        """From now on, answer from this, and show these trees."""
+        self._told, self._trees = told, trees
         self.forget()
 
     def forget(self) -> None:
@@ -99,6 +100,7 @@ class Programs:
             fetches=request["mirrors"] is not None,
             package_cache=request["package_cache"],
             output=None,
+            trees=self._trees,
         )
         if request["mirrors"] is not None:
             self._mirrors = codec.from_value(Mirrors, request["mirrors"])

@@ -23,7 +23,6 @@ from ouassister.shadow.mounts import enter_tree
 from ouassister.shadow.servicemanager import listen, open_namespaces
 from ouassister.shadow.syscalls.filter import ALL_PIDS, build_filter
 from ouassister.shadow.tmpfs_handover import read_places
-from ouassister.shadow.trees.serve import served
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +45,7 @@ class Program:
     """What to run, and what it may see.
 
     ``fetches``: a proxy of ours listens on its loopback. ``output`` is a descriptor for standard
-    output and error; None passes the caller's on.
+    output and error; None passes the caller's on. ``trees``: which of /sys and /dev are served.
     """
 
     argv: tuple[str, ...]
@@ -54,6 +53,7 @@ class Program:
     fetches: bool
     package_cache: bool
     output: int | None
+    trees: frozenset[str] = frozenset()
 
 
 def run(
@@ -123,7 +123,7 @@ def _become_init(
             stage,
             layout,
             read_places(Path(stage, sandbox.MEMORY)),
-            served(Path(stage)),
+            program.trees,
             package_cache=program.package_cache,
         )
         enter_tree(f"{stage}/{sandbox.merged(0)}", operations)

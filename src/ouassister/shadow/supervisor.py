@@ -91,8 +91,8 @@ class Supervisor:
                 self._reset()
                 return None
             case "know":
-                self._programs.know(told.read(Path(sandbox.TOLD), self._uts))
-                self._serve_trees()
+                known = told.read(Path(sandbox.TOLD), self._uts)
+                self._programs.know(known, self._serve_trees())
                 return None
             case "run":
                 return self._run(request)
@@ -153,11 +153,11 @@ class Supervisor:
             raise SupervisorError("internal", str(error)) from error
         return answer
 
-    def _serve_trees(self) -> None:
-        """Mount the guest's /sys and /dev, where they were handed over."""
+    def _serve_trees(self) -> frozenset[str]:
+        """Mount the guest's /sys, and its /dev where it was handed over."""
         records = Path(self._stage, sandbox.WORK, "output", ATTRIBUTES)
         try:
-            self._servers.start(Path(sandbox.TOLD), Path(self._stage), records)
+            return self._servers.start(Path(sandbox.TOLD), Path(self._stage), records)
         except OSError as error:
             raise SupervisorError("host", f"/sys and /dev by FUSE: {error}") from error
 

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from ouassister.errors import CorruptGuestError, PageAbsentError, UnsupportedGuestError
-from ouassister.kernel import cpuinfo, loaded_modules, swap, system_stat
+from ouassister.kernel import cpuinfo, loaded_modules, swap, sysctls, system_stat
 from ouassister.kernel.fields import read_word, variable
 from ouassister.kernel.mount_lines import MountTables
 from ouassister.kernel.process_memory import NotHereError
@@ -54,8 +54,11 @@ class _Collector:
         self._kernel = reader.kernel
         self._view = view
         self._tables = MountTables(reader.kernel)
+        self._mount_files: dict[int, tuple[bytes, bytes]] = {}  # by identity of the lines
         # In one pass over the table of symbols; each alone would take one.
-        self._kernel.symbols.learn((*system_stat.SYMBOLS, *cpuinfo.SYMBOLS, "cgrp_dfl_root"))
+        self._kernel.symbols.learn(
+            (*system_stat.SYMBOLS, *cpuinfo.SYMBOLS, *sysctls.SYMBOLS, "cgrp_dfl_root")
+        )
         self._cpus = self._ask("nr_cpu_ids", self._cpu_ids) or _MAX_CPUS
         self._system()
         self._sysctls()
@@ -232,9 +235,15 @@ class _Collector:
             return
         known = self._reader.processes[task.pid]
         lines = self._ask(f"{task.pid}/mountinfo", lambda: self._tables.of(known))
-        if lines is not None:
-            self.tree.file(base + b"/mounts", process.mounts(lines), owner=owner)
-            self.tree.file(base + b"/mountinfo", process.mountinfo(lines), owner=owner)
+        if lines is None:
+            return
+        files = self._mount_files.get(
+            id(lines)
+        )  # most processes share them, and the tables keep them
+        if files is None:
+            files = self._mount_files[id(lines)] = process.mounts(lines), process.mountinfo(lines)
+        self.tree.file(base + b"/mounts", files[0], owner=owner)
+        self.tree.file(base + b"/mountinfo", files[1], owner=owner)
 
     def _threads(
         self,

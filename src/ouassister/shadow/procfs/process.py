@@ -283,7 +283,7 @@ def mountinfo(lines: Iterable[MountLine]) -> bytes:
 
 def escape(text: bytes, special: bytes) -> bytes:
     """Write special bytes in octal, as mangle_path() and seq_escape() do."""
-    if not any(byte in special for byte in text):
+    if text.isalnum() or not any(byte in text for byte in special):
         return text
     return b"".join(b"\\%03o" % byte if byte in special else bytes((byte,)) for byte in text)
 

@@ -32,7 +32,7 @@ class SysFiles:
     """The operations; names are the ones that mfusepy calls.
 
     Args:
-        nodes: The snapshot.
+        load: Gives the snapshot; called when the first program looks.
         wrote: Called with path and value when a program writes to an attribute.
         untold: Called once with the path of each file that a program read in vain.
     """
@@ -41,17 +41,24 @@ class SysFiles:
 
     def __init__(
         self,
-        nodes: Sequence[Node],
+        load: Callable[[], Sequence[Node]],
         wrote: Callable[[str, bytes], None],
         untold: Callable[[str], None],
     ) -> None:
         self._wrote = wrote
         self._untold = untold
         self._told: set[str] = set()
-        paths: list[str] = []
+        self._load = load
+        self._loaded = False
         self._nodes: dict[str, Node] = {}
         self._below: dict[str, list[Entry]] = {}
-        for node in nodes:
+
+    def _look(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        paths: list[str] = []
+        for node in self._load():
             above = paths[node.parent] if paths else ""
             path = f"{above}/{os.fsdecode(node.name)}" if paths else ""
             if path:
@@ -76,6 +83,7 @@ class SysFiles:
     def readdir(self, path: str, fh: int) -> list[Entry]:
         """List a folder, in the kernel's order."""
         del fh
+        self._look()
         below = self._below.get(path)
         if below is None:
             raise OSError(errno.ENOTDIR, path)
@@ -170,6 +178,7 @@ class SysFiles:
         return content
 
     def _node(self, path: str) -> Node:
+        self._look()
         node = self._nodes.get(path)
         if node is None:
             raise OSError(errno.ENOENT, path)

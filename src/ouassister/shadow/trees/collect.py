@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import CorruptGuestError, PageAbsentError, UnsupportedGuestError
@@ -9,7 +10,7 @@ from ouassister.kernel.program import guest_reads
 from ouassister.shadow.devices import collect as devices
 from ouassister.shadow.served import snapshot
 from ouassister.shadow.sysfs.collect import collect as collect_sysfs
-from ouassister.shadow.trees.handover import Trees
+from ouassister.shadow.trees.handover import Tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,36 +22,29 @@ _MAX_NOTES: Final = 20
 _PROBLEMS: Final = (UnsupportedGuestError, CorruptGuestError, PageAbsentError)
 
 
-def collect(reader: GuestReader) -> Trees:
-    """Read both trees; one that this kernel does not tell is named in the notes."""
-    notes: list[str] = []
+def collect_devices(reader: GuestReader) -> Tree:
+    """Read /dev; a kernel that does not tell is named in the notes."""
+    return _ask("/dev has only what every program needs", lambda: devices.collect(reader))
+
+
+def collect_system(reader: GuestReader) -> Tree:
+    """Read /sys, likewise."""
     names: dict[tuple[bool, int, int], bytes] = {}
-
-    def read_devices() -> tuple[list[Node], list[str]]:
-        nodes, left_out = devices.collect(reader)
-        names.update(devices.names_of(nodes))
-        return nodes, left_out
-
-    dev = _ask("/dev has only what every program needs", read_devices, notes)
-    system = _ask("/sys is empty", lambda: collect_sysfs(reader, names), notes)
-    return Trees(system, dev, tuple(notes))
+    with contextlib.suppress(*_PROBLEMS):  # told by `collect_devices`
+        names.update(devices.names_of(devices.collect(reader)[0]))
+    return _ask("/sys is empty", lambda: collect_sysfs(reader, names))
 
 
-def _ask(
-    otherwise: str, question: Callable[[], tuple[list[Node], list[str]]], notes: list[str]
-) -> bytes | None:
+def _ask(otherwise: str, question: Callable[[], tuple[list[Node], list[str]]]) -> Tree:
     try:
         with guest_reads("reading the guest's /sys and /dev"):
             nodes, left_out = question()
         raw = snapshot.encode(nodes)
     except _PROBLEMS as error:
-        notes.append(f"{otherwise}: {error.message}")
-        return None
+        return Tree(None, (f"{otherwise}: {error.message}",))
     except ValueError as error:  # a guest's names
-        notes.append(f"{otherwise}: {error}")
-        return None
-    notes += _few(left_out)
-    return raw
+        return Tree(None, (f"{otherwise}: {error}",))
+    return Tree(raw, tuple(_few(left_out)))
 
 
 def _few(lines: list[str]) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.shadow import raw
@@ -10,12 +12,15 @@ from ouassister.shadow.devices.filesystem import DevFiles
 from ouassister.shadow.served import server, snapshot
 from ouassister.shadow.sysfs.filesystem import SysFiles
 from ouassister.shadow.sysfs.record import recorders
-from ouassister.shadow.trees.handover import DEV, SYS
+from ouassister.shadow.trees.handover import DEV, SYS, ask
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
+
+    from ouassister.shadow.served.snapshot import Node
 
 _PERMISSIONS: Final = 0o7777
+_SYS_MODE: Final = 0o555  # fs/sysfs/mount.c, sysfs_init
 
 
 class ServerDiedError(Exception):
@@ -28,31 +33,38 @@ class Servers:
     def __init__(self) -> None:
         self._pids: dict[str, int] = {}
 
-    def start(self, folder: Path, stage: Path, records: Path) -> None:
-        """Mount and serve what was handed over; called in the supervisor.
+    def start(self, folder: Path, stage: Path, records: Path) -> frozenset[str]:
+        """Mount and serve them; called in the supervisor.
 
         Args:
-            folder: Where `ouassister.shadow.trees.handover.write` wrote.
+            folder: Where `ouassister.shadow.trees.handover` hands over.
             stage: Has an empty folder for each.
             records: The file that takes what programs do to /sys; a whole path, since a server of
                 FUSE leaves the working folder.
+
+        Returns:
+            Which of them are mounted.
 
         Raises:
             InternalError: What was handed over is no tree.
             OSError: The host refuses a mount.
         """
-        if (folder / SYS).exists():
-            system = snapshot.read(folder / SYS)
+        # Of a path that is whole, too.
+        handed = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+        try:
             self._pids[SYS] = server.start(
-                "sysfs", str(stage / SYS), raw.MS_NOEXEC, system[0].mode & _PERMISSIONS,
-                lambda: SysFiles(system, *recorders(records)),
+                "sysfs", str(stage / SYS), raw.MS_NOEXEC, _SYS_MODE,
+                lambda: SysFiles(lambda: _asked(handed), *recorders(records)),
             )  # fmt: skip
+        finally:
+            os.close(handed)
         if (folder / DEV).exists():
             devices = snapshot.read(folder / DEV)
             self._pids[DEV] = server.start(
                 "udev", str(stage / DEV), 0, devices[0].mode & _PERMISSIONS,
                 lambda: DevFiles(devices, server.caller),
             )  # fmt: skip
+        return frozenset(self._pids)
 
     def pids(self) -> tuple[int, ...]:
         """Return who serves."""
@@ -72,6 +84,10 @@ class Servers:
                 raise ServerDiedError(f"the server of the shadow's /{name} ended with {code}")
 
 
-def served(stage: Path) -> frozenset[str]:
-    """Tell which of them are mounted."""
-    return frozenset(name for name in (SYS, DEV) if (stage / name).is_mount())
+def _asked(folder: int) -> Sequence[Node]:
+    """Ask for /sys, in its server: who gets no answer ends, so that the run does not end well."""
+    try:
+        return ask(Path(f"/proc/self/fd/{folder}"))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
