@@ -12,7 +12,7 @@ from ouassister.shadow.devices.filesystem import DevFiles
 from ouassister.shadow.served import server, snapshot
 from ouassister.shadow.sysfs.filesystem import SysFiles
 from ouassister.shadow.sysfs.record import recorders
-from ouassister.shadow.trees.handover import DEV, SYS, ask
+from ouassister.shadow.trees.handover import DEV, SYS, ask, system_root
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ouassister.shadow.served.snapshot import Node
 
 _PERMISSIONS: Final = 0o7777
-_SYS_MODE: Final = 0o555  # fs/sysfs/mount.c, sysfs_init
 
 
 class ServerDiedError(Exception):
@@ -49,12 +48,13 @@ class Servers:
             InternalError: What was handed over is no tree.
             OSError: The host refuses a mount.
         """
-        # Of a path that is whole, too.
+        root = system_root(folder)
+        # For its server, which leaves the working folder, too.
         handed = os.open(folder, os.O_PATH | os.O_CLOEXEC)
         try:
             self._pids[SYS] = server.start(
-                "sysfs", str(stage / SYS), raw.MS_NOEXEC, _SYS_MODE,
-                lambda: SysFiles(lambda: _asked(handed), *recorders(records)),
+                "sysfs", str(stage / SYS), raw.MS_NOEXEC, root.mode & _PERMISSIONS,
+                lambda: SysFiles(root, lambda: _asked(handed), *recorders(records)),
             )  # fmt: skip
         finally:
             os.close(handed)
