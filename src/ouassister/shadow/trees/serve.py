@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ouassister.shadow.served.snapshot import Node
 
 _PERMISSIONS: Final = 0o7777
+_GONE: Final = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 class ServerDiedError(Exception):
@@ -31,6 +33,7 @@ class Servers:
 
     def __init__(self) -> None:
         self._pids: dict[str, int] = {}
+        self._stage = Path()
 
     def start(self, folder: Path, stage: Path, records: Path) -> frozenset[str]:
         """Mount and serve them; called in the supervisor.
@@ -48,6 +51,7 @@ class Servers:
             InternalError: What was handed over is no tree.
             OSError: The host refuses a mount.
         """
+        self._stage = stage
         root = system_root(folder)
         # For its server, which leaves the working folder, too.
         handed = os.open(folder, os.O_PATH | os.O_CLOEXEC)
@@ -77,7 +81,14 @@ class Servers:
             ServerDiedError: One is not; what programs did since they were checked may be wrong.
         """
         for name, pid in self._pids.items():
-            ended, status = os.waitpid(pid, os.WNOHANG)
+            # The kernel ends the connection before the process has ended: programs saw it first.
+            options = os.WNOHANG
+            try:
+                os.statvfs(self._stage / name)
+            except OSError as error:
+                if error.errno in _GONE:
+                    options = 0
+            ended, status = os.waitpid(pid, options)
             if ended:
                 del self._pids[name]
                 code = os.waitstatus_to_exitcode(status)
