@@ -30,7 +30,7 @@ def test_values_are_arguments_of_the_script_and_never_part_of_it() -> None:
 def test_actions_are_quoted_and_silent() -> None:
     actions = (
         Action(("systemctl", "daemon-reload")),
-        Action(("systemctl", "start", "a;reboot", "b'c", "\\x2d")),
+        Action(("modprobe", "a;reboot", "b'c", "\\x2d")),
     )
     shell, option, script = bootstrap.actions_command(actions)
     assert (shell, option) == ("/bin/sh", "-c")
@@ -50,6 +50,40 @@ def test_action_without_a_good_status_has_failed() -> None:
         "systemctl start 2.service: status unknown",
     )
     assert bootstrap.failed_actions((), b"") == ()
+
+
+RELOAD = Action(("systemctl", "daemon-reload"))
+
+
+def _states(*units: str) -> bytes:
+    lines = ["1 1"]
+    for at, unit in enumerate(units):
+        load, active, result = unit.split()
+        lines += ["1:"] * (at > 0)
+        lines += [f"1:LoadState={load}", f"1:ActiveState={active}", f"1:Result={result}"]
+    return "\n".join(["0 0", *lines, ""]).encode()
+
+
+def test_call_for_several_units_that_failed_names_those_at_fault() -> None:
+    actions = (RELOAD, Action(("systemctl", "restart", "a.service", "b.service", "c.service")))
+    told = "systemctl restart a.service b.service c.service: status 1"
+    good, failed = "loaded active success", "loaded failed exit-code"
+    gone, looping = "not-found inactive success", "loaded activating exit-code"
+    for states, named in (
+        ((good, failed, good), " (b.service)"),
+        ((gone, good, looping), " (a.service, c.service)"),
+        ((good, good, good), ""),  # a job that waited for another's: nobody's own fault
+        ((good, failed), ""),  # not a block for each: whose they are is not known
+    ):
+        assert bootstrap.failed_actions(actions, _states(*states)) == (told + named,), states
+    assert bootstrap.failed_actions(actions, b"0 0\n1 0\n") == ()
+
+
+def test_state_of_units_is_asked_for_by_a_call_for_several_alone() -> None:
+    one, two = (Action(("systemctl", "start", *units)) for units in (("a",), ("a", "b'; reboot")))
+    lines = bootstrap.action_lines((one, two))
+    assert "show" not in lines[0]
+    assert shlex.split(lines[1].partition(" -- ")[2])[:2] == ["a", "b'; reboot"]
 
 
 def test_odd_output_of_the_guest_counts_as_failed() -> None:

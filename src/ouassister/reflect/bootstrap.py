@@ -55,23 +55,81 @@ def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> 
 
 
 def actions_command(actions: Sequence[Action]) -> list[str]:
-    """Arguments for the guest agent: do each action, print its index and exit status."""
-    lines = [
-        f"{shlex.join(action.argv)} >/dev/null 2>&1 </dev/null; echo {index} $?"
-        for index, action in enumerate(actions)
-    ]
-    return ["/bin/sh", "-c", "\n".join(lines)]
+    """Arguments for the guest agent: do each action, print its index and exit status.
+
+    Of a call for several units that failed, the service manager is asked for the state of each.
+    """
+    return ["/bin/sh", "-c", "\n".join(action_lines(actions))]
+
+
+def action_lines(actions: Sequence[Action]) -> list[str]:
+    """The shell's lines of `actions_command`."""
+    lines = []
+    for index, action in enumerate(actions):
+        line = f"{shlex.join(action.argv)} >/dev/null 2>&1 </dev/null; "
+        units = several_units(action)
+        if not units:
+            lines.append(f"{line}echo {index} $?")
+            continue
+        show = f"systemctl show -p LoadState,ActiveState,Result -- {shlex.join(units)}"
+        line += f"s=$?; echo {index} $s; [ $s -eq 0 ] || {show} 2>/dev/null </dev/null"
+        lines.append(f'{line} | while read -r l; do echo "{index}:$l"; done')
+    return lines
+
+
+def several_units(action: Action) -> tuple[str, ...]:
+    """The units of a call of the service manager for more than one; else none."""
+    program, *words = action.argv
+    plain = [word for word in words if not word.startswith("-")]
+    if program not in ("systemctl", "deb-systemd-invoke") or len(plain) < 3:
+        return ()
+    return tuple(plain[1:])
 
 
 def failed_actions(actions: Sequence[Action], output: bytes) -> tuple[str, ...]:
-    """Which actions did not end with status 0; one without a status counts as failed."""
+    """Which actions did not end with status 0; one without a status counts as failed.
+
+    A call for several units is told with those of them that are at fault, where that is known.
+    """
     statuses: dict[str, str] = {}
+    states: dict[str, list[str]] = {}
     for line in output.decode("ascii", "replace").splitlines():
         index, _, status = line.partition(" ")
         if index.isdecimal() and status.isdecimal():
             statuses[index] = status
+        index, colon, state = line.partition(":")
+        if colon and index.isdecimal():
+            states.setdefault(index, []).append(state)
+    told = []
+    for number, action in enumerate(actions):
+        status = statuses.get(str(number), "unknown")
+        if status != "0":
+            units = at_fault(several_units(action), states.get(str(number), []))
+            named = f" ({', '.join(units)})" if units else ""
+            told.append(f"{' '.join(action.argv)}: status {status}{named}")
+    return tuple(told)
+
+
+def at_fault(units: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
+    """Units that are not loaded, have failed, or are not there though nothing ended them well.
+
+    Args:
+        units: As they were asked for.
+        lines: What ``systemctl show`` printed: a block for each unit, in their order.
+    """
+    blocks: list[dict[str, str]] = [{}]
+    for line in lines:
+        key, equals, value = line.partition("=")
+        if equals:
+            blocks[-1][key] = value
+        else:
+            blocks.append({})
+    if len(blocks) < len(units):
+        return ()
     return tuple(
-        f"{' '.join(action.argv)}: status {statuses.get(str(index), 'unknown')}"
-        for index, action in enumerate(actions)
-        if statuses.get(str(index)) != "0"
+        unit
+        for unit, block in zip(units, blocks, strict=False)
+        if block.get("LoadState") != "loaded"
+        or block.get("ActiveState") == "failed"
+        or block.get("Result") not in ("success", None)
     )
