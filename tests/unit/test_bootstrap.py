@@ -20,11 +20,23 @@ def test_time_has_nine_digits_of_nanoseconds() -> None:
 def test_values_are_arguments_of_the_script_and_never_part_of_it() -> None:
     command = bootstrap.apply_command(b"stub", "oua-1", INFO, 5)
     assert command[:2] == ["/bin/sh", "-c"]
-    assert command[3:6] == ["ouassister", "oua-1", str(INFO.applier_blocks)]
+    assert command[3:6] == ["ouassister-reflect", "oua-1", str(INFO.applier_blocks)]
     assert command[7:9] == ["apply", "serial:oua-1"]
     assert "oua-1" not in command[2]
     other = bootstrap.apply_command(b"stub", "$(reboot)", INFO, 5)
-    assert other[2] == command[2]
+    assert "reboot" not in other[2]
+
+
+def test_each_guest_gets_randomness_of_its_own_before_anything_else_runs() -> None:
+    seeds = set()
+    for _ in range(2):
+        script = bootstrap.apply_command(b"stub", "oua-1", INFO, 5)[2]
+        _umask, seed, rest = script.split(";", 2)
+        assert seed.endswith("' 2>/dev/null >/dev/urandom")
+        assert seed.count("\\") == 64
+        assert "exec" in rest
+        seeds.add(seed)
+    assert len(seeds) == 2
 
 
 def test_actions_are_quoted_and_silent() -> None:
@@ -32,8 +44,8 @@ def test_actions_are_quoted_and_silent() -> None:
         Action(("systemctl", "daemon-reload")),
         Action(("modprobe", "a;reboot", "b'c", "\\x2d")),
     )
-    shell, option, script = bootstrap.actions_command(actions)
-    assert (shell, option) == ("/bin/sh", "-c")
+    shell, option, script, name = bootstrap.actions_command(actions)
+    assert (shell, option, name) == ("/bin/sh", "-c", "ouassister-reflect")
     lines = script.splitlines()
     assert len(lines) == 2
     for index, (line, action) in enumerate(zip(lines, actions, strict=True)):

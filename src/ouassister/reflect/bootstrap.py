@@ -11,6 +11,7 @@ agent, then chmod(1) 1.3 s; this 1.2 s.
 
 from __future__ import annotations
 
+import secrets
 import shlex
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 _FILE: Final = "/var/lib/.ouassister-stub"
 
 
+_SEED_BYTES: Final = 64
+# Every shell of ours has this name, and the applier the medium's serial; see `await_command`.
+OURS: Final = "ouassister-reflect"
+
+
 def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> list[str]:
     """Arguments for the guest agent.
 
@@ -33,15 +39,17 @@ def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> 
         medium: What binds the applier to the medium.
         now_ns: The host's time, which the applier sets.
     """
-    # printf(1p): octal escapes, since NUL and others cannot stand in an argument.
-    octal = "".join(f"\\{byte:03o}" for byte in stub)
-    script = f"umask 077; printf '{octal}' >{_FILE} && chmod 700 {_FILE} && exec {_FILE} \"$@\""
+    program, seed = _octal(stub), _octal(secrets.token_bytes(_SEED_BYTES))
+    script = (
+        f"umask 077; printf '{seed}' 2>/dev/null >/dev/urandom;"
+        f" printf '{program}' >{_FILE} && chmod 700 {_FILE} && exec {_FILE} \"$@\""
+    )
     seconds, nanoseconds = divmod(now_ns, 1_000_000_000)
     return [
         "/bin/sh",
         "-c",
         script,
-        "ouassister",
+        OURS,
         serial,
         str(medium.applier_blocks),
         _FILE,
@@ -54,12 +62,26 @@ def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> 
     ]
 
 
+def _octal(data: bytes) -> str:
+    """Escapes of printf(1p), since NUL and others cannot stand in an argument."""
+    return "".join(f"\\{byte:03o}" for byte in data)
+
+
+def await_command() -> list[str]:
+    """Arguments for the guest agent: wait until nothing that an earlier resume began runs.
+
+    The patterns match no word of this command itself.
+    """
+    look = "grep -lszx -e '[o]uassister-reflect' -e 's[e]rial:oua-[0-9a-f]*' /proc/[0-9]*/cmdline"
+    return ["/bin/sh", "-c", f"while {look} >/dev/null; do sleep 0.1; done"]
+
+
 def actions_command(actions: Sequence[Action]) -> list[str]:
     """Arguments for the guest agent: do each action, print its index and exit status.
 
     Of a call for several units that failed, the service manager is asked for the state of each.
     """
-    return ["/bin/sh", "-c", "\n".join(action_lines(actions))]
+    return ["/bin/sh", "-c", "\n".join(action_lines(actions)), OURS]
 
 
 def action_lines(actions: Sequence[Action]) -> list[str]:
