@@ -30,6 +30,7 @@
     ├── DeadlineError              32   a time limit ran out
     ├── ApplyError                 40   reflection failed and was undone
     ├── GateClosedError            41   reflection failed, the gate stays closed
+    ├── GateOpenedError            41   … and was opened all the same, by policy
     └── InterruptedRunError       143   ended by SIGINT or SIGTERM
 
 A class exists when a caller acts differently. ``code`` is stable; scripts may match it.
@@ -304,6 +305,15 @@ class GateClosedError(OUassisterError):
     code = "gate-closed"
     exit_status = 41
     default_hint = "look at the guest's console; 'ouassister resume' takes up where it stopped"
+    impact: ClassVar[Impact] = "unknown"
+
+
+class GateOpenedError(OUassisterError):
+    """Reflection failed and needs a person; the network link is up, as the user had asked for."""
+
+    code = "gate-opened"
+    exit_status = 41
+    default_hint = "'ouassister resume' closes the links and takes up where it stopped"
     impact: ClassVar[Impact] = "unknown"
 
 

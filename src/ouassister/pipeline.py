@@ -10,10 +10,11 @@ reflect        →  ResumeReport      the only step that a guest can feel
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ouassister import offline
 from ouassister.changeset import archive
@@ -28,6 +29,7 @@ from ouassister.guest_shadow import open_guest
 from ouassister.model import Plan, Request, UpdateReport
 from ouassister.packages import apt, update
 from ouassister.provider import qemu
+from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
 from ouassister.sleeping import refuse_running
 from ouassister.state.fence import check_fence
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from ouassister.model import ResumeReport
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.timeline import Timeline
+
+_STAYS_CLOSED: Final = OnFailure()
 
 
 def plan(
@@ -127,7 +131,9 @@ def run_program(
         return status, guest.shadow.output_path("program").read_bytes() if capture else b""
 
 
-def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
+def resume(
+    config: VmConfig, store: Store, timeline: Timeline, on_failure: OnFailure = _STAYS_CLOSED
+) -> ResumeReport:
     """Resume the VM with its links down, apply the pending change set, open the gate.
 
     Raises:
@@ -135,6 +141,7 @@ def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
         StaleError: It was made for another suspension, or is not what was made.
         ApplyError: The guest is as it was suspended, and runs; the gate is closed.
         GateClosedError: It may be partly applied; the gate is closed.
+        GateOpenedError: It may be partly applied; ``on_failure`` has opened the gate.
     """
     with _named(config, store):
         row = store.pending(config.name)
@@ -148,7 +155,10 @@ def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
         # A save file that is still in its place was never resumed (`reflection.retire_save`).
         if not again or (config.save.exists() and not qemu.is_running(config)):
             check_fence(changeset.fence)
-        with tempfile.TemporaryDirectory(prefix="medium-", dir=store.vm_folder(config.name)) as tmp:
+        folder = store.vm_folder(config.name)
+        for stale in folder.glob("medium-*"):  # of a resume that was killed
+            shutil.rmtree(stale)
+        with tempfile.TemporaryDirectory(prefix="medium-", dir=folder) as tmp:
             try:
                 return reflect(
                     config,
@@ -158,6 +168,7 @@ def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
                     timeline,
                     on_state=lambda state: store.set_state(changeset.changeset_id, state),
                     again=again,
+                    on_failure=on_failure,
                 )
             except OUassisterError as error:
                 store.log(config.name, "resume", "failed", f"{error.code}: {error.message}")

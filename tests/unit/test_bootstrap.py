@@ -20,20 +20,32 @@ def test_time_has_nine_digits_of_nanoseconds() -> None:
 def test_values_are_arguments_of_the_script_and_never_part_of_it() -> None:
     command = bootstrap.apply_command(b"stub", "oua-1", INFO, 5)
     assert command[:2] == ["/bin/sh", "-c"]
-    assert command[3:6] == ["ouassister", "oua-1", str(INFO.applier_blocks)]
+    assert command[3:6] == ["ouassister-reflect", "oua-1", str(INFO.applier_blocks)]
     assert command[7:9] == ["apply", "serial:oua-1"]
     assert "oua-1" not in command[2]
     other = bootstrap.apply_command(b"stub", "$(reboot)", INFO, 5)
-    assert other[2] == command[2]
+    assert "reboot" not in other[2]
+
+
+def test_each_guest_gets_randomness_of_its_own_before_anything_else_runs() -> None:
+    seeds = set()
+    for _ in range(2):
+        script = bootstrap.apply_command(b"stub", "oua-1", INFO, 5)[2]
+        _umask, seed, rest = script.split(";", 2)
+        assert seed.endswith("' 2>/dev/null >/dev/urandom")
+        assert seed.count("\\") == 64
+        assert "exec" in rest
+        seeds.add(seed)
+    assert len(seeds) == 2
 
 
 def test_actions_are_quoted_and_silent() -> None:
     actions = (
         Action(("systemctl", "daemon-reload")),
-        Action(("systemctl", "start", "a;reboot", "b'c", "\\x2d")),
+        Action(("modprobe", "a;reboot", "b'c", "\\x2d")),
     )
-    shell, option, script = bootstrap.actions_command(actions)
-    assert (shell, option) == ("/bin/sh", "-c")
+    shell, option, script, name = bootstrap.actions_command(actions)
+    assert (shell, option, name) == ("/bin/sh", "-c", "ouassister-reflect")
     lines = script.splitlines()
     assert len(lines) == 2
     for index, (line, action) in enumerate(zip(lines, actions, strict=True)):
@@ -50,6 +62,40 @@ def test_action_without_a_good_status_has_failed() -> None:
         "systemctl start 2.service: status unknown",
     )
     assert bootstrap.failed_actions((), b"") == ()
+
+
+RELOAD = Action(("systemctl", "daemon-reload"))
+
+
+def _states(*units: str) -> bytes:
+    lines = ["1 1"]
+    for at, unit in enumerate(units):
+        load, active, result = unit.split()
+        lines += ["1:"] * (at > 0)
+        lines += [f"1:LoadState={load}", f"1:ActiveState={active}", f"1:Result={result}"]
+    return "\n".join(["0 0", *lines, ""]).encode()
+
+
+def test_call_for_several_units_that_failed_names_those_at_fault() -> None:
+    actions = (RELOAD, Action(("systemctl", "restart", "a.service", "b.service", "c.service")))
+    told = "systemctl restart a.service b.service c.service: status 1"
+    good, failed = "loaded active success", "loaded failed exit-code"
+    gone, looping = "not-found inactive success", "loaded activating exit-code"
+    for states, named in (
+        ((good, failed, good), " (b.service)"),
+        ((gone, good, looping), " (a.service, c.service)"),
+        ((good, good, good), ""),  # a job that waited for another's: nobody's own fault
+        ((good, failed), ""),  # not a block for each: whose they are is not known
+    ):
+        assert bootstrap.failed_actions(actions, _states(*states)) == (told + named,), states
+    assert bootstrap.failed_actions(actions, b"0 0\n1 0\n") == ()
+
+
+def test_state_of_units_is_asked_for_by_a_call_for_several_alone() -> None:
+    one, two = (Action(("systemctl", "start", *units)) for units in (("a",), ("a", "b'; reboot")))
+    lines = bootstrap.action_lines((one, two))
+    assert "show" not in lines[0]
+    assert shlex.split(lines[1].partition(" -- ")[2])[:2] == ["a", "b'; reboot"]
 
 
 def test_odd_output_of_the_guest_counts_as_failed() -> None:

@@ -212,6 +212,55 @@ def test_what_a_script_only_starts_is(verb: str) -> None:
     assert told[-1] == Action(("systemctl", "try-restart", "nginx.service"))
 
 
+def call(*words: str) -> Action:
+    return Action(("systemctl", *words))
+
+
+def test_neighbours_with_the_same_verb_become_one_call() -> None:
+    recorded = [
+        call("start", "a.service"),
+        RELOAD,
+        call("start", "b.service", "a.service"),
+        call("restart", "c.service"),
+        call("restart", "d.service"),
+        call("start", "e.service"),
+        RELOAD,
+    ]
+    assert actions.coalesce(recorded, []) == (
+        RELOAD,
+        call("start", "a.service", "b.service"),
+        call("restart", "c.service", "d.service"),
+        call("start", "e.service"),
+    )
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (call("start", "a.service"), call("--no-block", "start", "b.service")),
+        (call("start", "a.service"), call("start", "--no-block", "b.service")),
+        (call("-H", "other", "start", "a.service"), call("-H", "other", "start", "b.service")),
+        (call("start", "a.service"), Action(("deb-systemd-invoke", "start", "b.service"))),
+        (Action(("invoke-rc.d", "a", "start")), Action(("invoke-rc.d", "b", "start"))),
+        (call("enable", "a.service"), call("enable", "b.service")),
+        (Action(("modprobe", "start", "a")), Action(("modprobe", "start", "b"))),
+    ],
+)
+def test_calls_that_mean_different_things_stay_apart(pair: tuple[Action, Action]) -> None:
+    assert actions.coalesce(pair, []) == pair
+
+
+def test_calls_with_equal_options_become_one_and_none_is_too_long() -> None:
+    one, two = (Action(("deb-systemd-invoke", "--no-dbus", "restart", unit)) for unit in "ab")
+    assert actions.merge([one, two]) == [
+        Action(("deb-systemd-invoke", "--no-dbus", "restart", "a", "b"))
+    ]
+    many = [call("start", f"u{number}.service") for number in range(300)]
+    told = actions.merge(many)
+    assert [len(action.argv) - 2 for action in told] == [128, 128, 44]
+    assert [unit for action in told for unit in action.argv[2:]] == [one.argv[2] for one in many]
+
+
 def test_guest_agent_is_restarted_when_it_is_not_needed_any_more() -> None:
     agent = "qemu-guest-agent.service"
     timer = Action(("systemd-run", "--on-active=30", "systemctl", "try-restart", agent))

@@ -161,6 +161,13 @@ def test_long_folder_is_fine_because_sockets_are_relative(tmp_path: Path) -> Non
     assert config.short(config.qmp) == "qmp.sock"
 
 
+def test_link_that_was_down_is_said_to_stay_so(folder: Path) -> None:
+    text = GOOD.replace('device = "nic0"', 'device = "nic0"\nstays_down = true')
+    config = _load(folder, text)
+    assert config.nets == (vmtoml.Net("nic0", "net0", stays_down=True),)
+    assert _load(folder, vmtoml.dump(config)).nets == config.nets
+
+
 def test_doubled_commas_are_one_comma() -> None:
     options = cmdline.parse("driver=file,filename=a,,b=c,node-name=n")
     assert options == {"driver": "file", "filename": "a,b=c", "node-name": "n"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from tests.vm.repository import Package
@@ -61,6 +62,22 @@ def store(version: str) -> Package:
             "postinst": f"echo {version} >>/srv/oua-store\nsystemctl daemon-reload\n"
             "systemctl restart oua-store.service",
         },
+    )
+
+
+def many(services: int) -> Package:
+    """Services that a script starts one by one; the last one fails."""
+    units = {
+        f"/lib/systemd/system/oua-many{number}.service": "[Service]\nType=oneshot\n"
+        f"RemainAfterExit=yes\nExecStart=/bin/{'true' if number < services else 'false'}\n"
+        for number in range(1, services + 1)
+    }
+    calls = [f"systemctl start {Path(path).name} || true" for path in units]
+    return Package(
+        "oua-many",
+        "1.0",
+        files=units,
+        scripts={"postinst": "\n".join(["systemctl daemon-reload", *calls])},
     )
 
 
@@ -210,6 +227,17 @@ AFTER: Final = (
         scripts={"postinst": "perl -e 'syscall(250, 0, -3, 1)'"},  # keyctl(KEYCTL_GET_KEYRING_ID)
     ),
     store("2.0"),
+    many(4),
+    # With it the daemon does not start again, for as long as the file is there.
+    Package(
+        "oua-spoil",
+        "1.0",
+        files={
+            "/srv/oua-spoil": "in the way\n",
+            "/lib/systemd/system/oua-daemon.service.d/spoil.conf": "[Service]\n"
+            "ExecStartPre=/usr/bin/test ! -e /srv/oua-spoil\n",
+        },
+    ),
     Package(
         "oua-slow",
         "1.0",

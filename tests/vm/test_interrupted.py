@@ -7,20 +7,16 @@ import select
 import signal
 import subprocess
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from tests.vm.world import NOTHING, World, leftovers
+from tests.vm.world import NOTHING, World, leftovers, with_capture
 
 from ouassister.demo.frames import count_frames
-from ouassister.provider import qemu, vmtoml
+from ouassister.provider import qemu
 from ouassister.provider.qga import Qga
 from ouassister.reflect import reflection
 from ouassister.testing import guest_run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -101,15 +97,6 @@ def test_vm_started_by_somebody_ends_the_update_and_runs_on(world: World) -> Non
     assert _settled(world) == NOTHING
 
 
-def _with_capture(world: World) -> Path:
-    """Record the frames of the VM's network."""
-    config = world.config
-    option = f"filter-dump,id=frames,netdev={config.nets[0].netdev},file=frames.pcap"
-    captured = replace(config, command=(*config.command, "-object", option))
-    world.toml.write_text(vmtoml.dump(captured))
-    return config.folder / "frames.pcap"
-
-
 @pytest.mark.parametrize("step", ["stage-write", "commit-rename", "marker-write"])
 def test_applier_killed_in_the_middle_keeps_the_gate_closed_and_is_finished_by_resume(
     world: World, step: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -121,7 +108,7 @@ def test_applier_killed_in_the_middle_keeps_the_gate_closed_and_is_finished_by_r
 
     faulty = request.config.rootpath / "build" / "guest" / "applier-faults"
     assert faulty.exists(), "'make guest-tests' builds it"
-    capture = _with_capture(world)
+    capture = with_capture(world)
     assert world.run("update").status == 0
     execute = Qga.execute
 

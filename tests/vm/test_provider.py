@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -112,6 +113,18 @@ def test_no_frame_passes_while_the_links_are_down(clone: Path, tmp_path: Path) -
         http_get(vm)
         assert capture.stat().st_size > PCAP_HEADER
         vm.quit()
+
+
+def test_link_that_stays_down_is_not_opened_with_the_gate(clone: Path, tmp_path: Path) -> None:
+    config = vmtoml.load(clone)
+    nets = tuple(replace(net, stays_down=True) for net in config.nets)
+    with qemu.restore(replace(config, nets=nets), links_up=False) as vm:
+        vm.add_frame_capture("net0", tmp_path / "frames.pcap")
+        vm.set_links(up=True)
+        vm.cont()
+        guest_run(vm, ["/bin/bash", "-c", SEND], check=False)
+        assert (tmp_path / "frames.pcap").stat().st_size == PCAP_HEADER
+        vm.kill()
 
 
 def test_truncated_save_is_refused_and_leaves_no_process(clone: Path) -> None:

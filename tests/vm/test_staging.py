@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.vm import packages
 from tests.vm.repository import build
+from tests.vm.world import with_capture
 
 from ouassister import pipeline
 from ouassister.demo.frames import count_frames
-from ouassister.provider import qemu, vmtoml
+from ouassister.provider import qemu
 from ouassister.provider.qemu import RunningVM
 from ouassister.store.database import Store
 from ouassister.testing import guest_run
@@ -29,15 +29,6 @@ def _out(vm: RunningVM, script: str) -> str:
     return guest_run(vm, script, timeout_s=120).stdout.decode().strip()
 
 
-def _with_capture(world: World) -> Path:
-    """Record the frames of the VM's network."""
-    config = world.config
-    option = f"filter-dump,id=frames,netdev={config.nets[0].netdev},file=frames.pcap"
-    captured = replace(config, command=(*config.command, "-object", option))
-    world.toml.write_text(vmtoml.dump(captured))
-    return config.folder / "frames.pcap"
-
-
 def _modes(update: dict[str, list[dict[str, str]]]) -> dict[str, tuple[str, str]]:
     return {one["name"]: (one["mode"], one["reason"]) for one in update["modes"]}
 
@@ -45,7 +36,7 @@ def _modes(update: dict[str, list[dict[str, str]]]) -> dict[str, tuple[str, str]
 def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is_emulated(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture = _with_capture(world)
+    capture = with_capture(world)
     before = world.hashes()
     wish = [
         word
@@ -109,7 +100,7 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
 def test_package_that_fails_everywhere_leaves_the_gate_closed_with_the_words_of_dpkg(
     world: World,
 ) -> None:
-    capture = _with_capture(world)
+    capture = with_capture(world)
     update = world.run("update", "--install", "oua-broken")
     assert update.status == 0, update
     assert _modes(update.result)["oua-broken"][0] == "staged"  # all of it

@@ -83,6 +83,15 @@ def use_mirror(toml: Path, port: int) -> None:
     toml.write_text(vmtoml.dump(config))
 
 
+def with_capture(world: World) -> Path:
+    """Record the frames of the VM's network from now on; returns the capture."""
+    config = world.config
+    option = f"filter-dump,id=frames,netdev={config.nets[0].netdev},file=frames.pcap"
+    captured = replace(config, command=(*config.command, "-object", option))
+    world.toml.write_text(vmtoml.dump(captured))
+    return config.folder / "frames.pcap"
+
+
 def leftovers(home: Path) -> dict[str, list[str]]:
     """What a run may never leave: processes, mounts, loop devices, work folders."""
     word = str(home)

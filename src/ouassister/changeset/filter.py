@@ -40,6 +40,7 @@ _APT_CACHE = "a cache that apt makes again"
 _APT_LISTS = "downloaded indexes; the guest's own 'apt-get update' fetches its own"
 _APT_STAMP = "tells when the indexes were fetched, and those do not travel"
 _INODE_CACHE = "a cache keyed by inode numbers or directory times, which are others in the guest"
+_OURS = "what earlier reflections left in the guest: marker, attestation, journal"
 _LOG = "a log of the run; the report of the run has it"
 
 RULES: tuple[Rule, ...] = (
@@ -61,6 +62,7 @@ RULES: tuple[Rule, ...] = (
     Rule(b"/var/lib/dpkg/lock-frontend", _LOCK),
     Rule(b"/var/lib/dpkg/triggers/Lock", _LOCK),
     Rule(b"/var/lib/apt/daily_lock", _LOCK),
+    Rule(b"/var/lib/ouassister", _OURS),
     Rule(b"/var/cache/apt/*", _APT_CACHE),
     Rule(b"/var/lib/apt/lists/*", _APT_LISTS),
     Rule(b"/var/lib/apt/periodic/*", _APT_STAMP),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
+import re
+from typing import TYPE_CHECKING, Final
 
 from ouassister import codec, pipeline
 from ouassister.cli import common
@@ -10,15 +12,35 @@ from ouassister.store.database import Store
 from ouassister.text import size, table
 
 if TYPE_CHECKING:
-    import argparse
-
     from ouassister.model import ResumeReport
 
 
+_OPEN_AFTER: Final = re.compile(r"open-after=([0-9]{1,6})")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The VM."""
+    """The VM, and what becomes of the gate."""
     common.add_vm(parser)
+    parser.add_argument(
+        "--on-failure",
+        type=_on_failure,
+        default=pipeline.OnFailure(),
+        metavar="POLICY",
+        help="closed (default), or open-after=SECONDS: the links go up although it failed",
+    )
     parser.add_argument("--quiet", action="store_true", help="no story on standard error")
+
+
+def _on_failure(word: str) -> pipeline.OnFailure:
+    if word == "closed":
+        return pipeline.OnFailure()
+    if match := _OPEN_AFTER.fullmatch(word):
+        return pipeline.OnFailure(float(match[1]))
+    if word.startswith("quarantine"):
+        raise argparse.ArgumentTypeError(
+            "a quarantine network is not supported: say closed or open-after=SECONDS"
+        )
+    raise argparse.ArgumentTypeError(f"{word!r} is neither closed nor open-after=SECONDS")
 
 
 def run(arguments: argparse.Namespace) -> common.Result:
@@ -26,7 +48,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
     with Store() as store:
         config = common.find_vm(store, arguments.vm)
         story = common.timeline(arguments, store, config)
-        report = pipeline.resume(config, store, story)
+        report = pipeline.resume(config, store, story, arguments.on_failure)
     status = common.REBOOT_NEEDED if report.reboot_needed else 0
     if report.failed_actions:
         status = common.PARTIAL

@@ -189,12 +189,14 @@ class RunningVM:
         self.qmp.execute("cont")
 
     def set_links(self, *, up: bool) -> None:
-        """Open or close every link of the gate.
+        """Open or close every link of the gate; one that stays down is not opened.
 
         Both ends are set: a link that is down at the NIC alone still passes frames of the back
         end to a netdev's filters (net/net.c, qemu_send_packet_async_with_flags).
         """
         for net in self.config.nets:
+            if up and net.stays_down:
+                continue
             ends = (net.netdev, net.device) if up else (net.device, net.netdev)
             for end in filter(None, ends):
                 self.qmp.execute("set_link", name=end, up=up)

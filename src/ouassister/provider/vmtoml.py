@@ -43,10 +43,11 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Net:
-    """A network device whose link is part of the gate."""
+    """A network device whose link is part of the gate; one that stays down is never opened."""
 
     device: str
     netdev: str  # its back end, found in the command; "" when it has none
+    stays_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,7 @@ def dump(config: VmConfig) -> str:
         lines += [f"guest = {quote(disk.guest)}"] if disk.guest else []
     for net in config.nets:
         lines += ["", "[[net]]", f"device = {quote(net.device)}"]
+        lines += ["stays_down = true"] if net.stays_down else []
     if config.medium_bus:
         lines += ["", "[medium]", f"bus = {quote(config.medium_bus)}"]
     return "\n".join(lines) + "\n"
@@ -268,10 +270,11 @@ def _same(one: Path, other: Path) -> bool:
 
 def _net(table: _Table, options: list[tuple[str, Options]]) -> Net:
     device = table.text("device")
+    stays_down = table.flag("stays_down")
     table.end()
     for values in devices(options):
         if values.get("id") == device:
-            return Net(device, values.get("netdev", ""))
+            return Net(device, values.get("netdev", ""), stays_down)
     raise table.error("device", f"is {device!r}, which no -device of the command has as its id")
 
 

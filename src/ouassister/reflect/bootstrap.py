@@ -11,6 +11,7 @@ agent, then chmod(1) 1.3 s; this 1.2 s.
 
 from __future__ import annotations
 
+import secrets
 import shlex
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 _FILE: Final = "/var/lib/.ouassister-stub"
 
 
+_SEED_BYTES: Final = 64
+# Every shell of ours has this name, and the applier the medium's serial; see `await_command`.
+OURS: Final = "ouassister-reflect"
+
+
 def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> list[str]:
     """Arguments for the guest agent.
 
@@ -33,15 +39,17 @@ def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> 
         medium: What binds the applier to the medium.
         now_ns: The host's time, which the applier sets.
     """
-    # printf(1p): octal escapes, since NUL and others cannot stand in an argument.
-    octal = "".join(f"\\{byte:03o}" for byte in stub)
-    script = f"umask 077; printf '{octal}' >{_FILE} && chmod 700 {_FILE} && exec {_FILE} \"$@\""
+    program, seed = _octal(stub), _octal(secrets.token_bytes(_SEED_BYTES))
+    script = (
+        f"umask 077; printf '{seed}' 2>/dev/null >/dev/urandom;"
+        f" printf '{program}' >{_FILE} && chmod 700 {_FILE} && exec {_FILE} \"$@\""
+    )
     seconds, nanoseconds = divmod(now_ns, 1_000_000_000)
     return [
         "/bin/sh",
         "-c",
         script,
-        "ouassister",
+        OURS,
         serial,
         str(medium.applier_blocks),
         _FILE,
@@ -54,24 +62,96 @@ def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> 
     ]
 
 
+def _octal(data: bytes) -> str:
+    """Escapes of printf(1p), since NUL and others cannot stand in an argument."""
+    return "".join(f"\\{byte:03o}" for byte in data)
+
+
+def await_command() -> list[str]:
+    """Arguments for the guest agent: wait until nothing that an earlier resume began runs.
+
+    The patterns match no word of this command itself.
+    """
+    look = "grep -lszx -e '[o]uassister-reflect' -e 's[e]rial:oua-[0-9a-f]*' /proc/[0-9]*/cmdline"
+    return ["/bin/sh", "-c", f"while {look} >/dev/null; do sleep 0.1; done"]
+
+
 def actions_command(actions: Sequence[Action]) -> list[str]:
-    """Arguments for the guest agent: do each action, print its index and exit status."""
-    lines = [
-        f"{shlex.join(action.argv)} >/dev/null 2>&1 </dev/null; echo {index} $?"
-        for index, action in enumerate(actions)
-    ]
-    return ["/bin/sh", "-c", "\n".join(lines)]
+    """Arguments for the guest agent: do each action, print its index and exit status.
+
+    Of a call for several units that failed, the service manager is asked for the state of each.
+    """
+    return ["/bin/sh", "-c", "\n".join(action_lines(actions)), OURS]
+
+
+def action_lines(actions: Sequence[Action]) -> list[str]:
+    """The shell's lines of `actions_command`."""
+    lines = []
+    for index, action in enumerate(actions):
+        line = f"{shlex.join(action.argv)} >/dev/null 2>&1 </dev/null; "
+        units = several_units(action)
+        if not units:
+            lines.append(f"{line}echo {index} $?")
+            continue
+        show = f"systemctl show -p LoadState,ActiveState,Result -- {shlex.join(units)}"
+        line += f"s=$?; echo {index} $s; [ $s -eq 0 ] || {show} 2>/dev/null </dev/null"
+        lines.append(f'{line} | while read -r l; do echo "{index}:$l"; done')
+    return lines
+
+
+def several_units(action: Action) -> tuple[str, ...]:
+    """The units of a call of the service manager for more than one; else none."""
+    program, *words = action.argv
+    plain = [word for word in words if not word.startswith("-")]
+    if program not in ("systemctl", "deb-systemd-invoke") or len(plain) < 3:
+        return ()
+    return tuple(plain[1:])
 
 
 def failed_actions(actions: Sequence[Action], output: bytes) -> tuple[str, ...]:
-    """Which actions did not end with status 0; one without a status counts as failed."""
+    """Which actions did not end with status 0; one without a status counts as failed.
+
+    A call for several units is told with those of them that are at fault, where that is known.
+    """
     statuses: dict[str, str] = {}
+    states: dict[str, list[str]] = {}
     for line in output.decode("ascii", "replace").splitlines():
         index, _, status = line.partition(" ")
         if index.isdecimal() and status.isdecimal():
             statuses[index] = status
+        index, colon, state = line.partition(":")
+        if colon and index.isdecimal():
+            states.setdefault(index, []).append(state)
+    told = []
+    for number, action in enumerate(actions):
+        status = statuses.get(str(number), "unknown")
+        if status != "0":
+            units = at_fault(several_units(action), states.get(str(number), []))
+            named = f" ({', '.join(units)})" if units else ""
+            told.append(f"{' '.join(action.argv)}: status {status}{named}")
+    return tuple(told)
+
+
+def at_fault(units: Sequence[str], lines: Sequence[str]) -> tuple[str, ...]:
+    """Units that are not loaded, have failed, or are not there though nothing ended them well.
+
+    Args:
+        units: As they were asked for.
+        lines: What ``systemctl show`` printed: a block for each unit, in their order.
+    """
+    blocks: list[dict[str, str]] = [{}]
+    for line in lines:
+        key, equals, value = line.partition("=")
+        if equals:
+            blocks[-1][key] = value
+        else:
+            blocks.append({})
+    if len(blocks) < len(units):
+        return ()
     return tuple(
-        f"{' '.join(action.argv)}: status {statuses.get(str(index), 'unknown')}"
-        for index, action in enumerate(actions)
-        if statuses.get(str(index)) != "0"
+        unit
+        for unit, block in zip(units, blocks, strict=False)
+        if block.get("LoadState") != "loaded"
+        or block.get("ActiveState") == "failed"
+        or block.get("Result") not in ("success", None)
     )

@@ -8,31 +8,36 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.medium import MediumInfo, write_medium
 from ouassister.errors import (
-    ApplyError,
+    AgentError,
     DeadlineError,
     GateClosedError,
     HostNotReadyError,
+    InterruptedRunError,
     OUassisterError,
+    QemuRefusedError,
     StateError,
 )
-from ouassister.model import Phase, ResumeReport
+from ouassister.model import Phase, ResumeReport, StagedState
 from ouassister.provider import qemu
-from ouassister.reflect import applier_protocol, bootstrap, staged
+from ouassister.reflect import applier_protocol, bootstrap, gate, staged, verify
+from ouassister.reflect.verify import Verification
+from ouassister.state.fence import check_fence
 from ouassister.store.database import ChangesetState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ouassister.model import Action, Changeset, StagedState
+    from ouassister.model import Action, Changeset
     from ouassister.provider.qemu import RunningVM
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.reflect.applier_protocol import ApplierResult
+    from ouassister.reflect.gate import OnFailure
     from ouassister.timeline import Timeline
 
 APPLIER: Final = Path(__file__).parent / "bin" / "applier-x86_64"
@@ -40,8 +45,11 @@ STUB: Final = Path(__file__).parent / "bin" / "stub-x86_64"
 APPLY_S: Final = 900.0
 _POLL_S: Final = 0.02  # between two looks at the applier
 _ACTIONS_S: Final = 600.0
-_GATE_HINT: Final = (
-    "the VM runs with its links down; look at its console, then 'ouassister resume' tries again"
+# What each of the applier's phases proves; one that takes up an earlier run lacks some.
+_OF_APPLIER: Final = (
+    ("stage", "every byte of the change set by its SHA-256, in the guest"),
+    ("stage", "every replaced or deleted path was as planned"),
+    ("verify", "every path in place: inode, size and mode"),
 )
 
 
@@ -54,6 +62,15 @@ class Medium:
     serial: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What came of all that follows the files."""
+
+    failed_actions: tuple[str, ...]
+    staged: tuple[StagedState, ...]
+    verification: Verification
+
+
 def reflect(
     config: VmConfig,
     changeset: Changeset,
@@ -63,6 +80,7 @@ def reflect(
     *,
     on_state: Callable[[ChangesetState], None],
     again: bool,
+    on_failure: OnFailure,
 ) -> ResumeReport:
     """Resume the VM and make the change set true in it.
 
@@ -74,10 +92,12 @@ def reflect(
         timeline: Takes the story.
         on_state: Records how far the change set got, durably.
         again: An earlier resume stopped half-way.
+        on_failure: What becomes of the gate then.
 
     Raises:
-        ApplyError: The guest is as it was suspended; the gate is closed.
+        ApplyError: The guest is as it was suspended; the gate is closed, but for the policy.
         GateClosedError: Nobody knows how far it got; the gate is closed.
+        GateOpenedError: As before; the policy has opened the gate.
         StaleError: The guest is not the one the change set was made for; the gate is closed.
     """
     with timeline.phase("write medium"):
@@ -85,7 +105,7 @@ def reflect(
     on_state(ChangesetState.APPLYING)
     with timeline.phase("restore, links down"):
         try:
-            vm = _find(config) if again and qemu.is_running(config) else _restore(config)
+            vm = _find(config, changeset) if again and qemu.is_running(config) else _restore(config)
         except BaseException:
             if not again:
                 on_state(ChangesetState.READY)
@@ -105,33 +125,20 @@ def reflect(
             vm.cont()
             with timeline.phase("apply"):
                 result = _apply(vm, medium)
-            states: tuple[StagedState, ...] = ()
-            asked, last = staged.split(changeset)
-            with timeline.phase("actions"):
-                failed = _act(vm, asked)
-            if changeset.staged:
-                with timeline.phase("install staged packages"):
-                    installed = staged.install(vm, changeset, _GATE_HINT)
-                states = installed.states
-                with timeline.phase("restarts"):
-                    failed += _act(vm, staged.due(changeset.restarts, last, installed))
+            done = _finish(vm, changeset, result, timeline)
             with timeline.phase("open gate"):
                 vm.set_links(up=True)
             online_s = time.monotonic() - start
-        except (ApplyError, GateClosedError) as error:
-            if isinstance(error, ApplyError):
-                on_state(ChangesetState.FAILED)
-            raise
         except OUassisterError as error:
-            if error.exit_status in (21, 22, 23):  # the applier refused: nothing was touched
+            failure = gate.judge(error)
+            if not isinstance(failure, GateClosedError):
                 on_state(ChangesetState.FAILED)
-                error.hint = _GATE_HINT
-                raise
-            raise GateClosedError(error.message, hint=_GATE_HINT) from error
+            if not isinstance(error, InterruptedRunError):
+                failure = gate.after_failure(vm, failure, on_failure, timeline)
+            raise failure from (None if failure is error else error)
         on_state(ChangesetState.APPLIED)
         notes = _detach(vm, timeline)
-    report = _report(changeset, result, failed, timeline, online_s, notes)
-    return replace(report, staged=states)
+    return _report(changeset, result, done, timeline, online_s, notes)
 
 
 def _write_medium(changeset: Changeset, layer: Path, folder: Path) -> Medium:
@@ -171,12 +178,23 @@ def _restore(config: VmConfig) -> RunningVM:
     return qemu.restore(config, links_up=False)
 
 
-def _find(config: VmConfig) -> RunningVM:
-    """Take over the VM as an earlier resume left it."""
+def _find(config: VmConfig, changeset: Changeset) -> RunningVM:
+    """Take over the VM as an earlier resume left it, which may have been killed at any moment."""
     vm = qemu.attach(config)
+    if config.save.exists() and vm.status() != "running":  # see `retire_save`: it never ran
+        vm.kill()
+        check_fence(changeset.fence)
+        return _restore(config)
     vm.set_links(up=False)
-    with contextlib.suppress(OUassisterError):  # it may have none, or not be able to let go
-        vm.detach_medium(timeout_s=5)
+    vm.cont()
+    try:
+        # The medium must not go while somebody reads it, nor may things be done twice at once.
+        vm.qga().run(bootstrap.await_command(), timeout_s=APPLY_S)
+        with contextlib.suppress(QemuRefusedError):  # it has none
+            vm.detach_medium()
+    except (AgentError, DeadlineError) as error:
+        message = f"what an earlier resume began in the guest does not end: {error.message}"
+        raise GateClosedError(message, hint=gate.HINT) from error
     return vm
 
 
@@ -186,7 +204,7 @@ def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
     try:
         done = vm.qga().run(command, timeout_s=APPLY_S, most_s=_POLL_S)
     except DeadlineError as error:
-        raise GateClosedError(f"the guest: {error.message}", hint=_GATE_HINT) from error
+        raise GateClosedError(f"the guest: {error.message}", hint=gate.HINT) from error
     try:
         result = applier_protocol.parse_output(done.stdout)
     except applier_protocol.ProtocolError as error:
@@ -196,6 +214,36 @@ def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
     if failure is not None:
         raise failure
     return result
+
+
+def _finish(
+    vm: RunningVM, changeset: Changeset, result: ApplierResult, timeline: Timeline
+) -> _Finished:
+    """What follows the files: actions, staged packages, restarts, verification.
+
+    Raises:
+        GateClosedError: A staged package is not installed, or the verification met a problem.
+    """
+    states: tuple[StagedState, ...] = ()
+    failed: tuple[str, ...] = ()
+    actions, last = staged.split(changeset)
+    if changeset.staged:
+        with timeline.phase("actions"):
+            failed = _act(vm, actions)
+        with timeline.phase("install staged packages"):
+            installed = staged.install(vm, changeset, gate.HINT)
+        states = installed.states
+        actions = staged.due(changeset.restarts, last, installed)
+    with timeline.phase("restarts and verification" if states else "actions and verification"):
+        command = verify.command(changeset, actions)
+        done = vm.qga().run(command, timeout_s=_ACTIONS_S, most_s=_POLL_S)
+    failed += bootstrap.failed_actions(actions, done.stdout)
+    since_ms = result.ended_ms - sum(milliseconds for _name, milliseconds in result.phases_ms)
+    verification = verify.judge(changeset, since_ms, done.stdout)
+    if verification.problems:
+        words = "; ".join((*verification.problems, *failed))
+        raise GateClosedError(f"verification in the guest: {words}", hint=gate.HINT)
+    return _Finished(failed, states, verification)
 
 
 def _act(vm: RunningVM, actions: tuple[Action, ...]) -> tuple[str, ...]:
@@ -219,30 +267,31 @@ def _detach(vm: RunningVM, timeline: Timeline) -> tuple[str, ...]:
 def _report(
     changeset: Changeset,
     result: ApplierResult,
-    failed: tuple[str, ...],
+    done: _Finished,
     timeline: Timeline,
     online_s: float,
     notes: tuple[str, ...],
 ) -> ResumeReport:
+    done_phases = {name for name, _milliseconds in result.phases_ms}
     return ResumeReport(
         vm=changeset.vm,
         changeset_id=changeset.changeset_id,
         result=str(result.outcome),
         files=result.files,
         bytes=result.size_bytes,
-        failed_actions=failed,
+        failed_actions=done.failed_actions,
         verified=(
-            "every byte of the change set by its SHA-256, in the guest",
-            "every replaced or deleted path was as planned",
-            "every path in place: inode, size and mode",
+            *(words for phase, words in _OF_APPLIER if phase in done_phases),
             *(("version and state of every staged package",) if changeset.staged else ()),
+            *done.verification.verified,
         ),
         reboot_needed=changeset.reboot_needed,
-        notes=(*changeset.notes, *notes),
+        notes=(*changeset.notes, *done.verification.notes, *notes),
         phases=timeline.phases,
         guest_phases=tuple(
             Phase(name, round(milliseconds / 1000, 4)) for name, milliseconds in result.phases_ms
         ),
         restore_s=round(timeline.seconds("restore, links down"), 4),
         online_s=round(online_s, 4),
+        staged=done.staged,
     )
