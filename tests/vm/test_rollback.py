@@ -1,0 +1,129 @@
+"""The last update is taken back in the running guest, and the guest itself says that it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ouassister import pipeline
+from ouassister.demo.frames import count_frames
+from ouassister.provider import qemu, vmtoml
+from ouassister.provider.qemu import RunningVM
+from ouassister.reflect import rollback
+from ouassister.store.database import Store
+from ouassister.testing import guest_run
+from ouassister.timeline import Timeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.vm.world import World
+
+    from ouassister.model import Action
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+
+# Packages, their files with owners and times, and the database itself.
+_TELL = (
+    "dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\\n';"
+    " cd /; find etc/oua* etc/systemd/system usr/bin/oua* usr/share/oua* usr/lib/oua*"
+    " lib/systemd/system/oua* var/lib/dpkg/info -name 'oua*'"
+    " -exec stat -c '%n %F %a %u:%g %s %Y %h' {} + | sort;"
+    " find usr/share/oua* -type l -printf '%p %l\\n' | sort;"
+    " cd /; find usr/bin/oua* usr/share/oua* etc/oua* var/lib/dpkg/info/oua* var/lib/dpkg/status"
+    " var/lib/apt/extended_states -type f -exec sha256sum {} + | sort"
+)
+_KNOCK = "echo knock >/dev/udp/10.0.2.2/9 || true"
+
+
+def _out(vm: RunningVM, script: str) -> str:
+    return guest_run(vm, script, timeout_s=120).stdout.decode().strip()
+
+
+def _with_capture(world: World) -> Path:
+    """Record the frames of the VM's network."""
+    config = world.config
+    option = f"filter-dump,id=frames,netdev={config.nets[0].netdev},file=frames.pcap"
+    captured = replace(config, command=(*config.command, "-object", option))
+    world.toml.write_text(vmtoml.dump(captured))
+    return config.folder / "frames.pcap"
+
+
+def test_update_is_taken_back_in_the_running_guest(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = _with_capture(world)
+    before = world.run("run", "--", "sh", "-c", _TELL).result["output"].strip()
+    assert "oua-hello 1.0 ii" in before
+    nothing = world.run("rollback")
+    assert (nothing.status, nothing.code) == (20, "rollback-refused")
+    assert world.run("update").status == 0
+    asleep = world.run("rollback")
+    assert (asleep.status, asleep.code) == (20, "rollback-refused")
+    assert world.run("resume").status == 0
+    with qemu.attach(world.config) as vm:
+        assert _out(vm, "oua-hello") == "two"
+        shown = "readlink /proc/$(systemctl show -P MainPID oua-{})/exe"
+        started = "systemctl show -P ActiveEnterTimestampMonotonic oua-daemon"
+        once = int(_out(vm, started))
+        guest_run(vm, "cp -a /usr/share/oua-hello/new /root; echo more >>/usr/share/oua-hello/new")
+
+    refused = world.run("rollback")
+    assert (refused.status, refused.code) == (20, "rollback-refused"), refused
+    assert refused.value["error"]["paths"] == [
+        {"path": "/usr/share/oua-hello/new", "reason": "it was written"}
+    ]
+    assert "/usr/share/oua-hello/new" in refused.stderr
+    with qemu.attach(world.config) as vm:
+        assert _out(vm, "oua-hello") == "two"
+        guest_run(vm, "cp -a /root/new /usr/share/oua-hello/new && rm /root/new")
+        frames = count_frames(capture)
+        guest_run(vm, _KNOCK)  # the links are up again
+        assert count_frames(capture) > frames
+
+    seen: list[tuple[bool, int]] = []
+    set_links, act = RunningVM.set_links, rollback._act
+
+    def watched(self: RunningVM, *, up: bool) -> None:
+        if up:
+            seen.append((up, count_frames(capture)))
+        set_links(self, up=up)
+        if not up:
+            seen.append((up, count_frames(capture)))
+
+    def knocking(vm: RunningVM, actions: tuple[Action, ...]) -> tuple[str, ...]:
+        guest_run(vm, _KNOCK)
+        return act(vm, actions)
+
+    monkeypatch.setattr(RunningVM, "set_links", watched)
+    monkeypatch.setattr(rollback, "_act", knocking)
+    with Store(world.home) as store:
+        report = pipeline.rollback(world.config, store, Timeline())
+    assert (report.result, report.left, report.failed_actions) == ("rolled-back", (), ())
+    assert [up for up, _ in seen] == [False, True]
+    assert seen[0][1] == seen[1][1], "frames while the gate was closed"
+
+    with qemu.attach(world.config) as vm:
+        assert _out(vm, _TELL) == before
+        assert _out(vm, "oua-hello; dpkg --audit") == "one"
+        assert _out(vm, "dpkg --verify oua-daemon oua-hello") == "??5?????? c /etc/oua-hello.conf"
+        assert _out(vm, "cat /etc/oua-hello.conf; ls /etc/oua-hello.conf*") == (
+            "setting=admin\n/etc/oua-hello.conf"
+        )
+        # Who ran the new files runs the old ones.
+        assert _out(vm, shown.format("daemon")) == "/usr/lib/oua-daemon/sleeper"
+        assert int(_out(vm, started)) > once
+        assert _out(vm, "ls /var/lib/ouassister; find / -xdev -name '.ouassister-*'") == (
+            "applied\nlock"
+        )
+    status = world.run("status").result[0]
+    assert [row["state"] for row in status["changesets"]] == ["rolled-back"]
+    again = world.run("rollback")
+    assert (again.status, again.code) == (20, "rollback-refused")
+    # Asleep again, the guest is updated as if nothing had been.
+    assert world.run("suspend").status == 0
+    update = world.run("update")
+    changed = {change["name"]: change["new"] for change in update.result["changes"]}
+    assert changed == {"oua-daemon": "2.0", "oua-hello": "2.0", "oua-library": "1.0"}
