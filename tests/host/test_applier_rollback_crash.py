@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.host.applier_run import Appliers, Bench, build
 from tests.host.applier_world import World, inodes, snapshot
-from tests.host.rollback_lab import META, Applied, Back, assert_nothing_kept, back_of
+from tests.host.rollback_lab import META, Applied, Back, assert_nothing_kept, back_of, state
 from tests.host.test_applier_crash import ROLLBACK, STAYING, Disks, ends, fsync, name_of
+from tests.host.test_applier_hostile import SEED, beside, mutate, seal, table_inside
 
 from ouassister.reflect.applier_protocol import Outcome
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.host
 
+MUTATIONS = 200
 TURNING = ("rollback-rename", "undo-directory", "rollback-verify", "marker-write", "marker-rename")
 
 
@@ -190,3 +193,48 @@ def test_power_cut_then_run_again_is_taken_back(lab: Applied, durable: str) -> N
             assert snapshot(root) == disks.before, step
             assert_nothing_kept(root)
         disks.check()
+
+
+def test_flipped_bit_in_the_kept_journal_is_refused(lab: Applied) -> None:
+    world, back = lab.applied()
+    (undo,) = state(world).glob("undo-*")
+    whole = undo.read_bytes()
+    before = inodes(world.root)
+    for place in (0, 9, 20, 60, len(whole) // 2, len(whole) - 33, len(whole) - 1):
+        flipped = bytearray(whole)
+        flipped[place] ^= 4
+        undo.write_bytes(flipped)
+        result = back.run()
+        assert (result.outcome, result.code) == (Outcome.REFUSED, "no-undo"), place
+        assert inodes(world.root) == before, place
+    undo.write_bytes(whole[:-1])
+    assert back.run().code == "no-undo"
+    undo.write_bytes(whole)
+    assert back.run().outcome is Outcome.ROLLED_BACK
+
+
+def test_random_tables_never_crash_nor_leave_the_root(lab: Applied) -> None:
+    """Hashes put right, so that only the applier's own checks stand between."""
+    rng = random.Random(SEED)  # noqa: S311 - not for secrets
+    outcomes: dict[str, int] = {}
+    back, image = None, b""
+    for turn in range(MUTATIONS):
+        if back is None:  # the last one was taken back, or began to be: a fresh guest
+            _, back = lab.applied()
+            image = back.medium.read_bytes()
+            folder = back.root.parent
+        changed = bytearray(image)
+        mutate(rng, changed)
+        outside = beside(folder)
+        sealed = seal(back, changed) if table_inside(changed) else back
+        done = sealed.raw(sealed.command(lab.appliers.asan), {})
+        assert done.returncode in (0, 20, 40, 41), (turn, done.returncode, done.stderr.decode())
+        result = Bench.result(done)
+        assert beside(folder) == outside, turn
+        key = f"{result.outcome} {result.code}".strip()
+        outcomes[key] = outcomes.get(key, 0) + 1
+        if result.outcome is not Outcome.REFUSED:
+            back = None
+    # The fuzzing reached past the table's checks, not only into them.
+    assert outcomes["refused medium"] > MUTATIONS // 4, outcomes
+    assert sum(n for key, n in outcomes.items() if key != "refused medium") > 40, outcomes
