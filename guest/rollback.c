@@ -233,8 +233,8 @@ static int check_back_item(struct look_back *back, struct item *item)
         return fail_errno(top->path, "looking at the path");
     if (where == NO_OLD)
         return fail("no-undo", top->path, "what it was before is not there any more");
-    if (where == PUT_BACK && back->recovering)
-        return 0;
+    if ((where == PUT_BACK && back->recovering) || (where != AS_LEFT && item != top))
+        return 0; /* the topmost one is told, with all that it has */
     if (item->op == OP_DELETE) {
         if (where != AS_LEFT)
             tell(back, item, item->path, "it is there again");

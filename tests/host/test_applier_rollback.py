@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -163,13 +164,18 @@ def _inside(world: World) -> bytes:
     return b"/usr/lib/new/sub/link"
 
 
+def _whole(world: World) -> bytes:
+    shutil.rmtree(world.host(b"/usr/lib/new"))
+    return b"/usr/lib/new"
+
+
 def _directory(world: World) -> bytes:
     world.host(b"/usr/lib/meta").chmod(0o700)
     return b"/usr/lib/meta"
 
 
 DIVERGED = [_written, _touched, _replaced, _gone, _chmodded, _labelled, _made_again, _filled,
-            _filled_empty, _filled_where_link_was, _inside, _directory]  # fmt: skip
+            _filled_empty, _filled_where_link_was, _inside, _whole, _directory]  # fmt: skip
 
 
 def test_what_diverged_is_told_and_nothing_is_done(lab: Applied) -> None:

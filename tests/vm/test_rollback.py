@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ouassister import pipeline
 from ouassister.demo.frames import count_frames
+from ouassister.errors import GateClosedError
 from ouassister.provider import qemu, vmtoml
 from ouassister.provider.qemu import RunningVM
-from ouassister.reflect import rollback
+from ouassister.provider.qga import Qga
+from ouassister.reflect import reflection, rollback
 from ouassister.store.database import Store
 from ouassister.testing import guest_run
 from ouassister.timeline import Timeline
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.vm.world import World
@@ -51,9 +54,22 @@ def _with_capture(world: World) -> Path:
     return config.folder / "frames.pcap"
 
 
+def _killing(step: str) -> Callable[..., Any]:
+    execute = Qga.execute
+
+    def with_fault(self: Qga, command: str, **arguments: Any) -> Any:  # noqa: ANN401
+        if command == "guest-exec":
+            arguments["env"] = [f"OUA_KILL_AT={step}", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
+        return execute(self, command, **arguments)
+
+    return with_fault
+
+
 def test_update_is_taken_back_in_the_running_guest(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    faulty = request.config.rootpath / "build" / "guest" / "applier-faults"
+    assert faulty.exists(), "'make guest-tests' builds it"
     capture = _with_capture(world)
     before = world.run("run", "--", "sh", "-c", _TELL).result["output"].strip()
     assert "oua-hello 1.0 ii" in before
@@ -100,10 +116,17 @@ def test_update_is_taken_back_in_the_running_guest(
     monkeypatch.setattr(RunningVM, "set_links", watched)
     monkeypatch.setattr(rollback, "_act", knocking)
     with Store(world.home) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(Qga, "execute", _killing("rollback-rename:5"))
+            patch.setattr(reflection, "APPLIER", faulty)
+            with pytest.raises(GateClosedError):
+                pipeline.rollback(world.config, store, Timeline())
+        with qemu.attach(world.config) as vm:
+            guest_run(vm, _KNOCK)
         report = pipeline.rollback(world.config, store, Timeline())
     assert (report.result, report.left, report.failed_actions) == ("rolled-back", (), ())
-    assert [up for up, _ in seen] == [False, True]
-    assert seen[0][1] == seen[1][1], "frames while the gate was closed"
+    assert [up for up, _ in seen] == [False, False, True]
+    assert len({frames for _, frames in seen}) == 1, "frames while the gate was closed"
 
     with qemu.attach(world.config) as vm:
         assert _out(vm, _TELL) == before
