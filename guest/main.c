@@ -1,8 +1,9 @@
 /* applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOSECONDS]
  * applier rollback DEVICE --medium-sha256 HEX [--root DIR] [--leave-diverged yes]
+ * applier forget DEVICE --medium-sha256 HEX [--root DIR]
  *
  * Makes the guest's tree what the change set on the medium says, or leaves it as it was; or takes
- * that back. What it promises, the medium and the output are in docs/design/0003-applier.md and
+ * that back; or removes what was kept for that. What it promises, the medium and the output are in docs/design/0003-applier.md and
  * 0020-rollback.md.
  */
 #include "change.h"
@@ -22,13 +23,16 @@
 static const char usage[] =
     "usage: applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOS]\n"
     "       applier rollback DEVICE --medium-sha256 HEX [--root DIR] [--leave-diverged yes]\n"
+    "       applier forget DEVICE --medium-sha256 HEX [--root DIR]\n"
     "DEVICE is a path, or serial:TEXT to wait for that disk\n";
+
+enum mode { APPLY, ROLLBACK, FORGET };
 
 struct options {
     const char *device;
     const char *root;
     const char *set_time;
-    bool rollback;
+    enum mode mode;
     bool leave_diverged;
     uint8_t sha256[32];
 };
@@ -320,6 +324,26 @@ static int rollback(const struct options *options)
     return go_back_whole(recovering);
 }
 
+/* What was kept goes, of whichever change set. */
+static int forget(const struct options *options)
+{
+    enum journal_state journal;
+    enum marker marker;
+
+    if (begin(options, &marker, &journal) < 0)
+        return refused();
+    if (journal != JOURNAL_NONE) {
+        fail("unfinished", STATE_DIR, "the change set is half applied, or half taken back");
+        return refused();
+    }
+    phase("cleanup");
+    if (prune(&change) < 0) {
+        fail("leftover", STATE_DIR, "old files are still there");
+        return refused();
+    }
+    return conclude("forgotten", EXIT_APPLIED);
+}
+
 static int hex_digit(char c)
 {
     return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
@@ -339,13 +363,21 @@ static bool parse_sha256(const char *hex, uint8_t digest[32])
     return true;
 }
 
+static const struct {
+    const char *name;
+    int (*run)(const struct options *options);
+} modes[] = {[APPLY] = {"apply", apply}, [ROLLBACK] = {"rollback", rollback},
+             [FORGET] = {"forget", forget}};
+
 static bool parse(int argc, char **argv, struct options *options)
 {
     bool has_sha256 = false;
 
-    if (argc < 3 || (strcmp(argv[1], "apply") && strcmp(argv[1], "rollback")))
+    if (argc < 3)
         return false;
-    options->rollback = argv[1][0] == 'r';
+    for (options->mode = APPLY; strcmp(argv[1], modes[options->mode].name); options->mode++)
+        if (options->mode == FORGET)
+            return false;
     options->device = argv[2];
     options->root = "/";
     for (int i = 3; i + 1 < argc; i += 2) {
@@ -353,9 +385,9 @@ static bool parse(int argc, char **argv, struct options *options)
             has_sha256 = parse_sha256(argv[i + 1], options->sha256);
         else if (!strcmp(argv[i], "--root"))
             options->root = argv[i + 1];
-        else if (!options->rollback && !strcmp(argv[i], "--set-time"))
+        else if (options->mode == APPLY && !strcmp(argv[i], "--set-time"))
             options->set_time = argv[i + 1];
-        else if (options->rollback && !strcmp(argv[i], "--leave-diverged") &&
+        else if (options->mode == ROLLBACK && !strcmp(argv[i], "--leave-diverged") &&
                  !strcmp(argv[i + 1], "yes"))
             options->leave_diverged = true;
         else
@@ -385,5 +417,5 @@ int main(int argc, char **argv)
     /* Everything in a guest that just woke up wants the processor; the gate waits for us. */
     setpriority(PRIO_PROCESS, 0, -20);
     umask(0);
-    return options.rollback ? rollback(&options) : apply(&options);
+    return modes[options.mode].run(&options);
 }

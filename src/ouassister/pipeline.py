@@ -30,7 +30,7 @@ from ouassister.model import Plan, Request, UpdateReport
 from ouassister.packages import apt, update
 from ouassister.provider import qemu
 from ouassister.reflect.reflection import reflect
-from ouassister.reflect.rollback import roll_back
+from ouassister.reflect.rollback import forget, roll_back
 from ouassister.sleeping import refuse_running
 from ouassister.state.fence import check_fence
 from ouassister.store.database import ChangesetState, Store
@@ -167,9 +167,14 @@ def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
 
 
 def rollback(
-    config: VmConfig, store: Store, timeline: Timeline, *, leave_diverged: bool = False
+    config: VmConfig,
+    store: Store,
+    timeline: Timeline,
+    *,
+    leave_diverged: bool = False,
+    only_forget: bool = False,
 ) -> RollbackReport:
-    """Take back, in the running VM, what the last resume reflected.
+    """Take back, in the running VM, what the last resume reflected; or give that up for good.
 
     Raises:
         RollbackRefusedError: There is nothing to take back, or something is in the way.
@@ -188,6 +193,8 @@ def rollback(
         changeset, _layer = archive.load(folder, row.changeset_id)
         with tempfile.TemporaryDirectory(prefix="medium-", dir=store.vm_folder(config.name)) as tmp:
             try:
+                if only_forget:
+                    return forget(config, changeset, Path(tmp), timeline)
                 return roll_back(
                     config,
                     changeset,

@@ -30,6 +30,7 @@ EXIT_STATUS = {
     Outcome.NEEDS_PERSON: 41,
     Outcome.ROLLED_BACK: 0,
     Outcome.ALREADY_ROLLED_BACK: 0,
+    Outcome.FORGOTTEN: 0,
 }
 DEADLINE_S = 60
 

@@ -26,10 +26,11 @@ class Back(Bench):
     """The same medium, for the way back."""
 
     leave: bool = False
+    mode: str = "rollback"
 
     def command(self, program: Path | None = None, sha256: str = "") -> list[str]:
         words = super().command(program, sha256)
-        words[1] = "rollback"
+        words[1] = self.mode
         return [*words, "--leave-diverged", "yes"] if self.leave else words
 
     def told(self) -> tuple[ApplierResult, list[tuple[str, str]]]:

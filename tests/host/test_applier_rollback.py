@@ -392,3 +392,24 @@ def test_list_of_folders_removes_nothing_but_ours(lab: Applied) -> None:
     assert Bench.make(lab.appliers, world, lab.folder, number=2).run().outcome is Outcome.APPLIED
     assert world.host(b"/srv/letter").read_bytes() == b"dear"
     assert not (state(world) / "kept-0123456789ab").exists()
+
+
+def test_what_was_kept_is_forgotten_when_that_is_wanted(lab: Applied) -> None:
+    world, back = lab.applied()
+    again = inodes(world.root)
+    forget = dataclasses.replace(back, mode="forget")
+    failed = forget.run(OUA_FAIL_AT=f"prune-remove:{errno.EIO}:2")
+    assert (failed.outcome, failed.code) == (Outcome.REFUSED, "leftover")
+    assert forget.run().outcome is Outcome.FORGOTTEN
+    assert inodes(world.root) == again
+    assert_nothing_kept(world.root)
+    assert back.run().code == "no-undo"
+    assert forget.run().outcome is Outcome.FORGOTTEN
+
+
+def test_nothing_is_forgotten_while_a_rollback_is_half_done(lab: Applied) -> None:
+    world, back = lab.applied()
+    back.killed_at("rollback-rename:5")
+    assert dataclasses.replace(back, mode="forget").run().code == "unfinished"
+    assert back.run().outcome is Outcome.ROLLED_BACK
+    lab.is_as_before(world)

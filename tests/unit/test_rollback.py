@@ -68,6 +68,10 @@ def test_command_is_the_appliers_for_the_way_back() -> None:
         b"apply", "oua-1", MediumInfo(7, "ab" * 32, 1), leave_diverged=True
     )
     assert leaving[-2:] == ["--leave-diverged", "yes"]
+    forgetting = rollback.rollback_command(
+        b"apply", "oua-1", MediumInfo(7, "ab" * 32, 1), leave_diverged=False, mode="forget"
+    )
+    assert forgetting[-4:] == ["forget", *command[-3:]]
 
 
 def test_diverged_paths_are_read_and_escaped() -> None:

@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The VM, and what becomes of files that changed since."""
     common.add_vm(parser)
-    parser.add_argument(
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
         "--leave-diverged",
         action="store_true",
         help="take back what is as the update left it, instead of refusing when a path is not",
+    )
+    choice.add_argument(
+        "--forget",
+        action="store_true",
+        help="take nothing back; remove from the guest what is kept for it",
     )
     parser.add_argument("--quiet", action="store_true", help="no story on standard error")
 
@@ -34,7 +40,11 @@ def run(arguments: argparse.Namespace) -> common.Result:
         story = common.timeline(arguments, store, config)
         try:
             report = pipeline.rollback(
-                config, store, story, leave_diverged=arguments.leave_diverged
+                config,
+                store,
+                story,
+                leave_diverged=arguments.leave_diverged,
+                only_forget=arguments.forget,
             )
         except RollbackRefusedError as error:
             for path, reason in error.paths:
@@ -46,10 +56,9 @@ def run(arguments: argparse.Namespace) -> common.Result:
 
 def lines(report: RollbackReport) -> list[str]:
     """The report for a person."""
-    told = [
-        f"{report.vm}: {report.result} change set {report.changeset_id}",
-        f"  {report.files} entries; links down for {report.closed_s:.2f} s",
-    ]
+    told = [f"{report.vm}: {report.result} change set {report.changeset_id}"]
+    if report.closed_s:
+        told.append(f"  {report.files} entries; links down for {report.closed_s:.2f} s")
     told += [
         f"  {change.name}: {change.new or 'removed'} → {change.old or 'removed'}"
         for change in report.changes

@@ -41,10 +41,17 @@ class Outcome(StrEnum):
     NEEDS_PERSON = "needs-person"
     ROLLED_BACK = "rolled-back"
     ALREADY_ROLLED_BACK = "already-rolled-back"
+    FORGOTTEN = "forgotten"
 
 
 DONE = frozenset(
-    (Outcome.APPLIED, Outcome.ALREADY_APPLIED, Outcome.ROLLED_BACK, Outcome.ALREADY_ROLLED_BACK)
+    (
+        Outcome.APPLIED,
+        Outcome.ALREADY_APPLIED,
+        Outcome.ROLLED_BACK,
+        Outcome.ALREADY_ROLLED_BACK,
+        Outcome.FORGOTTEN,
+    )
 )
 
 

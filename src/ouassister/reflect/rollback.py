@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.medium import write_medium
@@ -112,29 +113,52 @@ def roll_back(
             vm.set_links(up=True)
         closed_s = time.monotonic() - start
         _detach(vm, timeline)
-    return RollbackReport(
-        vm=changeset.vm,
-        changeset_id=changeset.changeset_id,
-        result=str(result.outcome),
+    report = _report(changeset, result, timeline)
+    return replace(
+        report,
         files=result.files,
         left=left,
         changes=changeset.changes,
         failed_actions=failed,
         notes=_notes(changeset),
-        phases=timeline.phases,
-        guest_phases=tuple(
-            Phase(name, round(milliseconds / 1000, 4)) for name, milliseconds in result.phases_ms
-        ),
         closed_s=round(closed_s, 4),
     )
 
 
+def forget(
+    config: VmConfig, changeset: Changeset, folder: Path, timeline: Timeline
+) -> RollbackReport:
+    """Remove what the guest keeps for a rollback; the links stay as they are.
+
+    Raises:
+        RollbackRefusedError: Not all of it could be removed.
+        StateError: The VM does not run, or its agent does not answer.
+    """
+    with timeline.phase("write medium"):
+        medium = reflection.Medium(*_write_medium(changeset, folder))
+    with qemu.attach(config) as vm:
+        with contextlib.suppress(OUassisterError):
+            vm.detach_medium(timeout_s=5)
+        vm.attach_medium(medium.path, medium.serial)
+        try:
+            with timeline.phase("forget"):
+                result, _ = _run(vm, medium, mode="forget", leave_diverged=False, again=False)
+        finally:
+            _detach(vm, timeline)
+    return _report(changeset, result, timeline)
+
+
 def rollback_command(
-    stub: bytes, serial: str, medium: MediumInfo, *, leave_diverged: bool
+    stub: bytes,
+    serial: str,
+    medium: MediumInfo,
+    *,
+    leave_diverged: bool,
+    mode: str = "rollback",
 ) -> list[str]:
     """Arguments for the guest agent: those of `bootstrap.apply_command` for the way back."""
     command = bootstrap.apply_command(stub, serial, medium, now_ns=0)
-    command[command.index("apply", 3)] = "rollback"
+    command[command.index("apply", 3)] = mode
     del command[command.index("--set-time") :]
     return [*command, "--leave-diverged", "yes"] if leave_diverged else command
 
@@ -161,10 +185,17 @@ def diverged(output: bytes) -> tuple[Diverged, ...]:
 
 
 def _run(
-    vm: RunningVM, medium: reflection.Medium, *, leave_diverged: bool, again: bool
+    vm: RunningVM,
+    medium: reflection.Medium,
+    *,
+    leave_diverged: bool,
+    again: bool,
+    mode: str = "rollback",
 ) -> tuple[ApplierResult, tuple[Diverged, ...]]:
     stub = reflection.STUB.read_bytes()
-    command = rollback_command(stub, medium.serial, medium.info, leave_diverged=leave_diverged)
+    command = rollback_command(
+        stub, medium.serial, medium.info, leave_diverged=leave_diverged, mode=mode
+    )
     done = vm.qga().run(command, timeout_s=reflection.APPLY_S, most_s=_POLL_S)
     try:
         result = applier_protocol.parse_output(done.stdout)
@@ -242,6 +273,25 @@ def _refuse_new_kernel(vm: RunningVM, changeset: Changeset) -> None:
             "one that runs",
             hint="boot the older kernel and remove the new one with the package manager",
         )
+
+
+def _report(changeset: Changeset, result: ApplierResult, timeline: Timeline) -> RollbackReport:
+    """Of a run that took nothing back."""
+    return RollbackReport(
+        vm=changeset.vm,
+        changeset_id=changeset.changeset_id,
+        result=str(result.outcome),
+        files=0,
+        left=(),
+        changes=(),
+        failed_actions=(),
+        notes=(),
+        phases=timeline.phases,
+        guest_phases=tuple(
+            Phase(name, round(milliseconds / 1000, 4)) for name, milliseconds in result.phases_ms
+        ),
+        closed_s=0.0,
+    )
 
 
 def _notes(changeset: Changeset) -> tuple[str, ...]:
