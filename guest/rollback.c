@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #define MAX_TOLD 1000
+#define MAX_TOLD_BYTES (700u << 10) /* of the host's limit, applier_protocol.py */
 #define SECOND 1000000000
 
 enum where {
@@ -32,6 +33,7 @@ struct look_back {
     char path[4096];
     bool recovering;
     uint32_t differ;
+    size_t told; /* bytes, escaped */
     bool database;
     const char *first;
 };
@@ -165,8 +167,14 @@ static const char *differs(const struct change *change, const struct item *item,
 
 static void tell(struct look_back *back, struct item *item, const char *path, const char *why)
 {
-    if (back->differ++ < MAX_TOLD)
+    size_t size = 100 + strlen(why);
+
+    for (const char *at = path; *at; at++)
+        size += *at >= 0x20 && *at < 0x7f ? 1 : 5;
+    if (back->differ++ < MAX_TOLD && back->told + size <= MAX_TOLD_BYTES) {
         report_event("diverged", path, why);
+        back->told += size;
+    }
     if (!back->first)
         back->first = item->path;
     back->database = back->database || item->record->late;
@@ -210,6 +218,22 @@ static int for_new_names(struct look_back *back, struct item *item, int dir, con
     return result;
 }
 
+/* After a kill, each attribute of a directory that stays may be the old or the new one. */
+static bool is_between(const struct item *item)
+{
+    const struct entry_record *record = item->record;
+    const struct old_meta *old = &item->old;
+    struct status status;
+    uint32_t mode;
+
+    if (look(item->meta_fd, "", &status) < 0 || status.inode != record->expected.inode)
+        return false;
+    mode = status.mode & 07777u;
+    return (mode == record->mode || mode == old->mode) &&
+           (status.uid == record->uid || status.uid == old->uid) &&
+           (status.gid == record->gid || status.gid == old->gid);
+}
+
 static int check_back_item(struct look_back *back, struct item *item)
 {
     struct change *change = back->change;
@@ -221,7 +245,7 @@ static int check_back_item(struct look_back *back, struct item *item)
         struct status status;
 
         why = differs(change, item, item->meta_fd, "", true);
-        if (why && back->recovering) /* half of it may be as it was before */
+        if (why && back->recovering && is_between(item))
             return 0;
         if (why)
             tell(back, item, item->path, why);

@@ -413,3 +413,33 @@ def test_nothing_is_forgotten_while_a_rollback_is_half_done(lab: Applied) -> Non
     assert dataclasses.replace(back, mode="forget").run().code == "unfinished"
     assert back.run().outcome is Outcome.ROLLED_BACK
     lab.is_as_before(world)
+
+
+def test_list_of_what_diverged_is_bounded(appliers: Appliers, tmp_path: Path) -> None:
+    """By number, and by what the host reads: each byte of such a name is five in the output."""
+    for count, folder in (
+        (1100, b"/many"),
+        (300, b"".join(b"/" + b"\xff" * 250 for _ in range(14))),
+    ):
+        root = tmp_path / f"root{count}"
+        root.mkdir()
+        world = World.make(root)
+        world.host(folder).mkdir(parents=True)
+        for number in range(count):
+            world.add(b"%s/%d" % (folder, number), Kind.FILE, b"x")
+        bench = Bench.make(appliers, world, tmp_path)
+        assert bench.run().outcome is Outcome.APPLIED
+        shutil.rmtree(world.host(folder))
+        world.host(folder).mkdir()
+        result, differ = back_of(bench).told()
+        assert result.reason == f"{count} paths are not as the update left them"
+        assert 0 < len(differ) < min(count, 1001)
+
+
+def test_directory_that_changed_after_a_kill_undoes_the_way_back(lab: Applied) -> None:
+    world, back = lab.applied()
+    back.killed_at("rollback-verify")
+    world.host(b"/usr/lib/meta").chmod(0o711)
+    result = back.run()
+    assert (result.outcome, result.code) == (Outcome.UNDONE, "diverged")
+    assert world.host(b"/usr/bin/empty").exists()
