@@ -29,16 +29,21 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 # Packages, their files with owners and times, and the database itself.
+_PLACES = (
+    "/etc/oua* /etc/systemd/system /usr/bin/oua* /usr/share/oua* /usr/lib/oua*"
+    " /lib/systemd/system/oua* /var/lib/dpkg/info/oua* /var/lib/dpkg/status"
+    " /var/lib/apt/extended_states"
+)
 _TELL = (
     "dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\\n';"
-    " cd /; find etc/oua* etc/systemd/system usr/bin/oua* usr/share/oua* usr/lib/oua*"
-    " lib/systemd/system/oua* var/lib/dpkg/info -name 'oua*'"
-    " -exec stat -c '%n %F %a %u:%g %s %Y %h' {} + | sort;"
-    " find usr/share/oua* -type l -printf '%p %l\\n' | sort;"
-    " cd /; find usr/bin/oua* usr/share/oua* etc/oua* var/lib/dpkg/info/oua* var/lib/dpkg/status"
-    " var/lib/apt/extended_states -type f -exec sha256sum {} + | sort"
+    f" find {_PLACES} -type d -printf '%p %m %u:%g\\n' | sort;"
+    f" find {_PLACES} ! -type d -exec stat -c '%N %F %a %u:%g %s %Y %h' {{}} + | sort;"
+    f" find {_PLACES} -type f -exec sha256sum {{}} + | sort"
 )
-_KNOCK = "echo knock >/dev/udp/10.0.2.2/9 || true"
+_KNOCK = (
+    "perl -e 'use Socket; socket(S, AF_INET, SOCK_DGRAM, 0);"
+    ' send(S, "knock", 0, pack_sockaddr_in(9, inet_aton("10.0.2.2")))\' || true'
+)
 
 
 def _out(vm: RunningVM, script: str) -> str:
@@ -145,8 +150,3 @@ def test_update_is_taken_back_in_the_running_guest(
     assert [row["state"] for row in status["changesets"]] == ["rolled-back"]
     again = world.run("rollback")
     assert (again.status, again.code) == (20, "rollback-refused")
-    # Asleep again, the guest is updated as if nothing had been.
-    assert world.run("suspend").status == 0
-    update = world.run("update")
-    changed = {change["name"]: change["new"] for change in update.result["changes"]}
-    assert changed == {"oua-daemon": "2.0", "oua-hello": "2.0", "oua-library": "1.0"}
