@@ -35,7 +35,7 @@ _PLACES = (
     " /var/lib/apt/extended_states"
 )
 _TELL = (
-    "dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\\n';"
+    "export LC_ALL=C; dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\\n';"
     f" find {_PLACES} -type d -printf '%p %m %u:%g\\n' | sort;"
     f" find {_PLACES} ! -type d -exec stat -c '%N %F %a %u:%g %s %Y %h' {{}} + | sort;"
     f" find {_PLACES} -type f -exec sha256sum {{}} + | sort"
