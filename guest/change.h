@@ -53,6 +53,20 @@ struct item {
     int meta_fd;    /* of OP_META */
     struct old_meta old;
     const uint8_t *old_xattrs; /* of OP_META, in the journal's form */
+    bool left;         /* of a rollback: it is not as it was left, and stays so */
+    bool time_changed; /* of a rollback and OP_META: names came or went since */
+};
+
+/* Path to item, open addressing. */
+struct index {
+    struct item **slots;
+    uint64_t mask;
+};
+
+/* Where old files stay after an update, keep.c. */
+struct kept {
+    int fd;
+    uint32_t fs;
 };
 
 struct file_system {
@@ -77,6 +91,12 @@ struct change {
     struct file_system file_systems[MAX_FILE_SYSTEMS];
     uint32_t n_file_systems;
     uint32_t state_fs; /* the index of STATE_DIR's */
+    struct index index;
+    struct kept kept[MAX_FILE_SYSTEMS];
+    uint32_t n_kept;
+    bool kept_in_state; /* one of them is in STATE_DIR */
+    uint64_t plan_end; /* of the journal: marks follow */
+    uint64_t journal_end;
 };
 
 /* The entry changes a directory that stays. */
@@ -87,6 +107,9 @@ static inline bool changes_directory(const struct entry_record *entry)
 
 /* Entries to operations, and their order. Reads nothing of the guest. */
 int change_plan(struct change *change);
+
+/* The item of a path, or NULL. */
+struct item *change_find(const struct change *change, const char *path);
 
 /* The name beside the target under which an item is staged, and its old inode kept. */
 void reserved_name(const struct change *change, const struct item *item,
@@ -106,6 +129,8 @@ int guest_lock(const struct change *change);
 
 /* check.c: compares every path with what the entry expects, and counts the room. */
 int check(struct change *change);
+/* After check. */
+int check_space(const struct change *change);
 
 /* stage.c */
 int stage(struct change *change);
@@ -139,5 +164,29 @@ int commit_began(struct change *change, bool *began);
 int cleanup(struct change *change);
 /* Directory times, last of all: every rename in a directory changes them. */
 int set_directory_times(struct change *change, bool old);
+
+/* keep.c: old files after an update, so that it can be taken back. */
+#define KEPT_SIZE sizeof "4294967295"
+void kept_name(const struct change *change, const struct item *item, char name[KEPT_SIZE]);
+/* Moves every old file from its reserved name to where it stays. Returns -1 when one cannot be. */
+int keep(struct change *change);
+/* Opens the folders that keep made. Returns -1 with errno. */
+int kept_open(struct change *change);
+/* The folder which has the item's name, and the inode of that; -1 as a folder for none. */
+int kept_at(const struct change *change, const struct item *item, uint64_t *inode);
+/* Renames a name of the item's directory to where old files stay. */
+int kept_move(const struct change *change, const struct item *item, const char *from);
+/* Removes everything that earlier change sets and this one kept, except the journal. */
+int prune(struct change *change);
+
+/* rollback.c: top_of is the item that is renamed when this one is. */
+struct item *top_of(struct item *item);
+/* Is everything as the update left it? Tells of each path that is not; those stay with leave. */
+int check_back(struct change *change, bool recovering, bool leave);
+/* Every path to what it was, or with back unset to what the update made of it. */
+int turn(struct change *change, bool back);
+int verify_back(struct change *change, bool recovering);
+/* Removes what the update had made. */
+int remove_new(struct change *change);
 
 #endif

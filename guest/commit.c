@@ -206,7 +206,7 @@ int set_directory_times(struct change *change, bool old)
         const struct item *item = &change->items[i];
         struct place place = {.fd = item->meta_fd};
 
-        if (item->op != OP_META)
+        if (item->op != OP_META || item->left || item->time_changed)
             continue;
         if (step(DIRECTORY_TIME) ||
             set_mtime(&place, old ? item->old.mtime_ns : item->record->mtime_ns) < 0) {

@@ -1,4 +1,4 @@
-/* The journal is a file: empty while staging, then the plan with its hash, then perhaps a mark.
+/* The journal is a file: empty while staging, then the plan with its hash, then perhaps marks.
  *
  * A plan that was torn by a power cut fails its hash and counts as none: renames start only after
  * the syncfs that makes it durable.
@@ -19,10 +19,10 @@
 #include <unistd.h>
 
 #define JOURNAL_PREFIX "journal-"
+#define KEPT_PREFIX "undo-"
 #define JOURNAL_NAME_SIZE sizeof(JOURNAL_PREFIX "0123456789ab")
 #define MAX_JOURNAL (256 << 20)
 #define PLAN_MAGIC "OUAPLAN1"
-#define UNDO_MAGIC "OUAUNDO1"
 
 struct plan_header {
     char magic[8];
@@ -31,9 +31,18 @@ struct plan_header {
     uint64_t items;
 };
 
-struct undo_mark {
+struct mark {
     char magic[8];
     char code[24]; /* the failure that was met first */
+};
+
+static const struct {
+    char magic[9];
+    enum journal_state state;
+} marks[] = {
+    {"OUAUNDO1", JOURNAL_UNDOING},
+    {"OUAROLL1", JOURNAL_ROLLING},
+    {"OUASTAY1", JOURNAL_STAYING},
 };
 
 struct plan {
@@ -42,22 +51,24 @@ struct plan {
     size_t capacity;
 };
 
-static void journal_name(const struct change *change, char name[JOURNAL_NAME_SIZE])
+static void journal_name(const struct change *change, const char *prefix,
+                         char name[JOURNAL_NAME_SIZE])
 {
-    snprintf(name, JOURNAL_NAME_SIZE, JOURNAL_PREFIX "%.12s", change->id);
+    snprintf(name, JOURNAL_NAME_SIZE, "%s%.12s", prefix, change->id);
 }
 
-static int open_journal(const struct change *change, int flags)
+static int open_journal(const struct change *change, const char *prefix, int flags)
 {
     char name[JOURNAL_NAME_SIZE];
 
-    journal_name(change, name);
+    journal_name(change, prefix, name);
     return openat(change->state, name, flags | O_NOFOLLOW | O_CLOEXEC, 0600);
 }
 
 int journal_create(const struct change *change)
 {
-    int fd = step(JOURNAL_CREATE) ? -1 : open_journal(change, O_WRONLY | O_CREAT | O_TRUNC);
+    int fd = step(JOURNAL_CREATE) ? -1 : open_journal(change, JOURNAL_PREFIX,
+                                                       O_WRONLY | O_CREAT | O_TRUNC);
     int result = 0;
 
     if (fd < 0)
@@ -166,7 +177,8 @@ int journal_write_plan(struct change *change)
     if (append(&plan, digest, sizeof digest) < 0)
         return -1;
     read_plan(change, plan.bytes, header.size); /* append may have moved it */
-    fd = step(JOURNAL_PLAN) ? -1 : open_journal(change, O_WRONLY);
+    change->plan_end = change->journal_end = plan.size;
+    fd = step(JOURNAL_PLAN) ? -1 : open_journal(change, JOURNAL_PREFIX, O_WRONLY);
     if (fd < 0)
         return fail_errno(STATE_DIR, "opening the journal");
     written = write(fd, plan.bytes, plan.size);
@@ -179,26 +191,82 @@ int journal_write_plan(struct change *change)
     return 0;
 }
 
-int journal_mark_undo(const struct change *change)
+/* Behind the last whole mark: a power cut may have torn one. */
+static int write_mark(struct change *change, enum journal_state state)
 {
-    struct undo_mark mark = {.magic = UNDO_MAGIC};
-    int fd = step(UNDO_MARK) ? -1 : open_journal(change, O_WRONLY | O_APPEND);
+    struct mark mark = {0};
+    int fd = open_journal(change, JOURNAL_PREFIX, O_WRONLY);
     int result = 0;
 
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+        if (marks[i].state == state)
+            memcpy(mark.magic, marks[i].magic, sizeof mark.magic);
     snprintf(mark.code, sizeof mark.code, "%s", failure_code());
     if (fd < 0)
         return -1;
-    if (write(fd, &mark, sizeof mark) != sizeof mark || fsync(fd) < 0)
+    if (pwrite(fd, &mark, sizeof mark, (off_t)change->journal_end) != sizeof mark || fsync(fd) < 0)
         result = -1;
     close(fd);
+    if (!result)
+        change->journal_end += sizeof mark;
     return result;
+}
+
+int journal_mark_undo(struct change *change)
+{
+    return step(UNDO_MARK) ? -1 : write_mark(change, JOURNAL_UNDOING);
+}
+
+int journal_mark_stay(struct change *change)
+{
+    return step(STAY_MARK) ? -1 : write_mark(change, JOURNAL_STAYING);
+}
+
+static int rename_journal(const struct change *change, const char *from, const char *to)
+{
+    char old[JOURNAL_NAME_SIZE], new[JOURNAL_NAME_SIZE];
+
+    journal_name(change, from, old);
+    journal_name(change, to, new);
+    return renameat(change->state, old, change->state, new);
+}
+
+int journal_keep(const struct change *change)
+{
+    return step(JOURNAL_KEEP) ? -1 : rename_journal(change, JOURNAL_PREFIX, KEPT_PREFIX);
+}
+
+int journal_begin_rollback(struct change *change)
+{
+    int fd = step(ROLLBACK_BEGIN) ? -1 : open_journal(change, KEPT_PREFIX, O_WRONLY);
+    int result;
+
+    if (fd < 0)
+        return fail_errno(STATE_DIR, "opening the journal of the update");
+    /* Marks of an earlier rollback, which failed, go while they mean nothing. */
+    result = ftruncate(fd, (off_t)change->plan_end);
+    close(fd);
+    if (result < 0 || rename_journal(change, KEPT_PREFIX, JOURNAL_PREFIX) < 0)
+        return fail_errno(STATE_DIR, "making it the journal again");
+    change->journal_end = change->plan_end;
+    if (!step(ROLLBACK_MARK) && !write_mark(change, JOURNAL_ROLLING) && !fsync(change->state))
+        return 0;
+    fail_errno(STATE_DIR, "marking the journal");
+    /* A mark that is there, durable or not, would take the update back later on. */
+    fd = open_journal(change, JOURNAL_PREFIX, O_WRONLY);
+    if (fd < 0 || ftruncate(fd, (off_t)change->plan_end) < 0 || fsync(fd) < 0 ||
+        rename_journal(change, JOURNAL_PREFIX, KEPT_PREFIX) < 0)
+        complain("undo-failed", STATE_DIR, "taking the mark back");
+    if (fd >= 0)
+        close(fd);
+    return -1;
 }
 
 int journal_remove(const struct change *change)
 {
     char name[JOURNAL_NAME_SIZE];
 
-    journal_name(change, name);
+    journal_name(change, JOURNAL_PREFIX, name);
     if (step(JOURNAL_REMOVE) || (unlinkat(change->state, name, 0) < 0 && errno != ENOENT))
         return -1;
     return 0;
@@ -225,15 +293,31 @@ static bool plan_is_whole(struct change *change, const uint8_t *bytes, size_t si
            !read_plan(change, bytes, header.size);
 }
 
-static void load_mark(const uint8_t *bytes, size_t size, enum journal_state *state)
+/* The last mark decides; of the first failure, its code. */
+static void load_marks(struct change *change, const uint8_t *bytes, size_t size,
+                       enum journal_state *state)
 {
-    static struct undo_mark mark; /* fail() keeps the pointer to its code */
+    static struct mark mark; /* fail() keeps the pointer to its code */
 
     *state = JOURNAL_PLANNED;
-    if (size < sizeof mark.magic || memcmp(bytes, UNDO_MAGIC, sizeof mark.magic) != 0)
+    while (size >= sizeof mark.magic) {
+        size_t part = size < sizeof mark ? size : sizeof mark;
+        enum journal_state found = JOURNAL_NONE;
+
+        for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+            if (!memcmp(bytes, marks[i].magic, sizeof mark.magic))
+                found = marks[i].state;
+        if (found == JOURNAL_NONE)
+            break;
+        *state = found;
+        mark = (struct mark){0};
+        memcpy(&mark, bytes, part);
+        change->journal_end += part == sizeof mark ? part : 0;
+        bytes += part;
+        size -= part;
+    }
+    if (*state != JOURNAL_UNDOING && *state != JOURNAL_STAYING)
         return;
-    *state = JOURNAL_UNDOING;
-    memcpy(&mark, bytes, size < sizeof mark ? size : sizeof mark);
     mark.code[sizeof mark.code - 1] = 0;
     mark.code[strspn(mark.code, "abcdefghijklmnopqrstuvwxyz-")] = 0;
     fail(*mark.code ? mark.code : "system", "", "an earlier run failed and did not end undoing");
@@ -247,19 +331,15 @@ static int other_journal(void *context, int dir, const char *name)
     return fail("unfinished", STATE_DIR, "another change set is half applied: %.64s", name);
 }
 
-int journal_load(struct change *change, enum journal_state *state)
+static int load(struct change *change, const char *prefix, enum journal_state *state)
 {
-    char name[JOURNAL_NAME_SIZE];
     struct status status;
     uint8_t *bytes;
     size_t end;
     int fd;
 
     *state = JOURNAL_NONE;
-    journal_name(change, name);
-    if (for_each_name(change->state, other_journal, name) < 0)
-        return fail_errno(STATE_DIR, "listing the journals");
-    fd = open_journal(change, O_RDONLY);
+    fd = open_journal(change, prefix, O_RDONLY);
     if (fd < 0)
         return errno == ENOENT ? 0 : fail_errno(STATE_DIR, "opening the journal");
     if (look(fd, "", &status) < 0 || status.size > MAX_JOURNAL)
@@ -269,7 +349,33 @@ int journal_load(struct change *change, enum journal_state *state)
     if (!bytes || read(fd, bytes, status.size) != (ssize_t)status.size)
         return fail_errno(STATE_DIR, "reading the journal");
     close(fd);
-    if (plan_is_whole(change, bytes, status.size, &end))
-        load_mark(bytes + end, status.size - end, state);
+    if (!plan_is_whole(change, bytes, status.size, &end))
+        return 0;
+    change->plan_end = change->journal_end = end;
+    if (strcmp(prefix, KEPT_PREFIX))
+        load_marks(change, bytes + end, status.size - end, state);
+    else
+        *state = JOURNAL_PLANNED; /* its marks are of a rollback that failed */
+    return 0;
+}
+
+int journal_load(struct change *change, enum journal_state *state)
+{
+    char name[JOURNAL_NAME_SIZE];
+
+    *state = JOURNAL_NONE;
+    journal_name(change, JOURNAL_PREFIX, name);
+    if (for_each_name(change->state, other_journal, name) < 0)
+        return fail_errno(STATE_DIR, "listing the journals");
+    return load(change, JOURNAL_PREFIX, state);
+}
+
+int journal_load_kept(struct change *change, bool *found)
+{
+    enum journal_state state;
+
+    if (load(change, KEPT_PREFIX, &state) < 0)
+        return -1;
+    *found = state == JOURNAL_PLANNED;
     return 0;
 }

@@ -1,7 +1,10 @@
 /* applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOSECONDS]
+ * applier rollback DEVICE --medium-sha256 HEX [--root DIR] [--leave-diverged yes]
+ * applier forget DEVICE --medium-sha256 HEX [--root DIR]
  *
- * Makes the guest's tree what the change set on the medium says, or leaves it as it was. What it
- * promises, the medium and the output are in docs/design/0003-applier.md.
+ * Makes the guest's tree what the change set on the medium says, or leaves it as it was; or takes
+ * that back; or removes what was kept for that. What it promises, the medium and the output are in docs/design/0003-applier.md and
+ * 0020-rollback.md.
  */
 #include "change.h"
 #include "journal.h"
@@ -19,12 +22,18 @@
 
 static const char usage[] =
     "usage: applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOS]\n"
+    "       applier rollback DEVICE --medium-sha256 HEX [--root DIR] [--leave-diverged yes]\n"
+    "       applier forget DEVICE --medium-sha256 HEX [--root DIR]\n"
     "DEVICE is a path, or serial:TEXT to wait for that disk\n";
+
+enum mode { APPLY, ROLLBACK, FORGET };
 
 struct options {
     const char *device;
     const char *root;
     const char *set_time;
+    enum mode mode;
+    bool leave_diverged;
     uint8_t sha256[32];
 };
 
@@ -33,12 +42,14 @@ static struct change change;
 static int conclude(const char *result, int status)
 {
     uint64_t bytes = 0;
+    uint32_t files = 0;
 
-    if (status == EXIT_APPLIED)
-        for (uint32_t i = 0; i < change.n_items; i++)
-            if (change.items[i].record->kind == KIND_FILE)
-                bytes += change.items[i].record->size;
-    report_result(result, status == EXIT_APPLIED ? change.n_items : 0, bytes);
+    for (uint32_t i = 0; status == EXIT_APPLIED && i < change.n_items; i++) {
+        files += !top_of(&change.items[i])->left;
+        if (change.items[i].record->kind == KIND_FILE)
+            bytes += change.items[i].record->size;
+    }
+    report_result(result, files, bytes);
     return status;
 }
 
@@ -84,15 +95,28 @@ static int go_back(bool marked)
     return conclude("undone", EXIT_UNDONE);
 }
 
-/* After the marker: nothing from here on can take the update back. */
+/* The old files go out of the way, with the journal that tells of them; or they go altogether. */
+static int put_away(void)
+{
+    int result = 0;
+    bool kept = !keep(&change);
+
+    if (!kept) {
+        result = prune(&change);
+        if (cleanup(&change) < 0)
+            result = -1;
+    }
+    if (set_directory_times(&change, false) < 0 || sync_file_systems(&change, false) < 0 ||
+        result < 0 || (kept ? journal_keep : journal_remove)(&change) < 0)
+        return -1;
+    return 0;
+}
+
+/* After the marker: an error takes nothing back from here on. */
 static int clean_up(void)
 {
-    int result;
-
     phase("cleanup");
-    result = cleanup(&change);
-    if (set_directory_times(&change, false) < 0 || sync_file_systems(&change, false) < 0 ||
-        result < 0 || journal_remove(&change) < 0 || step(END))
+    if (put_away() < 0 || step(END))
         fail("leftover", STATE_DIR, "old files or the journal are still there");
     return conclude("applied", EXIT_APPLIED);
 }
@@ -106,7 +130,7 @@ static int go_forward(bool recovering)
     if (verify(&change, recovering) < 0)
         return go_back(false);
     phase("marker");
-    if (marker_write(&change) < 0)
+    if (marker_write(&change, MARKER_APPLIED) < 0)
         return go_back(false);
     if (step(MARKER_SYNC) || syncfs(change.state) < 0) {
         fail_errno(STATE_DIR, "writing the marker out");
@@ -140,25 +164,37 @@ static int recover(enum journal_state state)
     return -1;
 }
 
+/* Medium, identity, marker and journal, for either way. */
+static int begin(const struct options *options, enum marker *marker, enum journal_state *journal)
+{
+    phase("medium");
+    change.root = open(options->root, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (change.root < 0)
+        return fail_errno(options->root, "opening the root");
+    if (medium_open(&change.medium, options->device, options->sha256) < 0 ||
+        change_plan(&change) < 0)
+        return -1;
+    phase("lock");
+    if (guest_is_machine(&change) < 0 || state_open(&change) < 0 ||
+        marker_read(&change, marker) < 0 || journal_load(&change, journal) < 0)
+        return -1;
+    return 0;
+}
+
 static int apply(const struct options *options)
 {
     enum journal_state journal;
+    enum marker marker;
     bool ours;
     int status;
 
-    phase("medium");
-    change.root = open(options->root, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (change.root < 0) {
-        fail_errno(options->root, "opening the root");
+    if (begin(options, &marker, &journal) < 0)
+        return refused();
+    if (journal == JOURNAL_ROLLING || journal == JOURNAL_STAYING) {
+        fail("unfinished", STATE_DIR, "this change set is half taken back");
         return refused();
     }
-    if (medium_open(&change.medium, options->device, options->sha256) < 0 ||
-        change_plan(&change) < 0)
-        return refused();
-    phase("lock");
-    if (guest_is_machine(&change) < 0 || state_open(&change) < 0 ||
-        marker_is_ours(&change, &ours) < 0 || journal_load(&change, &journal) < 0)
-        return refused();
+    ours = marker == MARKER_APPLIED;
     if (ours && journal == JOURNAL_NONE)
         return conclude("already-applied", EXIT_APPLIED);
     /* A journal of this change set proves the guest; a power cut changes its boot id. */
@@ -177,7 +213,10 @@ static int apply(const struct options *options)
             return refused();
         phase("check");
     }
-    if (check(&change) < 0 || (options->set_time && guest_set_time(options->set_time) < 0))
+    if (check(&change) < 0)
+        return refused();
+    prune(&change); /* what stays is in the way of nothing but room */
+    if (check_space(&change) < 0 || (options->set_time && guest_set_time(options->set_time) < 0))
         return refused();
     phase("stage");
     if (stage(&change) < 0 || journal_write_plan(&change) < 0)
@@ -188,6 +227,121 @@ static int apply(const struct options *options)
         return give_up_staging();
     }
     return go_forward(false);
+}
+
+/* The update stays: all that was taken back is made what it was. */
+static int stay(bool marked)
+{
+    phase("undo");
+    if (!marked && journal_mark_stay(&change) < 0)
+        complain("undo-failed", STATE_DIR, "marking the journal");
+    if (turn(&change, false) < 0)
+        return needs_person("undo", "not everything could be made the updated one again");
+    if (step(STAY_SYNC) || sync_file_systems(&change, true) < 0 || put_away() < 0)
+        return needs_person("undo", "what was made the updated one again could not be put away");
+    return conclude("undone", EXIT_UNDONE);
+}
+
+static int clean_up_back(void)
+{
+    int result;
+
+    phase("cleanup");
+    result = remove_new(&change);
+    if (prune(&change) < 0 || set_directory_times(&change, true) < 0 ||
+        sync_file_systems(&change, false) < 0 || result < 0 || journal_remove(&change) < 0 ||
+        step(END))
+        fail("leftover", STATE_DIR, "new files or the journal are still there");
+    return conclude("rolled-back", EXIT_APPLIED);
+}
+
+static int go_back_whole(bool recovering)
+{
+    phase("commit");
+    if (turn(&change, true) < 0)
+        return stay(false);
+    phase("verify");
+    if (verify_back(&change, recovering) < 0)
+        return stay(false);
+    phase("marker");
+    if (marker_write(&change, MARKER_ROLLED_BACK) < 0)
+        return stay(false);
+    if (step(MARKER_SYNC) || syncfs(change.state) < 0) {
+        fail_errno(STATE_DIR, "writing the marker out");
+        return needs_person("io", "the marker could not be written out");
+    }
+    return clean_up_back();
+}
+
+/* The update that is to be taken back: its journal, with the old files. */
+static int find_update(enum marker marker, enum journal_state journal)
+{
+    bool found = false;
+
+    if (marker != MARKER_APPLIED)
+        return fail("no-undo", STATE_DIR, "another change set was the last one, or none");
+    if (journal == JOURNAL_PLANNED && put_away() < 0)
+        return fail("unfinished", STATE_DIR, "the update itself could not be finished");
+    if (journal_load_kept(&change, &found) < 0)
+        return -1;
+    return found ? 0 : fail("no-undo", STATE_DIR, "nothing was kept of what it replaced");
+}
+
+static int rollback(const struct options *options)
+{
+    enum journal_state journal;
+    enum marker marker;
+    bool recovering;
+
+    if (begin(options, &marker, &journal) < 0)
+        return refused();
+    recovering = journal == JOURNAL_ROLLING || journal == JOURNAL_STAYING;
+    if (marker == MARKER_ROLLED_BACK && journal == JOURNAL_NONE)
+        return conclude("already-rolled-back", EXIT_APPLIED);
+    if (!recovering && journal != JOURNAL_NONE &&
+        (journal != JOURNAL_PLANNED || marker != MARKER_APPLIED)) {
+        fail("unfinished", STATE_DIR, "the change set is half applied");
+        return refused();
+    }
+    if (guest_lock(&change) < 0)
+        return refused();
+    phase("check");
+    if (change_open_dirs(&change) < 0 ||
+        (!recovering && find_update(marker, journal) < 0))
+        return refused();
+    if (kept_open(&change) < 0) {
+        fail_errno(STATE_DIR, "opening the old files");
+        return refused();
+    }
+    if (marker == MARKER_ROLLED_BACK)
+        return clean_up_back();
+    if (journal == JOURNAL_STAYING)
+        return stay(true);
+    if (check_back(&change, recovering, options->leave_diverged) < 0)
+        return recovering ? stay(false) : refused();
+    if (!recovering && journal_begin_rollback(&change) < 0)
+        return refused();
+    return go_back_whole(recovering);
+}
+
+/* What was kept goes, of whichever change set. */
+static int forget(const struct options *options)
+{
+    enum journal_state journal;
+    enum marker marker;
+
+    if (begin(options, &marker, &journal) < 0)
+        return refused();
+    if (journal != JOURNAL_NONE) {
+        fail("unfinished", STATE_DIR, "the change set is half applied, or half taken back");
+        return refused();
+    }
+    phase("cleanup");
+    if (prune(&change) < 0) {
+        fail("leftover", STATE_DIR, "old files are still there");
+        return refused();
+    }
+    return conclude("forgotten", EXIT_APPLIED);
 }
 
 static int hex_digit(char c)
@@ -209,12 +363,21 @@ static bool parse_sha256(const char *hex, uint8_t digest[32])
     return true;
 }
 
+static const struct {
+    const char *name;
+    int (*run)(const struct options *options);
+} modes[] = {[APPLY] = {"apply", apply}, [ROLLBACK] = {"rollback", rollback},
+             [FORGET] = {"forget", forget}};
+
 static bool parse(int argc, char **argv, struct options *options)
 {
     bool has_sha256 = false;
 
-    if (argc < 3 || strcmp(argv[1], "apply") != 0)
+    if (argc < 3)
         return false;
+    for (options->mode = APPLY; strcmp(argv[1], modes[options->mode].name); options->mode++)
+        if (options->mode == FORGET)
+            return false;
     options->device = argv[2];
     options->root = "/";
     for (int i = 3; i + 1 < argc; i += 2) {
@@ -222,8 +385,11 @@ static bool parse(int argc, char **argv, struct options *options)
             has_sha256 = parse_sha256(argv[i + 1], options->sha256);
         else if (!strcmp(argv[i], "--root"))
             options->root = argv[i + 1];
-        else if (!strcmp(argv[i], "--set-time"))
+        else if (options->mode == APPLY && !strcmp(argv[i], "--set-time"))
             options->set_time = argv[i + 1];
+        else if (options->mode == ROLLBACK && !strcmp(argv[i], "--leave-diverged") &&
+                 !strcmp(argv[i + 1], "yes"))
+            options->leave_diverged = true;
         else
             return false;
     }
@@ -251,5 +417,5 @@ int main(int argc, char **argv)
     /* Everything in a guest that just woke up wants the processor; the gate waits for us. */
     setpriority(PRIO_PROCESS, 0, -20);
     umask(0);
-    return apply(&options);
+    return modes[options.mode].run(&options);
 }

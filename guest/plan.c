@@ -10,12 +10,6 @@
 #include <sys/resource.h>
 #include <sys/xattr.h>
 
-/* Path to item, open addressing; used while planning only. */
-struct index {
-    struct item **slots;
-    uint64_t mask;
-};
-
 static uint64_t hash(const char *path, size_t length)
 {
     uint64_t value = 0xcbf29ce484222325; /* FNV-1a */
@@ -139,8 +133,13 @@ int change_plan(struct change *change)
     }
     if (!result)
         result = plan_order(change);
-    free(index.slots);
+    change->index = index;
     return result;
+}
+
+struct item *change_find(const struct change *change, const char *path)
+{
+    return *slot(&change->index, path, strlen(path));
 }
 
 void reserved_name(const struct change *change, const struct item *item, char name[RESERVED_SIZE])

@@ -135,20 +135,24 @@ const char *failure_code(void)
     return failure.code ? failure.code : "";
 }
 
-void complain(const char *event, const char *path, const char *doing)
+void report_event(const char *event, const char *path, const char *reason)
 {
-    const char *why = strerror(errno);
-
     add("{\"event\":\"%s\",\"path\":\"", event);
     add_text(path);
     add("\",\"reason\":\"");
-    add_text(doing);
-    add(": ");
-    add_text(why);
+    add_text(reason);
     add("\",");
     add_ms("ms", now_us());
     add("}");
     put_line();
+}
+
+void complain(const char *event, const char *path, const char *doing)
+{
+    char reason[256];
+
+    snprintf(reason, sizeof reason, "%s: %s", doing, strerror(errno));
+    report_event(event, path, reason);
 }
 
 void report_result(const char *result, uint32_t files, uint64_t bytes)

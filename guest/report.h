@@ -28,6 +28,9 @@ const char *failure_code(void);
 /* A line of its own for trouble after the first failure, or after success; uses errno. */
 void complain(const char *event, const char *path, const char *doing);
 
+/* The same with a reason that is no error of the kernel. */
+void report_event(const char *event, const char *path, const char *reason);
+
 /* Prints the result line. */
 void report_result(const char *result, uint32_t files, uint64_t bytes);
 

@@ -13,6 +13,7 @@
 
 #define MARKER "applied"
 #define MARKER_NEW "applied.new"
+#define ROLLED_BACK " rolled-back"
 
 static int make_state_dir(int root)
 {
@@ -44,26 +45,28 @@ int state_open(struct change *change)
     return fail("busy", STATE_DIR, "another applier runs");
 }
 
-int marker_is_ours(const struct change *change, bool *ours)
+int marker_read(const struct change *change, enum marker *marker)
 {
     char found[128];
     int fd = openat(change->state, MARKER, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
     ssize_t size;
 
-    *ours = false;
+    *marker = MARKER_NONE;
     if (fd < 0)
         return errno == ENOENT ? 0 : fail_errno(STATE_DIR, "opening the marker");
-    size = read(fd, found, sizeof found);
+    size = read(fd, found, sizeof found - 1);
     close(fd);
     if (size < 0)
         return fail_errno(STATE_DIR, "reading the marker");
     /* "<id> <seconds>\n"; one that a power cut tore is none. */
-    *ours = size > 66 && found[size - 1] == '\n' && found[64] == ' ' &&
-            !memcmp(found, change->id, 64);
+    if (size <= 66 || found[size - 1] != '\n' || found[64] != ' ' || memcmp(found, change->id, 64))
+        return 0;
+    found[size] = 0;
+    *marker = strstr(found, ROLLED_BACK) ? MARKER_ROLLED_BACK : MARKER_APPLIED;
     return 0;
 }
 
-int marker_write(const struct change *change)
+int marker_write(const struct change *change, enum marker marker)
 {
     int fd = step(MARKER_WRITE)
                  ? -1
@@ -73,7 +76,8 @@ int marker_write(const struct change *change)
 
     if (fd < 0)
         return fail_errno(STATE_DIR, "making the marker");
-    length = dprintf(fd, "%s %lld\n", change->id, (long long)time(NULL));
+    length = dprintf(fd, "%s %lld%s\n", change->id, (long long)time(NULL),
+                     marker == MARKER_ROLLED_BACK ? ROLLED_BACK : "");
     if (close(fd) < 0 || length < 0)
         return fail_errno(STATE_DIR, "writing the marker");
     /* What other file systems hold must be durable before the marker says so. */

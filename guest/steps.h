@@ -23,15 +23,27 @@
     X(MARKER_WRITE, "marker-write")               \
     X(MARKER_RENAME, "marker-rename")             \
     X(MARKER_SYNC, "marker-sync")                 \
+    X(KEEP_FOLDER, "keep-folder")                 \
+    X(KEEP_RENAME, "keep-rename")                 \
     X(CLEANUP_REMOVE, "cleanup-remove")           \
     X(DIRECTORY_TIME, "directory-time")           \
+    X(JOURNAL_KEEP, "journal-keep")               \
     X(JOURNAL_REMOVE, "journal-remove")           \
+    X(PRUNE_REMOVE, "prune-remove")               \
     X(END, "end")                                 \
     X(UNDO_MARK, "undo-mark")                     \
     X(UNDO_RENAME, "undo-rename")                 \
     X(UNDO_DIRECTORY, "undo-directory")           \
     X(UNDO_REMOVE, "undo-remove")                 \
-    X(UNDO_SYNC, "undo-sync")
+    X(UNDO_SYNC, "undo-sync")                     \
+    X(ROLLBACK_BEGIN, "rollback-begin")           \
+    X(ROLLBACK_MARK, "rollback-mark")             \
+    X(ROLLBACK_RENAME, "rollback-rename")         \
+    X(ROLLBACK_VERIFY, "rollback-verify")         \
+    X(ROLLBACK_REMOVE, "rollback-remove")         \
+    X(STAY_MARK, "stay-mark")                     \
+    X(STAY_RENAME, "stay-rename")                 \
+    X(STAY_SYNC, "stay-sync")
 
 #ifdef OUA_FAULTS
 

@@ -204,5 +204,10 @@ int remove_tree(int dir, const char *name)
 
 int rename_within(int dir, const char *from, const char *to, unsigned flags)
 {
-    return (int)syscall(SYS_renameat2, dir, from, dir, to, flags);
+    return rename_between(dir, from, dir, to, flags);
+}
+
+int rename_between(int from_dir, const char *from, int to_dir, const char *to, unsigned flags)
+{
+    return (int)syscall(SYS_renameat2, from_dir, from, to_dir, to, flags);
 }

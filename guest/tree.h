@@ -62,5 +62,6 @@ int for_each_name(int dir, int (*visit)(void *context, int dir, const char *name
 #define NO_REPLACE (1u << 0) /* RENAME_NOREPLACE, uapi/linux/fs.h */
 #define EXCHANGE (1u << 1)   /* RENAME_EXCHANGE */
 int rename_within(int dir, const char *from, const char *to, unsigned flags);
+int rename_between(int from_dir, const char *from, int to_dir, const char *to, unsigned flags);
 
 #endif

@@ -15,6 +15,7 @@
     │   ├── CorruptGuestError      20   guest memory contradicts itself
     │   ├── QemuLostError          20   QEMU ended while it was needed
     │   ├── QemuRefusedError       20   QEMU answered a command with an error
+    │   ├── RollbackRefusedError   20   the last update cannot be taken back
     │   └── AgentError             20   the guest agent failed or speaks nonsense
     ├── StaleError                 21   made for another suspension of this VM
     │   └── TamperedError          21   a stored plan or change set is not what was made
@@ -179,6 +180,23 @@ class QemuRefusedError(StateError):
     def __init__(self, command: str, error_class: str, reason: str) -> None:
         super().__init__(f"QEMU refused {command}: {reason}")
         self.error_class = error_class
+
+
+class RollbackRefusedError(StateError):
+    """The last update cannot be taken back, or not without loss; nothing was done.
+
+    Attributes:
+        paths: Those that are not as the update left them, each with what is different.
+    """
+
+    code = "rollback-refused"
+    default_hint = "nothing of the guest was changed; the message names what is in the way"
+
+    def __init__(
+        self, message: str, paths: tuple[tuple[str, str], ...] = (), **kwargs: str
+    ) -> None:
+        super().__init__(message, **kwargs)
+        self.paths = paths
 
 
 class AgentError(StateError):

@@ -469,3 +469,32 @@ class ResumeReport:
     restore_s: float
     online_s: float
     staged: tuple[StagedState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """A path that is not as the update left it."""
+
+    path: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackReport:
+    """What a rollback did.
+
+    ``files`` counts entries of the change set that were taken back, ``left`` has the paths that
+    were not. ``closed_s`` runs from closing the links to opening them.
+    """
+
+    vm: str
+    changeset_id: str
+    result: str
+    files: int
+    left: tuple[Diverged, ...]
+    changes: tuple[PackageChange, ...]  # from what was old to what was new; both are back
+    failed_actions: tuple[str, ...]
+    notes: tuple[str, ...]
+    phases: tuple[Phase, ...]
+    guest_phases: tuple[Phase, ...]
+    closed_s: float

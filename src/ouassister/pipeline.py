@@ -21,6 +21,7 @@ from ouassister.changeset import archive
 from ouassister.errors import (
     NothingPendingError,
     OUassisterError,
+    RollbackRefusedError,
     StaleError,
     WorkDiskFullError,
 )
@@ -31,6 +32,7 @@ from ouassister.packages import apt, update
 from ouassister.provider import qemu
 from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
+from ouassister.reflect.rollback import forget, roll_back
 from ouassister.sleeping import refuse_running
 from ouassister.state.fence import check_fence
 from ouassister.store.database import ChangesetState, Store
@@ -38,7 +40,7 @@ from ouassister.store.database import ChangesetState, Store
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ouassister.model import ResumeReport
+    from ouassister.model import ResumeReport, RollbackReport
     from ouassister.provider.vmtoml import VmConfig
     from ouassister.timeline import Timeline
 
@@ -175,6 +177,49 @@ def resume(
                 raise
 
 
+def rollback(
+    config: VmConfig,
+    store: Store,
+    timeline: Timeline,
+    *,
+    leave_diverged: bool = False,
+    only_forget: bool = False,
+) -> RollbackReport:
+    """Take back, in the running VM, what the last resume reflected; or give that up for good.
+
+    Raises:
+        RollbackRefusedError: There is nothing to take back, or something is in the way.
+        StateError: The VM does not run, or its agent does not answer.
+        ApplyError: It failed and was undone; the gate is as it was.
+        GateClosedError: It may be half done; the gate is closed.
+    """
+    with _named(config, store):
+        row = store.last_applied(config.name)
+        if row is None or row.state not in (ChangesetState.APPLIED, ChangesetState.ROLLING_BACK):
+            state = "nothing was reflected" if row is None else f"the last update is {row.state}"
+            raise RollbackRefusedError(f"{config.name} has nothing to take back: {state}")
+        folder = store.changesets(config.name)
+        if not (folder / row.changeset_id).exists():
+            raise RollbackRefusedError(f"the change set {row.changeset_id} was discarded")
+        changeset, _layer = archive.load(folder, row.changeset_id)
+        with tempfile.TemporaryDirectory(prefix="medium-", dir=store.vm_folder(config.name)) as tmp:
+            try:
+                if only_forget:
+                    return forget(config, changeset, Path(tmp), timeline)
+                return roll_back(
+                    config,
+                    changeset,
+                    Path(tmp),
+                    timeline,
+                    leave_diverged=leave_diverged,
+                    again=row.state is ChangesetState.ROLLING_BACK,
+                    on_state=lambda state: store.set_state(changeset.changeset_id, state),
+                )
+            except OUassisterError as error:
+                store.log(config.name, "rollback", "failed", f"{error.code}: {error.message}")
+                raise
+
+
 def discard(config: VmConfig, store: Store) -> tuple[str, ...]:
     """Drop the VM's change sets; returns the ids of what was dropped.
 
@@ -183,6 +228,11 @@ def discard(config: VmConfig, store: Store) -> tuple[str, ...]:
     """
     with _named(config, store):
         rows = store.changeset_rows(config.name)
+        if any(row.state is ChangesetState.ROLLING_BACK for row in rows):
+            raise StaleError(
+                f"{config.name} is half rolled back",
+                hint="'ouassister rollback' takes up where it stopped",
+            )
         if any(row.state is ChangesetState.APPLYING for row in rows):
             raise StaleError(
                 f"{config.name} was resumed for a change set that is not finished",

@@ -28,6 +28,9 @@ EXIT_STATUS = {
     Outcome.REFUSED: 20,
     Outcome.UNDONE: 40,
     Outcome.NEEDS_PERSON: 41,
+    Outcome.ROLLED_BACK: 0,
+    Outcome.ALREADY_ROLLED_BACK: 0,
+    Outcome.FORGOTTEN: 0,
 }
 DEADLINE_S = 60
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import stat
 import struct
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ MACHINE_ID = "0123456789abcdef0123456789abcdef"
 LOCKS = (b"/var/lib/dpkg/lock-frontend", b"/var/lib/dpkg/lock")
 STATE_DIR = b"/var/lib/ouassister"
 RESERVED = b".ouassister-"
+OLD = re.compile(rb"\.ouassister-[0-9a-f]{12}-undo")  # what was replaced, where there is no state
 # VFS_CAP_REVISION_2 | VFS_CAP_FLAGS_EFFECTIVE, CAP_NET_RAW: uapi/linux/capability.h
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 # version 2; user::rw- user:1234:r-- group::r-- mask::r-- other::---: uapi/linux/posix_acl_xattr.h
@@ -75,7 +77,7 @@ def paths(root: Path, top: bytes = b"") -> list[bytes]:
     found = [top]
     for folder, dirs, files in os.walk(at(root, top or b"/")):
         prefix = folder[len(os.fsencode(root)) :].rstrip(b"/")
-        dirs[:] = [name for name in dirs if prefix + b"/" + name != STATE_DIR]
+        dirs[:] = [n for n in dirs if prefix + b"/" + n != STATE_DIR and not OLD.fullmatch(n)]
         found += [prefix + b"/" + name for name in (*dirs, *files)]
     return sorted(found)
 

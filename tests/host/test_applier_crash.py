@@ -33,9 +33,21 @@ STAGING = (
     "stage-sync",
 )
 COMMITTING = ("commit-rename", "commit-directory", "verify", "marker-write", "marker-rename")
-AFTER_MARKER = ("marker-sync", "cleanup-remove", "directory-time", "journal-remove", "end")
+AFTER_MARKER = (
+    "marker-sync",
+    "keep-folder",
+    "keep-rename",
+    "directory-time",
+    "journal-keep",
+    "end",
+)
+DROPPING = ("cleanup-remove", "prune-remove")
 UNDOING = ("undo-mark", "undo-rename", "undo-directory", "undo-remove", "directory-time",
            "undo-sync", "journal-remove")  # fmt: skip
+# Of test_applier_rollback.py.
+ROLLBACK = ("rollback-begin", "rollback-mark", "rollback-rename", "rollback-verify",
+            "rollback-remove")  # fmt: skip
+STAYING = ("stay-mark", "stay-rename", "stay-sync")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +100,7 @@ def only_reserved_names_are_new(before: set[bytes], now: set[bytes]) -> bool:
 
 
 def assert_clean(root: Path) -> None:
-    """No reserved name and no journal is left."""
+    """No reserved name and no journal is left, but for the folders of old files."""
     assert not [path for path in paths(root) if RESERVED in path]
     assert not list((root / "var/lib/ouassister").glob("journal-*"))
 
@@ -97,7 +109,8 @@ def test_every_step_of_success_is_listed(lab: Lab) -> None:
     listed = subprocess.run(
         [lab.appliers.faults, "steps"], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert set(listed) == {*STAGING, *COMMITTING, *AFTER_MARKER, *UNDOING}
+    known = {*STAGING, *COMMITTING, *AFTER_MARKER, *DROPPING, *UNDOING, *ROLLBACK, *STAYING}
+    assert set(listed) == known
     assert {name_of(step) for step in lab.steps()} == {*STAGING, *COMMITTING, *AFTER_MARKER}
 
 
@@ -130,7 +143,7 @@ def test_killed_at_every_step_then_run_again_is_applied(lab: Lab) -> None:
 def test_killed_twice_then_run_again_is_applied(lab: Lab) -> None:
     for first in ("stage-attributes:5", "stage-sync", "commit-rename:6", "commit-directory:1"):
         for second in ("undo-remove", "undo-directory", "stage-create:3", "journal-remove",
-                       "commit-rename:2", "marker-rename", "cleanup-remove:2"):  # fmt: skip
+                       "commit-rename:2", "marker-rename", "keep-rename:2"):  # fmt: skip
             world, bench = lab.fresh()
             after = world.after()
             bench.killed_at(first)
@@ -314,7 +327,7 @@ def test_staging_cut_short_by_a_reboot_is_removed_and_refused(lab: Lab) -> None:
 
 
 def test_failure_after_the_marker_leaves_work_for_the_next_run(lab: Lab) -> None:
-    for name in ("cleanup-remove", "directory-time", "journal-remove"):
+    for name in ("directory-time", "journal-keep"):
         world, bench = lab.fresh()
         after = world.after()
         result = bench.run(OUA_FAIL_AT=f"{name}:{errno.EIO}:1")
@@ -349,7 +362,7 @@ def test_package_database_is_committed_last(lab: Lab) -> None:
             assert here[path] == seen
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     with path.open("ab") as file:
         os.fsync(file.fileno())
 
@@ -382,17 +395,22 @@ class Disks:
         for image in images.values():
             wait_until_gone(image)
 
+    def world(self, root: Path) -> World:
+        """A guest with something to do on both."""
+        world = everything(World.make(root))
+        world.put(b"/boot/config", b"old")
+        world.put(b"/boot/gone", b"old")
+        world.add(b"/boot/config", Kind.FILE, b"new")
+        world.add(b"/boot/gone", Kind.DELETE)
+        world.add(b"/boot/new", Kind.FILE, b"new")
+        return world
+
     def cut(self, step: str, durable: str) -> tuple[World, Bench]:
         """Run to a step and keep the disks as they are then, without what only memory holds."""
         for image in self.images.values():
             shutil.copyfile(self.empty, image)
         with self.mounted(self.images) as root:
-            world = everything(World.make(root))
-            world.put(b"/boot/config", b"old")
-            world.put(b"/boot/gone", b"old")
-            world.add(b"/boot/config", Kind.FILE, b"new")
-            world.add(b"/boot/gone", Kind.DELETE)
-            world.add(b"/boot/new", Kind.FILE, b"new")
+            world = self.world(root)
             self.after = world.after()
             bench = Bench.make(self.lab.appliers, world, self.here)
             for top in (root, root / "boot"):
@@ -400,10 +418,10 @@ class Disks:
             with bench.stopped_at(step) as stopped:
                 # fsync commits ext4's journal, without the data that waits for its allocation.
                 if durable in ("root", "boot"):
-                    _fsync(root / "usr/unrelated" if durable == "root" else root / "boot/unrelated")
+                    fsync(root / "usr/unrelated" if durable == "root" else root / "boot/unrelated")
                 for journal in (root / "var/lib/ouassister").glob("journal-*"):
                     if durable == "journal":
-                        _fsync(journal)
+                        fsync(journal)
                 for name, image in self.images.items():
                     shutil.copyfile(image, self.cuts[name])
                 stopped.process.kill()

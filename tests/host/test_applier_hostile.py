@@ -220,12 +220,12 @@ def test_random_tables_never_crash_nor_leave_the_root(appliers: Appliers, tmp_pa
             bench.medium.write_bytes(b"")
         changed = bytearray(image)
         mutate(rng, changed)
-        sealed = seal(bench, changed) if _table_inside(changed) else bench
-        outside = _outside(folder)
+        sealed = seal(bench, changed) if table_inside(changed) else bench
+        outside = beside(folder)
         done = sealed.raw(sealed.command(appliers.asan), {})
         assert done.returncode in (0, 20, 40), (turn, done.returncode, done.stderr.decode())
         result = Bench.result(done)
-        assert _outside(folder) == outside, turn
+        assert beside(folder) == outside, turn
         key = f"{result.outcome} {result.code}".strip()
         outcomes[key] = outcomes.get(key, 0) + 1
         if result.outcome is not Outcome.REFUSED:
@@ -235,11 +235,11 @@ def test_random_tables_never_crash_nor_leave_the_root(appliers: Appliers, tmp_pa
     assert outcomes.get("applied", 0) + outcomes.get("refused conflict", 0) > 10, outcomes
 
 
-def _table_inside(image: bytes | bytearray) -> bool:
+def table_inside(image: bytes | bytearray) -> bool:
     return number(image, TABLE_OFFSET) + number(image, TABLE_SIZE) <= len(image)
 
 
-def _outside(folder: Path) -> dict[bytes, tuple[int, int, int]]:
+def beside(folder: Path) -> dict[bytes, tuple[int, int, int]]:
     """Everything beside the guest's root."""
     return {p: i for p, i in inodes(folder).items() if not p.startswith((b"/root", b"/medium"))}
 

@@ -211,7 +211,7 @@ def test_locks_are_held_until_the_end(appliers: Appliers, world: World, tmp_path
     everything(world)
     world.host(LOCKS[1]).unlink()  # made when it is missing, as dpkg does
     bench = Bench.make(appliers, world, tmp_path)
-    with bench.stopped_at("journal-remove"):
+    with bench.stopped_at("journal-keep"):
         for lock in LOCKS:
             with world.host(lock).open("r+") as file, pytest.raises(BlockingIOError):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

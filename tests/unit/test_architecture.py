@@ -46,7 +46,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "packages": BASE | {"state", "memory", "kernel", "disk", "shadow", "changeset", "timeline"},
     "restart": BASE | {"disk", "kernel", "memory", "shadow", "state"},
     "provider": BASE | {"state"},
-    "reflect": BASE | {"changeset", "provider", "state", "store", "timeline"},
+    "reflect": BASE | {"changeset", "provider", "restart", "state", "store", "timeline"},
     "looking": BASE | {"kernel", "memory", "provider", "state"},
     "sleeping": BASE | {"disk", "kernel", "memory", "packages", "provider", "state"},
     "beside": BASE | {"shadow"},

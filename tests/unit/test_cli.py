@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "command-line.md"
-VM_VERBS = ("inspect", "plan", "update", "resume", "status", "discard", "suspend")
+VM_VERBS = ("inspect", "plan", "update", "resume", "status", "rollback", "discard", "suspend")
 SHADOW_VERBS = ("plan", "update")
 TOML = """\
 [vm]

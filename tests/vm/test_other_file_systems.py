@@ -308,4 +308,4 @@ def test_update_reaches_them(nights: Nights, worlds: _Worlds) -> None:
             ["end"] * 5
         )
         assert out("dpkg --verify oua-other; dpkg --audit") == ""
-        assert out("find /srv -name '.ouassister-*' -print") == ""
+        assert out("find /srv -name '.ouassister-*' ! -name '*-undo' -print") == ""

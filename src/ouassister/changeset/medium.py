@@ -7,6 +7,7 @@ by another way.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ouassister.model import Changeset, Entry, Expected
 
 BLOCK = 4096
-PACKAGE_DATABASES = (b"/var/lib/dpkg", b"/var/lib/rpm", b"/usr/lib/sysimage/rpm")
+PACKAGE_DATABASES = (b"/var/lib/dpkg", b"/var/lib/apt", b"/var/lib/rpm", b"/usr/lib/sysimage/rpm")
 
 _HEADER = struct.Struct("<8sIIQQQ32sQQ32sQQ32s40s40s")
 _COUNTS = struct.Struct("<IIIIIIQ")
@@ -61,12 +62,12 @@ class MediumInfo:
     size: int
 
 
-def write_medium(changeset: Changeset, layer: Path, applier: Path, out: Path) -> MediumInfo:
+def write_medium(changeset: Changeset, layer: Path | None, applier: Path, out: Path) -> MediumInfo:
     """Write a change set, its layer and the applier as one disk image.
 
     Args:
         changeset: The verified change set.
-        layer: Its layer, an uncompressed tar.
+        layer: Its layer, an uncompressed tar; None leaves a hole there, for a rollback.
         applier: The static program for the guest's architecture.
         out: The image; replaced when it exists.
 
@@ -100,8 +101,10 @@ def write_medium(changeset: Changeset, layer: Path, applier: Path, out: Path) ->
         _identifier(changeset.identity.boot_id),
         _identifier(changeset.identity.machine_id),
     ).ljust(BLOCK, b"\0")
-    with layer.open("rb") as source, out.open("wb") as image:
-        found = os.fstat(source.fileno()).st_size
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(layer.open("rb")) if layer else None
+        image = stack.enter_context(out.open("wb"))
+        found = os.fstat(source.fileno()).st_size if source else changeset.layer_size
         if found != changeset.layer_size:
             raise TamperedError(
                 f"the layer {layer} has {found} bytes where its change set says "
@@ -113,7 +116,8 @@ def write_medium(changeset: Changeset, layer: Path, applier: Path, out: Path) ->
         image.write(table)
         image.flush()
         image.truncate(size)
-        _copy(source, image, layer_offset, changeset.layer_size)
+        if source:
+            _copy(source, image, layer_offset, changeset.layer_size)
         os.fsync(image.fileno())
     return MediumInfo(applier_blocks, hashlib.sha256(header).hexdigest(), size)
 

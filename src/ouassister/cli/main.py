@@ -29,6 +29,7 @@ VERBS: Final = (
     "update",
     "resume",
     "status",
+    "rollback",
     "discard",
     "run",
     "suspend",
@@ -115,13 +116,15 @@ def _internal(error: Exception, *, as_json: bool) -> int:
 
 def _print_error(error: OUassisterError, *, as_json: bool) -> int:
     if as_json:
-        value = {
+        value: dict[str, object] = {
             "code": error.code,
             "exit_status": error.exit_status,
             "message": error.message,
             "impact": error.impact,
             "hint": error.hint,
         }
+        if paths := getattr(error, "paths", ()):
+            value["paths"] = [{"path": path, "reason": reason} for path, reason in paths]
         print(json.dumps({"schema": SCHEMA, "error": value}, indent=2))
         return error.exit_status
     print(f"error: {plain(error.message)} [{error.code}]", file=sys.stderr)

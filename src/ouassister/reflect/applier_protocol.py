@@ -39,6 +39,20 @@ class Outcome(StrEnum):
     REFUSED = "refused"  # the tree never changed
     UNDONE = "undone"  # the tree is again as it was
     NEEDS_PERSON = "needs-person"
+    ROLLED_BACK = "rolled-back"
+    ALREADY_ROLLED_BACK = "already-rolled-back"
+    FORGOTTEN = "forgotten"
+
+
+DONE = frozenset(
+    (
+        Outcome.APPLIED,
+        Outcome.ALREADY_APPLIED,
+        Outcome.ROLLED_BACK,
+        Outcome.ALREADY_ROLLED_BACK,
+        Outcome.FORGOTTEN,
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +96,7 @@ def parse_output(output: bytes) -> ApplierResult:
 
 def error_for(result: ApplierResult) -> OUassisterError | None:
     """The error that a result means to the caller; None when the change set is in place."""
-    if result.outcome in (Outcome.APPLIED, Outcome.ALREADY_APPLIED):
+    if result.outcome in DONE:
         return None
     where = f" ({to_text(result.path)})" if result.path else ""
     message = f"the guest's applier says: {result.reason}{where} [{result.code}]"
@@ -135,7 +149,7 @@ def _result(last: dict[str, Any]) -> ApplierResult:
     code = _text(last, "code", 32)
     if code and not _NAME.fullmatch(code):
         raise ProtocolError("the result's code is no word")
-    if not code and outcome not in (Outcome.APPLIED, Outcome.ALREADY_APPLIED):
+    if not code and outcome not in DONE:
         raise ProtocolError("the result names no cause")
     phases = last["phases"]
     if not isinstance(phases, dict) or len(phases) > _MAX_PHASES:

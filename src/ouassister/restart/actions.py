@@ -142,3 +142,9 @@ def _units(action: Action) -> tuple[str, list[str]]:
     if len(plain) < 2 or plain[0] not in _VERBS:
         return "", []
     return plain[0], [unit if "." in unit else f"{unit}.service" for unit in plain[1:]]
+
+
+def units_of(action: Action) -> tuple[str, tuple[str, ...]]:
+    """The verb and the units of a call that starts or ends some; ``""`` for any other."""
+    verb, units = _units(action)
+    return verb, tuple(units)

@@ -61,6 +61,8 @@ class ChangesetState(StrEnum):
     APPLIED = "applied"
     FAILED = "failed"  # the guest refused or undid it
     DISCARDED = "discarded"
+    ROLLING_BACK = "rolling-back"  # it was applied, and is being taken back
+    ROLLED_BACK = "rolled-back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +233,12 @@ class Store:
         """The change set that a resume would apply, or take up again."""
         states = (ChangesetState.APPLYING, ChangesetState.READY)
         rows = [row for row in self.changeset_rows(vm) if row.state in states]
+        return rows[0] if rows else None
+
+    def last_applied(self, vm: str) -> StoredChangeset | None:
+        """The last change set that got into the guest, whether or not it was taken back."""
+        never = (ChangesetState.READY, ChangesetState.DISCARDED, ChangesetState.FAILED)
+        rows = [row for row in self.changeset_rows(vm) if row.state not in never]
         return rows[0] if rows else None
 
     def log(self, vm: str, verb: str, step: str, detail: str = "") -> None:

@@ -1,0 +1,301 @@
+"""Take the last update back in the running guest, behind a closed gate.
+
+The same applier does it from the same kind of medium, on which the layer is a hole: what was
+replaced is still in the guest (docs/design/0020-rollback.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from ouassister.changeset.medium import write_medium
+from ouassister.errors import (
+    ApplyError,
+    DeadlineError,
+    GateClosedError,
+    HostNotReadyError,
+    LockedError,
+    OUassisterError,
+    RollbackRefusedError,
+    StateError,
+)
+from ouassister.model import Diverged, Phase, RollbackReport
+from ouassister.provider import qemu
+from ouassister.reflect import applier_protocol, bootstrap, reflection
+from ouassister.reflect.applier_protocol import Outcome
+from ouassister.restart.back import actions_back, stopped_for_good
+from ouassister.store.database import ChangesetState
+from ouassister.text import from_text, to_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ouassister.changeset.medium import MediumInfo
+    from ouassister.model import Action, Changeset
+    from ouassister.provider.qemu import RunningVM
+    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.reflect.applier_protocol import ApplierResult
+    from ouassister.timeline import Timeline
+
+_AGENT_S: Final = 30.0
+_POLL_S: Final = 0.05
+_ACTIONS_S: Final = 600.0
+_BEFORE: Final = ("diverged", "no-undo")
+_MOST_TOLD: Final = 1000  # guest/rollback.c tells no more
+_MAX_REASON: Final = 256
+_HINT: Final = (
+    "the VM runs with its links down; look at its console, then 'ouassister rollback' tries again"
+)
+_LEAVE_HINT: Final = (
+    "'ouassister rollback --leave-diverged' takes back all but these, and what they were is lost"
+)
+
+
+def roll_back(
+    config: VmConfig,
+    changeset: Changeset,
+    folder: Path,
+    timeline: Timeline,
+    *,
+    leave_diverged: bool,
+    again: bool,
+    on_state: Callable[[ChangesetState], None],
+) -> RollbackReport:
+    """Take back what the change set did.
+
+    Args:
+        config: The VM; it runs.
+        changeset: The last that was applied; its manifest was verified.
+        folder: A private folder for the medium.
+        timeline: Takes the story.
+        leave_diverged: Paths that changed since stay as they are, instead of refusing all.
+        again: An earlier rollback stopped half-way; the gate may be closed.
+        on_state: Records how far it got, durably.
+
+    Raises:
+        RollbackRefusedError: Nothing was done.
+        ApplyError: It failed and was undone: the guest is as the update left it.
+        GateClosedError: Nobody knows how far it got; the gate is closed.
+    """
+    _refuse_staged(changeset)
+    with timeline.phase("write medium"):
+        medium = reflection.Medium(*_write_medium(changeset, folder))
+    with qemu.attach(config) as vm:
+        with timeline.phase("ask the agent"):
+            vm.qga().ping(timeout_s=_AGENT_S)
+            if changeset.reboot_needed and not again:
+                _refuse_new_kernel(vm, changeset)
+        with contextlib.suppress(OUassisterError):  # of an earlier run; there may be none
+            vm.detach_medium(timeout_s=5)
+        vm.attach_medium(medium.path, medium.serial)
+        on_state(ChangesetState.ROLLING_BACK)
+        start = time.monotonic()
+        vm.set_links(up=False)
+        try:
+            with timeline.phase("roll back"):
+                result, left = _run(vm, medium, leave_diverged=leave_diverged, again=again)
+            with timeline.phase("actions"):
+                failed = _act(vm, actions_back(changeset))
+        except (RollbackRefusedError, LockedError, ApplyError):  # the guest is as it was before
+            on_state(ChangesetState.APPLIED)
+            vm.set_links(up=True)
+            _detach(vm, timeline)
+            raise
+        except (DeadlineError, StateError) as error:
+            raise GateClosedError(f"the guest: {error.message}", hint=_HINT) from error
+        on_state(ChangesetState.ROLLED_BACK)
+        with timeline.phase("open gate"):
+            vm.set_links(up=True)
+        closed_s = time.monotonic() - start
+        _detach(vm, timeline)
+    report = _report(changeset, result, timeline)
+    return replace(
+        report,
+        files=result.files,
+        left=left,
+        changes=changeset.changes,
+        failed_actions=failed,
+        notes=_notes(changeset),
+        closed_s=round(closed_s, 4),
+    )
+
+
+def forget(
+    config: VmConfig, changeset: Changeset, folder: Path, timeline: Timeline
+) -> RollbackReport:
+    """Remove what the guest keeps for a rollback; the links stay as they are.
+
+    Raises:
+        RollbackRefusedError: Not all of it could be removed.
+        StateError: The VM does not run, or its agent does not answer.
+    """
+    with timeline.phase("write medium"):
+        medium = reflection.Medium(*_write_medium(changeset, folder))
+    with qemu.attach(config) as vm:
+        with contextlib.suppress(OUassisterError):
+            vm.detach_medium(timeout_s=5)
+        vm.attach_medium(medium.path, medium.serial)
+        try:
+            with timeline.phase("forget"):
+                result, _ = _run(vm, medium, mode="forget", leave_diverged=False, again=False)
+        finally:
+            _detach(vm, timeline)
+    return _report(changeset, result, timeline)
+
+
+def rollback_command(
+    stub: bytes,
+    serial: str,
+    medium: MediumInfo,
+    *,
+    leave_diverged: bool,
+    mode: str = "rollback",
+) -> list[str]:
+    """Arguments for the guest agent: those of `bootstrap.apply_command` for the way back."""
+    command = bootstrap.apply_command(stub, serial, medium, now_ns=0)
+    command[command.index("apply", 3)] = mode
+    del command[command.index("--set-time") :]
+    return [*command, "--leave-diverged", "yes"] if leave_diverged else command
+
+
+def diverged(output: bytes) -> tuple[Diverged, ...]:
+    """Paths that the applier says are not as the update left them; what is malformed is not.
+
+    Raises:
+        ProtocolError: There are more than it would tell.
+    """
+    found = []
+    for line in output.split(b"\n"):
+        if not line.startswith(b'{"event":"diverged"'):
+            continue
+        try:
+            value = json.loads(line)
+            path, reason = from_text(value["path"]), to_text(from_text(value["reason"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise applier_protocol.ProtocolError(f"a line is no diverged path: {error}") from error
+        found.append(Diverged(path, reason[:_MAX_REASON]))
+    if len(found) > _MOST_TOLD:
+        raise applier_protocol.ProtocolError("more diverged paths than an applier tells")
+    return tuple(found)
+
+
+def _run(
+    vm: RunningVM,
+    medium: reflection.Medium,
+    *,
+    leave_diverged: bool,
+    again: bool,
+    mode: str = "rollback",
+) -> tuple[ApplierResult, tuple[Diverged, ...]]:
+    stub = reflection.STUB.read_bytes()
+    command = rollback_command(
+        stub, medium.serial, medium.info, leave_diverged=leave_diverged, mode=mode
+    )
+    done = vm.qga().run(command, timeout_s=reflection.APPLY_S, most_s=_POLL_S)
+    try:
+        result = applier_protocol.parse_output(done.stdout)
+        left = diverged(done.stdout)
+    except applier_protocol.ProtocolError as error:
+        detail = done.stderr.decode("utf-8", "replace").strip()[:500] or str(error)
+        silence = applier_protocol.error_for_silence(done.exit_status, detail)
+        raise GateClosedError(silence.message, hint=_HINT) from error
+    failure = error_for(result, left, again=again)
+    if failure is not None:
+        raise failure
+    return result, left
+
+
+def error_for(
+    result: ApplierResult, left: tuple[Diverged, ...], *, again: bool
+) -> OUassisterError | None:
+    """The error that a result means; None when the update was taken back."""
+    if result.outcome in applier_protocol.DONE:
+        return None
+    where = f" ({to_text(result.path)})" if result.path else ""
+    message = f"the guest's applier says: {result.reason}{where} [{result.code}]"
+    if result.outcome is Outcome.UNDONE:
+        return ApplyError(message, hint="the guest is as the update left it, and its links are up")
+    # These two are said before anything is done; others may meet an earlier run's half.
+    if result.outcome is Outcome.NEEDS_PERSON or (again and result.code not in _BEFORE):
+        return GateClosedError(message, hint=_HINT)
+    if result.code in ("locked", "busy"):
+        return LockedError(message)
+    if result.code == "diverged":
+        told = tuple((to_text(one.path), one.reason) for one in left)
+        return RollbackRefusedError(message, told, hint=_LEAVE_HINT)
+    return RollbackRefusedError(message)
+
+
+def _act(vm: RunningVM, actions: tuple[Action, ...]) -> tuple[str, ...]:
+    if not actions:
+        return ()
+    command = bootstrap.actions_command(actions)
+    done = vm.qga().run(command, timeout_s=_ACTIONS_S)
+    return bootstrap.failed_actions(actions, done.stdout)
+
+
+def _detach(vm: RunningVM, timeline: Timeline) -> None:
+    try:
+        vm.detach_medium()
+    except OUassisterError as error:
+        timeline.say(f"the change set's disk is still attached: {error.message}")
+
+
+def _write_medium(changeset: Changeset, folder: Path) -> tuple[Path, MediumInfo, str]:
+    applier = reflection.APPLIER
+    if not applier.exists():
+        raise HostNotReadyError(f"the applier {applier} is not built", hint="run 'make applier'")
+    path = folder / "medium.img"
+    info = write_medium(changeset, None, applier, path)
+    return path, info, f"oua-{changeset.changeset_id[:16]}"
+
+
+def _refuse_staged(changeset: Changeset) -> None:
+    if changeset.staged:
+        names = ", ".join(one.name for one in changeset.staged)
+        raise RollbackRefusedError(
+            f"the guest's own dpkg installed {names}: what its scripts did cannot be taken back",
+            hint="install the older versions in the guest, with its package manager",
+        )
+
+
+def _refuse_new_kernel(vm: RunningVM, changeset: Changeset) -> None:
+    """Its modules would be taken from under the kernel that runs."""
+    done = vm.qga().run(["cat", "/proc/sys/kernel/random/boot_id"], timeout_s=_AGENT_S)
+    if done.stdout.decode("ascii", "replace").strip() != changeset.identity.boot_id:
+        raise RollbackRefusedError(
+            f"{changeset.vm} was booted since the update, which brought a kernel: it may be the "
+            "one that runs",
+            hint="boot the older kernel and remove the new one with the package manager",
+        )
+
+
+def _report(changeset: Changeset, result: ApplierResult, timeline: Timeline) -> RollbackReport:
+    """Of a run that took nothing back."""
+    return RollbackReport(
+        vm=changeset.vm,
+        changeset_id=changeset.changeset_id,
+        result=str(result.outcome),
+        files=0,
+        left=(),
+        changes=(),
+        failed_actions=(),
+        notes=(),
+        phases=timeline.phases,
+        guest_phases=tuple(
+            Phase(name, round(milliseconds / 1000, 4)) for name, milliseconds in result.phases_ms
+        ),
+        closed_s=0.0,
+    )
+
+
+def _notes(changeset: Changeset) -> tuple[str, ...]:
+    return tuple(
+        f"the update stopped {unit}, whose file is back; it was not started"
+        for unit in stopped_for_good(changeset)
+    )
