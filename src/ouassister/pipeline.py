@@ -27,7 +27,6 @@ from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
 from ouassister.model import Plan, Request, UpdateReport
 from ouassister.packages import apt, update
-from ouassister.provider import qemu
 from ouassister.reflect.reflection import reflect
 from ouassister.sleeping import refuse_running
 from ouassister.state.fence import check_fence
@@ -37,13 +36,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ouassister.model import ResumeReport
-    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.provider.interface import Vm
     from ouassister.timeline import Timeline
 
 
-def plan(
-    config: VmConfig, request: Request, store: Store, timeline: Timeline, options: Options
-) -> Plan:
+def plan(config: Vm, request: Request, store: Store, timeline: Timeline, options: Options) -> Plan:
     """Say what an update would do; lists are fetched, nothing is changed.
 
     Raises:
@@ -65,7 +62,7 @@ def plan(
 
 
 def update_sleeping(
-    config: VmConfig,
+    config: Vm,
     wish: Request | str,
     store: Store,
     timeline: Timeline,
@@ -101,7 +98,7 @@ def update_sleeping(
 
 
 def run_program(
-    config: VmConfig,
+    config: Vm,
     argv: Sequence[str],
     store: Store,
     timeline: Timeline,
@@ -127,7 +124,7 @@ def run_program(
         return status, guest.shadow.output_path("program").read_bytes() if capture else b""
 
 
-def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
+def resume(config: Vm, store: Store, timeline: Timeline) -> ResumeReport:
     """Resume the VM with its links down, apply the pending change set, open the gate.
 
     Raises:
@@ -145,10 +142,11 @@ def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
         again = row.state is ChangesetState.APPLYING
         if not again:
             refuse_running(config)
-        # A save file that is still in its place was never resumed (`reflection.retire_save`).
-        if not again or (config.save.exists() and not qemu.is_running(config)):
+        # A save file that is still in its place was never resumed (`Vm.retire_save`).
+        if not again or (config.save.exists() and not config.is_running()):
             check_fence(changeset.fence)
-        with tempfile.TemporaryDirectory(prefix="medium-", dir=store.vm_folder(config.name)) as tmp:
+        place = config.medium_place() or store.vm_folder(config.name)
+        with tempfile.TemporaryDirectory(prefix=".ouassister-medium-", dir=place) as tmp:
             try:
                 return reflect(
                     config,
@@ -164,7 +162,7 @@ def resume(config: VmConfig, store: Store, timeline: Timeline) -> ResumeReport:
                 raise
 
 
-def discard(config: VmConfig, store: Store) -> tuple[str, ...]:
+def discard(config: Vm, store: Store) -> tuple[str, ...]:
     """Drop the VM's change sets; returns the ids of what was dropped.
 
     Raises:
@@ -189,7 +187,7 @@ def discard(config: VmConfig, store: Store) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _named(config: VmConfig, store: Store) -> Iterator[None]:
+def _named(config: Vm, store: Store) -> Iterator[None]:
     """Lock the VM and know it by its name."""
     store.remember(config.name, str(config.source))
     with store.lock(config.name):

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 _MEDIUM = "ouassister-medium"
 _POLL_S = 0.002
-RESTORED = frozenset(("qemu-stream",))  # formats that `restore` loads, by name (state/formats.py)
 # Children that outlive the RunningVM which started them; kept so that they can be reaped.
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
