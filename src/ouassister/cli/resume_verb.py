@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> common.Result:
     """See the module."""
     with Store() as store:
-        config = common.find_vm(store, arguments.vm)
+        config = common.find_vm(store, arguments)
         story = common.timeline(arguments, store, config)
         report = pipeline.resume(config, store, story)
     status = common.REBOOT_NEEDED if report.reboot_needed else 0
