@@ -133,7 +133,7 @@ def test_gate_lets_nothing_through_until_it_is_opened_for_links_that_were_up(
     frames = sleeper.folder / "frames.pcap"
     sleeper.python(_RESTORE)
     assert sleeper.state() == "paused"
-    with pytest.raises(AgentError, match="cannot be asked"):
+    with pytest.raises(AgentError, match="domain is not running"):
         VirshAgent(sleeper.virsh, "web1").ping(timeout_s=2)
     sleeper.virsh.run("resume", "web1")
     knock = "ip link set eth0 up; bash -c 'echo knock >/dev/udp/10.0.2.2/9'; sleep 0.2; true"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # execve(2): one argument has 128 KiB at most (MAX_ARG_STRLEN).
 _REQUEST_LIMIT: Final = (128 << 10) - 1
 _SILENT: Final = "Guest agent is not responding"  # VIR_ERR_AGENT_UNRESPONSIVE
+_ABSENT: Final = "QEMU guest agent is not connected"  # so nothing was sent
 _PAUSE_S: Final = 0.1
 _GRACE_S: Final = 15.0  # libvirt's own syncs before the command's time begins
 
@@ -33,7 +34,7 @@ class VirshAgent(Agent):
     def __init__(self, virsh: Virsh, uuid: str) -> None:
         self._virsh = virsh
         self._uuid = uuid
-        self._synced = False
+        self._synced = True  # libvirt syncs before each command
 
     def close(self) -> None:
         """Nothing is held: libvirt keeps the channel."""
@@ -42,11 +43,14 @@ class VirshAgent(Agent):
         """See `Agent`."""
         end = time.monotonic() + timeout_s
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        if not self._synced:
-            self._sync(end)
+        while True:
+            if not self._synced:
+                self._sync(end)
+            self._synced = False
+            answer = self._ask({"execute": command, "arguments": named}, end)
+            if answer.ok or _ABSENT not in answer.reason or time.monotonic() >= end:
+                break
         # A command whose answer is late may have been carried out: it is never sent twice.
-        self._synced = False
-        answer = self._ask({"execute": command, "arguments": named}, end)
         if not answer.ok and _SILENT in answer.reason:
             raise DeadlineError(f"the guest agent did not answer in time: {answer.reason}")
         self._synced = True
