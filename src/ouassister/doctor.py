@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ouassister.errors import OUassisterError
+from ouassister.provider import sockets
 from ouassister.shadow import cgroups, ids
 from ouassister.store.database import home
 
@@ -22,6 +23,8 @@ _TOOLS: Final = (
     ("mcopy", "mtools", "reads the guest's EFI system partition"),
 )
 _USER_TOOLS: Final = (("newuidmap", "uidmap", "maps subordinate ids for a user"),)
+# The daemon for all drivers, and the one for QEMU alone (libvirt, daemons.rst).
+_DAEMONS: Final = (Path("/run/libvirt/libvirt-sock"), Path("/run/libvirt/virtqemud-sock"))
 _MIN_FREE: Final = 1 << 30
 
 
@@ -39,7 +42,8 @@ def check_host() -> tuple[Check, ...]:
     """Look at everything; nothing is changed."""
     tools = _TOOLS + (() if os.geteuid() == 0 else _USER_TOOLS)
     checks = [_tool(*tool) for tool in tools]
-    checks += [_machine(), _fuse(), _namespaces(), _overlayfs(), _ids(), _groups(), _free(home())]
+    checks += [_machine(), _fuse(), _namespaces(), _overlayfs(), _ids(), _groups(), _libvirt()]
+    checks.append(_free(home()))
     return tuple(checks)
 
 
@@ -95,6 +99,26 @@ def _groups() -> Check:
     lacking = "none may be made here; limits for each user of the guest stand in"
     purpose = "bounds what the guest's programs take"
     return Check(ok=True, name="control groups", purpose=purpose, detail=found or lacking)
+
+
+def _libvirt() -> Check:
+    """It is not required: VMs of plain QEMU do without."""
+    purpose = "VMs that are libvirt domains"
+    tool = shutil.which("virsh")
+    if tool is None:
+        detail = "not installed (apt-get install libvirt-clients); a vm.toml needs none"
+        return Check(ok=True, name="libvirt", purpose=purpose, detail=detail)
+    answering = [str(path) for path in _DAEMONS if _listens(path)]
+    detail = f"{tool}; " + (f"{answering[0]} answers" if answering else "no system daemon answers")
+    return Check(ok=True, name="libvirt", purpose=purpose, detail=detail)
+
+
+def _listens(path: Path) -> bool:
+    try:
+        sockets.connect(path, timeout_s=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _free(folder: Path) -> Check:

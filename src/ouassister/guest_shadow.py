@@ -32,14 +32,13 @@ from ouassister.shadow.session import (
 from ouassister.shadow.trees import handover
 from ouassister.shadow.trees.collect import collect_devices, collect_system, collect_system_root
 from ouassister.sleeping import Sleeping, open_sleeping, refuse_unsafe
-from ouassister.state.running import writer_of
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
-    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.provider.interface import Vm
     from ouassister.store.database import Store
     from ouassister.timeline import Timeline
 
@@ -111,7 +110,7 @@ class Guest:
 
 @contextlib.contextmanager
 def open_guest(
-    config: VmConfig, store: Store, timeline: Timeline, options: Options, *, updating: bool = True
+    config: Vm, store: Store, timeline: Timeline, options: Options, *, updating: bool = True
 ) -> Iterator[Guest]:
     """Open the saved VM and start a shadow over it; at the end nothing of it is left.
 
@@ -133,9 +132,7 @@ def open_guest(
         telling = stack.enter_context(beside(lambda: _write_told(sleeping, shared)))
         with handover.listen(shared) as listener:
             stack.enter_context(beside(lambda: _answer(listener, sleeping, shared)))
-        stack.enter_context(
-            watched(config.name, lambda: any(writer_of(disk.path) for disk in config.disks))
-        )
+        stack.enter_context(watched(config.name, config.watch()))
         layout = sleeping.layout
         memory = folder / "shadow" / "tmpfs"
         memory.mkdir()

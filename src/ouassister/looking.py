@@ -12,10 +12,10 @@ from ouassister.provider.running import refuse_running
 if TYPE_CHECKING:
     from ouassister.guest_model import Subject
     from ouassister.model import GuestView
-    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.provider.interface import Vm
 
 
-def look_at(config: VmConfig, want: frozenset[Subject]) -> GuestView:
+def look_at(config: Vm, want: frozenset[Subject]) -> GuestView:
     """Read what the sleeping kernel knows; nothing is written.
 
     Args:

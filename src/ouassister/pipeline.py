@@ -10,6 +10,7 @@ reflect        →  ResumeReport      the only step that a guest can feel
 from __future__ import annotations
 
 import contextlib
+import glob
 import shutil
 import tempfile
 from dataclasses import replace
@@ -29,7 +30,6 @@ from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
 from ouassister.model import Plan, Request, UpdateReport
 from ouassister.packages import apt, update
-from ouassister.provider import qemu
 from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
 from ouassister.reflect.rollback import forget, roll_back
@@ -41,15 +41,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ouassister.model import ResumeReport, RollbackReport
-    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.provider.interface import Vm
     from ouassister.timeline import Timeline
 
 _STAYS_CLOSED: Final = OnFailure()
 
 
-def plan(
-    config: VmConfig, request: Request, store: Store, timeline: Timeline, options: Options
-) -> Plan:
+def plan(config: Vm, request: Request, store: Store, timeline: Timeline, options: Options) -> Plan:
     """Say what an update would do; lists are fetched, nothing is changed.
 
     Raises:
@@ -71,7 +69,7 @@ def plan(
 
 
 def update_sleeping(
-    config: VmConfig,
+    config: Vm,
     wish: Request | str,
     store: Store,
     timeline: Timeline,
@@ -107,7 +105,7 @@ def update_sleeping(
 
 
 def run_program(
-    config: VmConfig,
+    config: Vm,
     argv: Sequence[str],
     store: Store,
     timeline: Timeline,
@@ -134,7 +132,7 @@ def run_program(
 
 
 def resume(
-    config: VmConfig, store: Store, timeline: Timeline, on_failure: OnFailure = _STAYS_CLOSED
+    config: Vm, store: Store, timeline: Timeline, on_failure: OnFailure = _STAYS_CLOSED
 ) -> ResumeReport:
     """Resume the VM with its links down, apply the pending change set, open the gate.
 
@@ -154,19 +152,16 @@ def resume(
         again = row.state is ChangesetState.APPLYING
         if not again:
             refuse_running(config)
-        # A save file that is still in its place was never resumed (`reflection.retire_save`).
-        if not again or (config.save.exists() and not qemu.is_running(config)):
+        # A save file that is still in its place was never resumed (`Vm.retire_save`).
+        if not again or (config.save.exists() and not config.is_running()):
             check_fence(changeset.fence)
-        folder = store.vm_folder(config.name)
-        for stale in folder.glob("medium-*"):  # of a resume that was killed
-            shutil.rmtree(stale)
-        with tempfile.TemporaryDirectory(prefix="medium-", dir=folder) as tmp:
+        with _medium_folder(config, store) as folder:
             try:
                 return reflect(
                     config,
                     changeset,
                     layer,
-                    Path(tmp),
+                    folder,
                     timeline,
                     on_state=lambda state: store.set_state(changeset.changeset_id, state),
                     again=again,
@@ -178,7 +173,7 @@ def resume(
 
 
 def rollback(
-    config: VmConfig,
+    config: Vm,
     store: Store,
     timeline: Timeline,
     *,
@@ -202,14 +197,14 @@ def rollback(
         if not (folder / row.changeset_id).exists():
             raise RollbackRefusedError(f"the change set {row.changeset_id} was discarded")
         changeset, _layer = archive.load(folder, row.changeset_id)
-        with tempfile.TemporaryDirectory(prefix="medium-", dir=store.vm_folder(config.name)) as tmp:
+        with _medium_folder(config, store) as place:
             try:
                 if only_forget:
-                    return forget(config, changeset, Path(tmp), timeline)
+                    return forget(config, changeset, place, timeline)
                 return roll_back(
                     config,
                     changeset,
-                    Path(tmp),
+                    place,
                     timeline,
                     leave_diverged=leave_diverged,
                     again=row.state is ChangesetState.ROLLING_BACK,
@@ -220,7 +215,7 @@ def rollback(
                 raise
 
 
-def discard(config: VmConfig, store: Store) -> tuple[str, ...]:
+def discard(config: Vm, store: Store) -> tuple[str, ...]:
     """Drop the VM's change sets; returns the ids of what was dropped.
 
     Raises:
@@ -250,7 +245,18 @@ def discard(config: VmConfig, store: Store) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _named(config: VmConfig, store: Store) -> Iterator[None]:
+def _medium_folder(config: Vm, store: Store) -> Iterator[Path]:
+    """A private folder for the medium; those of runs that were killed go first."""
+    place = config.medium_place() or store.vm_folder(config.name)
+    prefix = f".ouassister-medium-{config.name}-"  # other VMs may have theirs here
+    for stale in place.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _named(config: Vm, store: Store) -> Iterator[None]:
     """Lock the VM and know it by its name."""
     store.remember(config.name, str(config.source))
     with store.lock(config.name):

@@ -27,10 +27,9 @@ from ouassister.kernel.unflushed import collect
 from ouassister.memory import SaveFile, open_save
 from ouassister.model import Fence, GuestView
 from ouassister.packages import apt
-from ouassister.provider import qemu
 from ouassister.provider.backing import backing_chain
+from ouassister.provider.interface import Vm
 from ouassister.provider.running import refuse_running as refuse_running
-from ouassister.provider.vmtoml import VmConfig
 from ouassister.state.fence import fence
 from ouassister.text import to_text
 
@@ -60,7 +59,7 @@ class Sleeping:
     ``memory`` lasts as long as the context of `open_sleeping`.
     """
 
-    config: VmConfig
+    config: Vm
     memory: Memory
     view: GuestView
     fence: Fence
@@ -71,7 +70,7 @@ class Sleeping:
 
 @contextlib.contextmanager
 def open_sleeping(
-    config: VmConfig,
+    config: Vm,
     want: frozenset[Subject] = frozenset(),
     unflushed: Callable[[int], Path] | None = None,
     *,
@@ -104,10 +103,11 @@ def open_sleeping(
         save = stack.enter_context(open_save(config.save))
         if unflushed is not None:
             save.require_full("update")
-            if save.format.name not in qemu.RESTORED:
+            if save.format.name not in config.formats:
                 raise UnsupportedStateError(
-                    "format", 0, save.format.name, "not what a plain QEMU VM is resumed from"
+                    "format", 0, save.format.name, "not what this VM is resumed from"
                 )
+            config.refuse_unresumable()
         guest = kernel.open_guest(save)
         subjects = _subjects(config) | want
         view = kernel.look(guest, save, subjects)
@@ -158,14 +158,14 @@ def _hand_over(
     return tuple(frozen)
 
 
-def _subjects(config: VmConfig) -> frozenset[Subject]:
+def _subjects(config: Vm) -> frozenset[Subject]:
     """What must be known of the guest's disks; a single one need not be told from others."""
     if len(config.disks) == 1 and not config.disks[0].guest:
         return frozenset()
     return _DISKS
 
 
-def _match(config: VmConfig, view: GuestView, layout: Layout) -> dict[str, Image]:
+def _match(config: Vm, view: GuestView, layout: Layout) -> dict[str, Image]:
     needed = tuple(
         dict.fromkeys(piece.disk for volume in layout.volumes for piece in volume.pieces)
     )
@@ -187,7 +187,7 @@ def _match(config: VmConfig, view: GuestView, layout: Layout) -> dict[str, Image
     )
 
 
-def chain(config: VmConfig) -> tuple[Path, ...]:
+def chain(config: Vm) -> tuple[Path, ...]:
     """All files that hold the VM's disks, backing files included."""
     files: dict[Path, None] = {}
     for disk in config.disks:

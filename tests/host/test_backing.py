@@ -107,3 +107,12 @@ def test_damaged_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"nonsense" * 100)
     with pytest.raises(StateError, match="no sound qcow2 image"):
         _chain(tmp_path / "a")
+
+
+def test_chain_that_the_description_has_otherwise_is_refused(pair: Path) -> None:
+    top, below = pair / "a,b", pair / "b,driver=qcow2.raw"
+    said = Disk("disk0", top, "qcow2", declared=((below, "raw"),))
+    assert backing_chain(said) == (top, below)
+    for declared in ((), ((below, "qcow2"),), ((top, "raw"),), ((below, "raw"), (top, "raw"))):
+        with pytest.raises(UnsupportedError, match="by the VM's description"):
+            backing_chain(Disk("disk0", top, "qcow2", declared=declared))

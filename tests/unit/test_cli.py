@@ -42,6 +42,12 @@ format = "raw"
 """
 
 
+@pytest.fixture(autouse=True)
+def no_libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program is installed, virsh among them."""
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state of our own, and a VM that was never saved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,25 @@ def test_missing_tool_is_named_with_its_package(
     tool.chmod(0o755)
     found = by_name()["qemu-storage-daemon"]
     assert (found.ok, found.detail) == (True, str(tool))
+
+
+def test_libvirt_may_be_missing_and_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = by_name()["libvirt"]
+    assert check.ok
+    assert check.detail.startswith("not installed (apt-get install libvirt-clients)")
+    tool = tmp_path / "virsh"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(doctor, "_DAEMONS", (tmp_path / "sock",))
+    assert by_name()["libvirt"].detail == f"{tool}; no system daemon answers"
+    with socket.socket(socket.AF_UNIX) as daemon:
+        monkeypatch.chdir(tmp_path)
+        daemon.bind("sock")
+        daemon.listen()
+        assert by_name()["libvirt"].detail == f"{tool}; {tmp_path}/sock answers"
 
 
 def test_user_needs_the_tool_that_maps_ids(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from ouassister.testing import guest_run
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 
-def _until(process: subprocess.Popen[bytes], words: bytes) -> None:
+def until(process: subprocess.Popen[bytes], words: bytes) -> None:
     """Read the story until it says ``words``."""
     assert process.stderr is not None
     seen = b""
@@ -53,7 +53,7 @@ def test_signal_in_the_middle_of_the_offline_phase_leaves_nothing(
         stderr=subprocess.PIPE,
     )
     try:
-        _until(process, b"Setting up oua-slow")
+        until(process, b"Setting up oua-slow")
         start = time.monotonic()
         process.send_signal(number)
         process.wait(timeout=30)
@@ -81,7 +81,7 @@ def test_vm_started_by_somebody_ends_the_update_and_runs_on(world: World) -> Non
         stderr=subprocess.PIPE,
     )
     try:
-        _until(process, b"Setting up oua-slow")
+        until(process, b"Setting up oua-slow")
         with qemu.restore(world.config, links_up=False) as vm:
             start = time.monotonic()
             vm.qga()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ouassister.errors import UsageError
-from ouassister.provider import vmtoml
+from ouassister.provider import find, virsh, vmtoml
 from ouassister.timeline import Timeline, stderr_story
 
 if TYPE_CHECKING:
-    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.provider.interface import Vm
     from ouassister.store.database import Store
 
 Result = tuple[int, object, str]
@@ -27,7 +28,23 @@ _MOST_SECONDS = 1_000_000
 
 def add_vm(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names a VM."""
-    parser.add_argument("vm", metavar="VM", help="path of a vm.toml, or a name from 'list'")
+    parser.add_argument(
+        "vm", metavar="VM", help="a libvirt domain, the path of a vm.toml, or a name from 'list'"
+    )
+    add_libvirt(parser)
+
+
+def add_libvirt(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which domain of libvirt is meant, and how it sleeps."""
+    parser.add_argument(
+        "--connect", metavar="URI", help=f"libvirt's URI; VM is a domain ({virsh.DEFAULT})"
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE",
+        type=Path,
+        help="what 'virsh save' wrote of the domain; its managed save without this",
+    )
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
@@ -75,44 +92,52 @@ def _seconds(word: str) -> float:
     return value
 
 
-def find_vm(store: Store, word: str) -> VmConfig:
-    """Load the VM that a word names.
+def find_vm(store: Store, arguments: argparse.Namespace) -> Vm:
+    """Load the VM that a call names.
+
+    A word that is a path is a ``vm.toml``; then come the names that the store knows, and then
+    libvirt's domains.
 
     Raises:
-        UsageError: It is neither a file nor a known name, or the file is off.
+        OUassisterError: It is none of them, or what describes it is off.
     """
-    path = _file(word)
+    path = _file(arguments)
     if path is not None:
         return vmtoml.load(path)
-    for name, source in store.vms():
-        if name == word:
-            return vmtoml.load(Path(source))
-    raise UsageError(f"{word!r} is neither a vm.toml nor a VM from 'ouassister list'")
+    word, save = arguments.vm, arguments.save
+    save = save.absolute() if save is not None else None
+    if arguments.connect is None:
+        for name, source in store.vms():
+            if name == word:
+                return find.load(source, save)
+    if shutil.which("virsh") is None:
+        raise UsageError(f"{word!r} is neither a vm.toml nor a VM from 'ouassister list'")
+    return find.domain(word, arguments.connect or virsh.DEFAULT, save)
 
 
-def locate(word: str) -> VmConfig:
-    """`find_vm` for who needs no store: it is opened for a name alone.
-
-    Raises:
-        UsageError: It is neither a file nor a known name, or the file is off.
-    """
-    path = _file(word)
+def locate(arguments: argparse.Namespace) -> Vm:
+    """`find_vm` for who needs no store: it is opened for a name alone; raises the same."""
+    path = _file(arguments)
     if path is not None:
         return vmtoml.load(path)
     from ouassister.store.database import Store
 
     with Store() as store:
-        return find_vm(store, word)
+        return find_vm(store, arguments)
 
 
-def _file(word: str) -> Path | None:
+def _file(arguments: argparse.Namespace) -> Path | None:
+    """The ``vm.toml`` that is meant; None for a name."""
+    word = arguments.vm
+    if arguments.connect is not None or arguments.save is not None:
+        return None
     path = Path(word)
     if path.is_dir():
         path = path / "vm.toml"
-    return path if "/" in word or path.exists() else None
+    return path if "/" in word or word.endswith(".toml") or path.exists() else None
 
 
-def timeline(arguments: argparse.Namespace, store: Store, config: VmConfig) -> Timeline:
+def timeline(arguments: argparse.Namespace, store: Store, config: Vm) -> Timeline:
     """A story on standard error that is also kept as the VM's history."""
     store.remember(config.name, str(config.source))
     quiet = getattr(arguments, "quiet", False)

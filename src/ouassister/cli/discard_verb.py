@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> common.Result:
     """See the module."""
     with Store() as store:
-        config = common.find_vm(store, arguments.vm)
+        config = common.find_vm(store, arguments)
         dropped = pipeline.discard(config, store)
     text = "\n".join(f"dropped {changeset_id}" for changeset_id in dropped) or "nothing to drop"
     return (0 if dropped else common.NOTHING_TO_DO), list(dropped), text

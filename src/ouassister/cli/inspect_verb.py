@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Result:
     """See the module."""
-    config = locate(arguments.vm)
+    config = locate(arguments)
     lists = tuple(LISTS) if arguments.all else tuple(dict.fromkeys(arguments.lists or ()))
     want = _ALWAYS | {LISTS[name][0] for name in lists}
     view = look_at(config, want)

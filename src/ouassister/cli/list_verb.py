@@ -1,12 +1,12 @@
-"""List the VMs that were worked on, and the state of each."""
+"""List the VMs that were worked on and the domains that sleep, and the state of each."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import shutil
 from typing import TYPE_CHECKING
 
 from ouassister.errors import OUassisterError
-from ouassister.provider import qemu, vmtoml
+from ouassister.provider import find, virsh
 from ouassister.store.database import Store
 from ouassister.text import table
 
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from ouassister.cli.common import Result
 
 
-def add_arguments(_parser: argparse.ArgumentParser) -> None:
-    """Nothing more."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which libvirt is looked into."""
+    parser.add_argument(
+        "--connect", metavar="URI", help=f"libvirt's URI ({virsh.DEFAULT})", default=virsh.DEFAULT
+    )
 
 
-def run(_arguments: argparse.Namespace) -> Result:
+def run(arguments: argparse.Namespace) -> Result:
     """See the module."""
     with Store() as store:
         values = [
@@ -32,6 +35,12 @@ def run(_arguments: argparse.Namespace) -> Result:
             }
             for name, source in store.vms()
         ]
+    known = {value["source"] for value in values}
+    values += [
+        {"vm": name, "source": source, "state": "suspended", "changeset": ""}
+        for name, source in _domains(arguments.connect)
+        if source not in known
+    ]
     rows = [("VM", "STATE", "CHANGE SET", "SOURCE")]
     rows += [
         (str(v["vm"]), str(v["state"]), str(v["changeset"])[:12] or "-", str(v["source"]))
@@ -43,8 +52,8 @@ def run(_arguments: argparse.Namespace) -> Result:
 def state_of(source: str) -> str:
     """``suspended``, ``running``, ``off`` (no save file), or ``unknown`` when it cannot be read."""
     try:
-        config = vmtoml.load(Path(source))
-        if qemu.is_running(config):
+        config = find.load(source)
+        if config.is_running():
             return "running"
         return "suspended" if config.save.exists() else "off"
     except (OUassisterError, OSError):
@@ -54,3 +63,12 @@ def state_of(source: str) -> str:
 def _pending(store: Store, vm: str) -> str:
     row = store.pending(vm)
     return row.changeset_id if row is not None else ""
+
+
+def _domains(uri: str) -> tuple[tuple[str, str], ...]:
+    """Domains of libvirt that sleep; none on a host without it."""
+    if shutil.which("virsh") is None:
+        return ()
+    from ouassister.provider import libvirt
+
+    return libvirt.suspended(uri)

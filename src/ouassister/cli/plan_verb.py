@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> common.Result:
     """See the module."""
     with Store() as store:
-        config = common.find_vm(store, arguments.vm)
+        config = common.find_vm(store, arguments)
         story = common.timeline(arguments, store, config)
         options = pipeline.Options(arguments.timeout, arguments.keep)
         plan = pipeline.plan(config, Request(tuple(arguments.install)), store, story, options)

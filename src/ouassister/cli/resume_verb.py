@@ -46,7 +46,7 @@ def _on_failure(word: str) -> pipeline.OnFailure:
 def run(arguments: argparse.Namespace) -> common.Result:
     """See the module."""
     with Store() as store:
-        config = common.find_vm(store, arguments.vm)
+        config = common.find_vm(store, arguments)
         story = common.timeline(arguments, store, config)
         report = pipeline.resume(config, store, story, arguments.on_failure)
     status = common.REBOOT_NEEDED if report.reboot_needed else 0

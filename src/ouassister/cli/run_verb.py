@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
         raise UsageError("run needs a command", hint="ouassister run VM -- dpkg -l")
     arguments.quiet = not arguments.verbose
     with Store() as store:
-        config = common.find_vm(store, arguments.vm)
+        config = common.find_vm(store, arguments)
         story = common.timeline(arguments, store, config)
         options = pipeline.Options(arguments.timeout, arguments.keep)
         status, output = pipeline.run_program(

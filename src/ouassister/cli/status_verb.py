@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The VM, or none for all."""
-    parser.add_argument("vm", metavar="VM", nargs="?", help="path of a vm.toml, or a name")
+    parser.add_argument(
+        "vm", metavar="VM", nargs="?", help="a domain, path of a vm.toml, or a name"
+    )
+    common.add_libvirt(parser)
 
 
 def run(arguments: argparse.Namespace) -> common.Result:
     """See the module."""
     with Store() as store:
         if arguments.vm is not None:
-            config = common.find_vm(store, arguments.vm)
+            config = common.find_vm(store, arguments)
             chosen = [(config.name, str(config.source))]
         else:
             chosen = list(store.vms())

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from ouassister.cli import common
 from ouassister.errors import OUassisterError
-from ouassister.provider import qemu
 from ouassister.store.database import Store
 
 if TYPE_CHECKING:
     import argparse
+
+    from ouassister.provider.interface import Running
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> common.Result:
     """See the module."""
     with Store() as store:
-        config = common.find_vm(store, arguments.vm)
+        config = common.find_vm(store, arguments)
         store.remember(config.name, str(config.source))
-        with store.lock(config.name), qemu.attach(config) as vm:
+        with store.lock(config.name), config.attach() as vm:
             synced = not arguments.no_sync and _sync(vm)
             vm.suspend()
         store.log(config.name, "suspend", "saved", "synced" if synced else "not synced")
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
     return 0, value, f"{config.name} is suspended to {config.save}; {told}"
 
 
-def _sync(vm: qemu.RunningVM) -> bool:
+def _sync(vm: Running) -> bool:
     """Ask the guest to flush; a guest without an agent is suspended all the same."""
     try:
         return vm.qga().run(["/bin/sync"], timeout_s=60).exit_status == 0

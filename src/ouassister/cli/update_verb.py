@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
         raise UsageError("--plan says what to do; --install and --upgrade do not go with it")
     wish = arguments.plan or Request(tuple(arguments.install))
     with Store() as store:
-        config = common.find_vm(store, arguments.vm)
+        config = common.find_vm(store, arguments)
         story = common.timeline(arguments, store, config)
         options = pipeline.Options(
             arguments.timeout,

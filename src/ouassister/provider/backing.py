@@ -19,7 +19,7 @@ from ouassister.provider.cmdline import quote
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ouassister.provider.vmtoml import Disk
+    from ouassister.provider.disks import Disk
 
 _FORMATS = ("qcow2", "raw")
 _DEPTH = 64
@@ -32,9 +32,11 @@ def backing_chain(disk: Disk) -> tuple[Path, ...]:
     Raises:
         StateError: A file is missing or damaged, or the chain has a cycle.
         UnsupportedError: A layer is of a kind that is in no table: its format undeclared or
-            unknown, encrypted, with an external data file, or not a local file.
+            unknown, encrypted, with an external data file, or not a local file; or the chain is
+            not the one that the VM's description has.
     """
     chain: list[Path] = []
+    below: list[tuple[Path, str]] = []
     seen: set[tuple[int, int]] = set()
     path, kind = disk.path, disk.format
     while True:
@@ -53,6 +55,7 @@ def backing_chain(disk: Disk) -> tuple[Path, ...]:
         _check(path, info)
         name = info.get("backing-filename")
         if name is None:
+            _compare(disk, tuple(below))
             return tuple(chain)
         kind = str(info.get("backing-filename-format"))
         if kind not in _FORMATS:
@@ -62,6 +65,24 @@ def backing_chain(disk: Disk) -> tuple[Path, ...]:
         if _PROTOCOL.match(str(name)):
             raise UnsupportedError(f"the backing file {name!r} of {path} is no local file")
         path = path.resolve().parent / str(name)
+        below.append((path, kind))
+
+
+def _compare(disk: Disk, below: tuple[tuple[Path, str], ...]) -> None:
+    """What the VM's description says of the chain must be what the images say."""
+    if disk.declared is None:
+        return
+    declared = tuple((path.resolve(), kind) for path, kind in disk.declared)
+    if declared != tuple((path.resolve(), kind) for path, kind in below):
+        raise UnsupportedError(
+            f"the backing chain of {disk.path} is {_chain(below)} by its images,"
+            f" and {_chain(disk.declared)} by the VM's description",
+            hint="make them agree: 'qemu-img rebase -u', or the description's backingStore",
+        )
+
+
+def _chain(files: tuple[tuple[Path, str], ...]) -> str:
+    return ", ".join(f"{path} ({kind})" for path, kind in files) or "empty"
 
 
 def _check(path: Path, info: dict[str, Any]) -> None:

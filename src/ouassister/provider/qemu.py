@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 _MEDIUM = "ouassister-medium"
 _POLL_S = 0.002
-RESTORED = frozenset(("qemu-stream",))  # formats that `restore` loads, by name (state/formats.py)
 # Children that outlive the RunningVM which started them; kept so that they can be reaped.
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -183,6 +182,10 @@ class RunningVM:
     def status(self) -> str:
         """QEMU's run state: ``running``, ``paused``, ``postmigrate``..."""
         return str(self.qmp.execute("query-status")["status"])
+
+    def runs(self) -> bool:
+        """See `interface.Running`."""
+        return self.status() == "running"
 
     def cont(self) -> None:
         """Let the guest run."""

@@ -9,6 +9,10 @@ from ouassister.provider import sockets
 from ouassister.state.running import writer_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ouassister.provider.disks import Disk
+    from ouassister.provider.interface import Vm
     from ouassister.provider.vmtoml import VmConfig
 
 
@@ -19,15 +23,20 @@ def is_running(config: VmConfig) -> bool:
     except TimeoutError:
         return True  # it listens, and serves others
     except OSError:
-        return any(writer_of(disk.path) for disk in config.disks)
+        return has_writer(config.disks)
     return True
 
 
-def refuse_running(config: VmConfig) -> None:
+def has_writer(disks: Iterable[Disk]) -> bool:
+    """Tell whether some process has one of these disks open for writing."""
+    return any(writer_of(disk.path) for disk in disks)
+
+
+def refuse_running(vm: Vm) -> None:
     """Raise when the VM runs.
 
     Raises:
         RunningVMError: It does.
     """
-    if is_running(config):
-        raise RunningVMError(f"{config.name} is running: its disk belongs to it")
+    if vm.is_running():
+        raise RunningVMError(f"{vm.name} is running: its disk belongs to it")

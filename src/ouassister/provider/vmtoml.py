@@ -21,24 +21,17 @@ from ouassister.provider.cmdline import (
     reserved_option,
     words,
 )
+from ouassister.provider.disks import Disk as Disk
+from ouassister.state.formats import QEMU_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from ouassister.provider.qemu import RunningVM
+
 _REFERENCE = "docs/reference/vm-toml.md lists the fields"
 _FORMATS = ("qcow2", "raw")
 _SUN_PATH = 107  # unix(7): sun_path holds 108 bytes with its terminator
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """One disk of the VM: a block node of the command and the file below it."""
-
-    node: str
-    path: Path
-    format: str
-    serial: str = ""
-    guest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +74,53 @@ class VmConfig:
     def short(self, path: Path) -> str:
         """Spell a path as QEMU gets it: relative where it lies in the folder."""
         return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
+
+    # What follows is `ouassister.provider.interface.Vm`.
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """What `restore` loads."""
+        return frozenset((QEMU_STREAM.name,))
+
+    def is_running(self) -> bool:
+        """Tell whether its QEMU listens, or a process has one of its disks open for writing."""
+        from ouassister.provider.running import is_running
+
+        return is_running(self)
+
+    def watch(self) -> Callable[[], bool]:
+        """See `Vm`: a QEMU that somebody starts opens the disks for writing."""
+        from ouassister.provider.running import has_writer
+
+        return lambda: has_writer(self.disks)
+
+    def refuse_unresumable(self) -> None:
+        """See `Vm`; what a command lacks, QEMU says."""
+
+    def medium_place(self) -> Path | None:
+        """See `Vm`: QEMU runs as the caller."""
+        return None
+
+    def restore(self) -> RunningVM:
+        """See `Vm` and `qemu.restore`."""
+        from ouassister.provider import qemu
+
+        return qemu.restore(self, links_up=False)
+
+    def attach(self) -> RunningVM:
+        """See `Vm` and `qemu.attach`."""
+        from ouassister.provider import qemu
+
+        return qemu.attach(self)
+
+    def retire_save(self) -> None:
+        """See `Vm`: the file is kept, under a name that says so.
+
+        Only its owner knows what else it is good for.
+        """
+        from ouassister.provider.retire import rename_save
+
+        rename_save(self.save)
 
 
 class _Table:

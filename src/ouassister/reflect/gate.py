@@ -19,7 +19,7 @@ from ouassister.errors import (
 )
 
 if TYPE_CHECKING:
-    from ouassister.provider.qemu import RunningVM
+    from ouassister.provider.interface import Running
     from ouassister.timeline import Timeline
 
 HINT: Final = (
@@ -46,7 +46,7 @@ def judge(error: OUassisterError) -> OUassisterError:
 
 
 def after_failure(
-    vm: RunningVM, failure: OUassisterError, policy: OnFailure, timeline: Timeline
+    vm: Running, failure: OUassisterError, policy: OnFailure, timeline: Timeline
 ) -> OUassisterError:
     """Do what the policy says; returns the error that tells of it.
 

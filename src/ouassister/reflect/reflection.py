@@ -21,10 +21,8 @@ from ouassister.errors import (
     InterruptedRunError,
     OUassisterError,
     QemuRefusedError,
-    StateError,
 )
 from ouassister.model import Phase, ResumeReport, StagedState
-from ouassister.provider import qemu
 from ouassister.reflect import applier_protocol, bootstrap, gate, staged, verify
 from ouassister.reflect.verify import Verification
 from ouassister.state.fence import check_fence
@@ -34,8 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ouassister.model import Action, Changeset
-    from ouassister.provider.qemu import RunningVM
-    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.provider.interface import Running, Vm
     from ouassister.reflect.applier_protocol import ApplierResult
     from ouassister.reflect.gate import OnFailure
     from ouassister.timeline import Timeline
@@ -72,7 +69,7 @@ class _Finished:
 
 
 def reflect(
-    config: VmConfig,
+    config: Vm,
     changeset: Changeset,
     layer: Path,
     folder: Path,
@@ -105,7 +102,7 @@ def reflect(
     on_state(ChangesetState.APPLYING)
     with timeline.phase("restore, links down"):
         try:
-            vm = _find(config, changeset) if again and qemu.is_running(config) else _restore(config)
+            vm = _find(config, changeset) if again and config.is_running() else _restore(config)
         except BaseException:
             if not again:
                 on_state(ChangesetState.READY)
@@ -114,7 +111,7 @@ def reflect(
         try:
             vm.qga()  # connected before the guest runs: its agent wakes at once
             vm.attach_medium(medium.path, medium.serial)
-            retire_save(config)
+            config.retire_save()
         except BaseException:
             if not again:  # it never ran: it sleeps as before
                 vm.kill()
@@ -149,39 +146,19 @@ def _write_medium(changeset: Changeset, layer: Path, folder: Path) -> Medium:
     return Medium(path, info, f"oua-{changeset.changeset_id[:16]}")
 
 
-def retire_save(config: VmConfig) -> None:
-    """Put the save file aside: from the first instruction on it contradicts the disk.
-
-    A VM restored from it again would write its stale caches over the disk. The file is kept,
-    under a name that says so, since only its owner knows what else it is good for.
-
-    Raises:
-        StateError: It cannot be renamed.
-    """
-    try:
-        config.save.rename(config.save.with_name(f"{config.save.name}.resumed"))
-    except FileNotFoundError:
-        return  # an earlier resume has done it
-    except OSError as error:
-        raise StateError(
-            f"the save file {config.save} cannot be put aside: {error.strerror}",
-            hint="make its folder writable: a save file that was resumed must not be used again",
-        ) from error
-
-
-def _restore(config: VmConfig) -> RunningVM:
+def _restore(config: Vm) -> Running:
     if not config.save.exists():
         raise GateClosedError(
             f"{config.name} ended while the change set was being applied",
             hint="boot it with its links down; 'ouassister resume' then finishes what was begun",
         )
-    return qemu.restore(config, links_up=False)
+    return config.restore()
 
 
-def _find(config: VmConfig, changeset: Changeset) -> RunningVM:
+def _find(config: Vm, changeset: Changeset) -> Running:
     """Take over the VM as an earlier resume left it, which may have been killed at any moment."""
-    vm = qemu.attach(config)
-    if config.save.exists() and vm.status() != "running":  # see `retire_save`: it never ran
+    vm = config.attach()
+    if config.save.exists() and not vm.runs():  # see `Vm.retire_save`: it never ran
         vm.kill()
         check_fence(changeset.fence)
         return _restore(config)
@@ -198,7 +175,7 @@ def _find(config: VmConfig, changeset: Changeset) -> RunningVM:
     return vm
 
 
-def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
+def _apply(vm: Running, medium: Medium) -> ApplierResult:
     stub = STUB.read_bytes()
     command = bootstrap.apply_command(stub, medium.serial, medium.info, time.time_ns())
     try:
@@ -217,7 +194,7 @@ def _apply(vm: RunningVM, medium: Medium) -> ApplierResult:
 
 
 def _finish(
-    vm: RunningVM, changeset: Changeset, result: ApplierResult, timeline: Timeline
+    vm: Running, changeset: Changeset, result: ApplierResult, timeline: Timeline
 ) -> _Finished:
     """What follows the files: actions, staged packages, restarts, verification.
 
@@ -246,7 +223,7 @@ def _finish(
     return _Finished(failed, states, verification)
 
 
-def _act(vm: RunningVM, actions: tuple[Action, ...]) -> tuple[str, ...]:
+def _act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
     if not actions:
         return ()
     command = bootstrap.actions_command(actions)
@@ -254,7 +231,7 @@ def _act(vm: RunningVM, actions: tuple[Action, ...]) -> tuple[str, ...]:
     return bootstrap.failed_actions(actions, done.stdout)
 
 
-def _detach(vm: RunningVM, timeline: Timeline) -> tuple[str, ...]:
+def _detach(vm: Running, timeline: Timeline) -> tuple[str, ...]:
     """Take the medium away; a guest that will not let go of it is told of, no more."""
     try:
         with timeline.phase("detach medium"):

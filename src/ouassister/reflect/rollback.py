@@ -24,7 +24,6 @@ from ouassister.errors import (
     StateError,
 )
 from ouassister.model import Diverged, Phase, RollbackReport
-from ouassister.provider import qemu
 from ouassister.reflect import applier_protocol, bootstrap, reflection
 from ouassister.reflect.applier_protocol import Outcome
 from ouassister.restart.back import actions_back, stopped_for_good
@@ -37,8 +36,7 @@ if TYPE_CHECKING:
 
     from ouassister.changeset.medium import MediumInfo
     from ouassister.model import Action, Changeset
-    from ouassister.provider.qemu import RunningVM
-    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.provider.interface import Running, Vm
     from ouassister.reflect.applier_protocol import ApplierResult
     from ouassister.timeline import Timeline
 
@@ -57,7 +55,7 @@ _LEAVE_HINT: Final = (
 
 
 def roll_back(
-    config: VmConfig,
+    config: Vm,
     changeset: Changeset,
     folder: Path,
     timeline: Timeline,
@@ -85,7 +83,7 @@ def roll_back(
     _refuse_staged(changeset)
     with timeline.phase("write medium"):
         medium = reflection.Medium(*_write_medium(changeset, folder))
-    with qemu.attach(config) as vm:
+    with config.attach() as vm:
         with timeline.phase("ask the agent"):
             vm.qga().ping(timeout_s=_AGENT_S)
             if changeset.reboot_needed and not again:
@@ -125,9 +123,7 @@ def roll_back(
     )
 
 
-def forget(
-    config: VmConfig, changeset: Changeset, folder: Path, timeline: Timeline
-) -> RollbackReport:
+def forget(config: Vm, changeset: Changeset, folder: Path, timeline: Timeline) -> RollbackReport:
     """Remove what the guest keeps for a rollback; the links stay as they are.
 
     Raises:
@@ -136,7 +132,7 @@ def forget(
     """
     with timeline.phase("write medium"):
         medium = reflection.Medium(*_write_medium(changeset, folder))
-    with qemu.attach(config) as vm:
+    with config.attach() as vm:
         with contextlib.suppress(OUassisterError):
             vm.detach_medium(timeout_s=5)
         vm.attach_medium(medium.path, medium.serial)
@@ -185,7 +181,7 @@ def diverged(output: bytes) -> tuple[Diverged, ...]:
 
 
 def _run(
-    vm: RunningVM,
+    vm: Running,
     medium: reflection.Medium,
     *,
     leave_diverged: bool,
@@ -231,7 +227,7 @@ def error_for(
     return RollbackRefusedError(message)
 
 
-def _act(vm: RunningVM, actions: tuple[Action, ...]) -> tuple[str, ...]:
+def _act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
     if not actions:
         return ()
     command = bootstrap.actions_command(actions)
@@ -239,7 +235,7 @@ def _act(vm: RunningVM, actions: tuple[Action, ...]) -> tuple[str, ...]:
     return bootstrap.failed_actions(actions, done.stdout)
 
 
-def _detach(vm: RunningVM, timeline: Timeline) -> None:
+def _detach(vm: Running, timeline: Timeline) -> None:
     try:
         vm.detach_medium()
     except OUassisterError as error:
@@ -264,7 +260,7 @@ def _refuse_staged(changeset: Changeset) -> None:
         )
 
 
-def _refuse_new_kernel(vm: RunningVM, changeset: Changeset) -> None:
+def _refuse_new_kernel(vm: Running, changeset: Changeset) -> None:
     """Its modules would be taken from under the kernel that runs."""
     done = vm.qga().run(["cat", "/proc/sys/kernel/random/boot_id"], timeout_s=_AGENT_S)
     if done.stdout.decode("ascii", "replace").strip() != changeset.identity.boot_id:

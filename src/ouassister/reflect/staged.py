@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ouassister.model import Changeset, Restart, Staged, StagedStep
-    from ouassister.provider.qemu import RunningVM
+    from ouassister.provider.interface import Running
 
 LIMIT_S: Final = 1800  # of all of dpkg's work in the guest
 _GRACE_S: Final = 120.0  # for what is around it
@@ -69,7 +69,7 @@ class Installed:
     alive: frozenset[int]
 
 
-def install(vm: RunningVM, changeset: Changeset, hint: str) -> Installed:
+def install(vm: Running, changeset: Changeset, hint: str) -> Installed:
     """Have the guest install its staged packages.
 
     Args:
@@ -223,7 +223,7 @@ def _name(one: Staged) -> str:
     return one.name if one.architecture in ("all", "") else f"{one.name}:{one.architecture}"
 
 
-def _await(vm: RunningVM, state: str, hint: str) -> bytes:
+def _await(vm: Running, state: str, hint: str) -> bytes:
     """Ask for the result until it is there; the agent may be restarted meanwhile."""
     end = time.monotonic() + LIMIT_S + _GRACE_S
     last = "no answer"

@@ -1,0 +1,27 @@
+"""A save file that was resumed must not be used again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ouassister.errors import StateError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def rename_save(save: Path) -> None:
+    """Put a save file aside, under a name that says so.
+
+    Raises:
+        StateError: It cannot be renamed.
+    """
+    try:
+        save.rename(save.with_name(f"{save.name}.resumed"))
+    except FileNotFoundError:
+        return  # an earlier resume has done it
+    except OSError as error:
+        raise StateError(
+            f"the save file {save} cannot be put aside: {error.strerror}",
+            hint="make its folder writable: a save file that was resumed must not be used again",
+        ) from error

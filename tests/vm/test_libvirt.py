@@ -1,0 +1,239 @@
+"""Domains of a real libvirtd: found, updated while they sleep, resumed behind a closed gate."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.conftest import GUESTS
+from tests.vm import packages
+from tests.vm.libvirt_host import DOWN, UP, Inside, Sleeper, domain, running
+from tests.vm.repository import build
+from tests.vm.test_interrupted import until
+from tests.vm.world import NOTHING, leftovers
+
+from ouassister.demo.frames import count_frames
+from ouassister.errors import AgentError
+from ouassister.provider.virsh_agent import VirshAgent
+from ouassister.store.database import ChangesetState, Store
+from ouassister.testing import build_image, overlay
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.vm.repository import Repository
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+
+_SETTLED = (
+    "until systemctl is-system-running; do"
+    " systemctl --failed --plain --no-legend | grep . && exit 1; sleep 0.2; done"
+)
+
+
+@pytest.fixture(scope="module")
+def virsh(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
+    """A libvirtd with a domain that was suspended once; what it woke up from is in ``kept``."""
+    folder = tmp_path_factory.mktemp("libvirt")
+    image = build_image(GUESTS, progress=print)
+    overlay(folder / "disk.qcow2", image.disk, "qcow2")
+    (folder / "domain.xml").write_text(domain(image, folder, repository.port))
+    with running(folder) as virsh:
+        virsh.run("define", str(folder / "domain.xml"))
+        virsh.run("start", image.hostname)
+        awake = Sleeper(Path(image.hostname), folder, virsh=virsh)
+        agent: Any = VirshAgent(virsh, image.hostname)
+        agent.ping(timeout_s=300)
+        awake.guest(_SETTLED)
+        source = f"deb [trusted=yes] http://127.0.0.1:{repository.port}/ ./\n"
+        awake.guest("rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*")
+        agent.write_file("/etc/apt/sources.list", source.encode())
+        for package in packages.BEFORE:
+            deb = build(package, folder)
+            agent.write_file(f"/root/{deb.name}", deb.read_bytes())
+            awake.guest(f"dpkg -i /root/{deb.name}")
+        awake.guest("sync")
+        virsh.run("managedsave", image.hostname, timeout_s=120)
+        (folder / "kept").mkdir()
+        awake.save.rename(folder / "kept" / "save")
+        (folder / "disk.qcow2").rename(folder / "kept" / "base.qcow2")
+        yield virsh
+
+
+@pytest.fixture
+def sleeper(virsh: Inside, tmp_path: Path) -> Sleeper:
+    """The domain, asleep as it was when it was suspended, with a home of its own."""
+    sleeper = Sleeper(Path("web1"), tmp_path / "home", virsh=virsh)
+    sleeper.fall_asleep(virsh.folder / "kept")
+    return sleeper
+
+
+def test_managed_save_is_updated_and_the_domain_says_so_when_it_is_awake(sleeper: Sleeper) -> None:
+    before = sleeper.hashes()
+    listed = {one["vm"]: one for one in sleeper.run("list").result}
+    assert listed["web1"]["state"] == "suspended"
+    uuid = sleeper.virsh.run("domuuid", "web1").strip()
+    assert listed["web1"]["source"].startswith(f"libvirt:{uuid}?")
+    seen = sleeper.run("inspect").result
+    assert seen["uts"]["nodename"] == "web1"
+    plan = replace(sleeper, toml=Path(uuid)).run("plan").result
+    assert {one["name"] for one in plan["changes"]} >= {"oua-daemon", "oua-hello"}
+    update = sleeper.run("update", "--plan", plan["plan_id"])
+    assert update.status == 0, update
+    assert sleeper.hashes() == before
+    assert sleeper.state() == "shut off"
+    assert leftovers(sleeper.home) == NOTHING
+
+    resumed = sleeper.run("resume")
+    assert resumed.status == 0, resumed
+    assert (resumed.result["result"], resumed.result["notes"]) == ("applied", [])
+    assert sleeper.guest("oua-hello; dpkg --audit") == "two"
+    assert sleeper.guest("find / -xdev -name '.ouassister-*'; ls /dev/vd?") == "/dev/vda"
+    assert not sleeper.save.exists()
+    links = [sleeper.virsh.run("domif-getlink", "web1", mac).split()[-1] for mac in (UP, DOWN)]
+    assert links == ["up", "down"]
+    assert "open mac=" not in sleeper.virsh.run("dumpxml", "web1")
+    assert [path.name for path in sleeper.folder.glob(".ouassister*")] == []
+    assert sleeper.run("status").result[0]["state"] == "running"
+    again = sleeper.run("update")
+    assert (again.status, again.code) == (20, "state-running"), again
+
+
+def test_domain_saved_to_a_file_is_updated_and_the_file_put_aside(sleeper: Sleeper) -> None:
+    save = sleeper.folder / "web1.img"
+    sleeper.save.rename(save)
+    asleep = sleeper.run("update", "--install", "oua-extra")
+    assert (asleep.status, asleep.code) == (20, "state-not-suspended"), asleep
+    saved = replace(sleeper, words=("--save", str(save)))
+    assert saved.run("update", "--install", "oua-extra").status == 0
+    resumed = saved.run("resume")
+    assert resumed.status == 0, resumed
+    assert "oua-extra" in sleeper.guest("dpkg-query -W")
+    assert not save.exists()
+    save.with_name("web1.img.resumed").unlink()
+    assert saved.run("suspend").status == 0
+    assert (sleeper.state(), save.exists()) == ("shut off", True)
+    save.unlink()
+
+
+_RESTORE = """
+from ouassister.provider import libvirt
+from ouassister.errors import StateError
+vm = libvirt.find("web1")
+awake = vm.restore()
+"""
+
+
+def test_gate_lets_nothing_through_until_it_is_opened_for_links_that_were_up(
+    sleeper: Sleeper,
+) -> None:
+    frames = sleeper.folder / "frames.pcap"
+    sleeper.python(_RESTORE)
+    assert sleeper.state() == "paused"
+    with pytest.raises(AgentError, match="domain is not running"):
+        VirshAgent(sleeper.virsh, "web1").ping(timeout_s=2)
+    sleeper.virsh.run("resume", "web1")
+    knock = "ip link set eth0 up; bash -c 'echo knock >/dev/udp/10.0.2.2/9'; sleep 0.2; true"
+    carrier = (
+        "cat /sys/class/net/eth0/carrier; ip link set eth1 up; cat /sys/class/net/eth1/carrier"
+    )
+    sleeper.guest(knock)
+    assert sleeper.guest(carrier).split() == ["0", "0"]
+    assert count_frames(frames) == 0
+    with pytest.raises(AgentError, match="refused guest-exec"):
+        VirshAgent(sleeper.virsh, "web1").run(["/no/such/program"], timeout_s=60)
+    sleeper.python(
+        "from ouassister.provider import libvirt\n"
+        "libvirt.find('web1').attach().set_links(up=True)\n"
+    )
+    sleeper.guest(knock)
+    assert sleeper.guest(carrier).split() == ["1", "0"]
+    assert count_frames(frames) > 0
+
+
+def test_medium_that_cannot_be_plugged_in_leaves_the_domain_asleep(sleeper: Sleeper) -> None:
+    before = sleeper.hashes()
+    # What reflection does when anything fails before the first instruction.
+    told = sleeper.python(
+        f"{_RESTORE}"
+        "import pathlib, tempfile\n"
+        "from ouassister.provider.virsh import Virsh\n"
+        "medium = pathlib.Path(tempfile.mkdtemp(), 'medium.img')\n"
+        "medium.write_bytes(bytes(512))\n"
+        "awake.attach_medium(medium, 'oua-one')\n"
+        "try:\n"
+        "    awake.attach_medium(medium, 'oua-two')\n"
+        "except StateError as error:\n"
+        "    print(error.message)\n"
+        "    awake.kill()\n"
+    )
+    assert "libvirt refused attach-device" in told
+    assert sleeper.state() == "shut off"
+    assert sleeper.hashes()["web1.save"] == before["web1.save"]
+    assert sleeper.run("inspect").status == 0
+
+
+def test_resume_that_stopped_half_way_is_taken_up_with_the_gate_closed(sleeper: Sleeper) -> None:
+    # libvirt forgets that there is a save; one that comes to its place is there all the same.
+    sleeper.virsh.run("managedsave-remove", "web1")
+    sleeper.fall_asleep(sleeper.folder / "kept")
+    update = sleeper.run("update", "--install", "oua-extra")
+    with Store(sleeper.home) as store:  # as a host leaves it that lost ouassister after the resume
+        store.set_state(update.result["changeset_id"], ChangesetState.APPLYING)
+    sleeper.python(f"{_RESTORE}vm.retire_save(); awake.cont()\n")
+    assert not sleeper.save.exists()
+    sleeper.save.with_name("web1.save.resumed").unlink()
+    resumed = sleeper.run("resume")
+    assert resumed.status == 0, resumed
+    assert "oua-extra" in sleeper.guest("dpkg-query -W")
+    links = [sleeper.virsh.run("domif-getlink", "web1", mac).split()[-1] for mac in (UP, DOWN)]
+    assert links == ["up", "down"]
+
+
+def test_domain_started_by_somebody_ends_the_update_and_runs_on(sleeper: Sleeper) -> None:
+    process = subprocess.Popen(
+        sleeper.command("update", "--install", "oua-slow"),
+        env=sleeper.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        until(process, b"Setting up oua-slow")
+        sleeper.virsh.run("start", "web1", timeout_s=120)
+        process.wait(timeout=30)
+        assert sleeper.guest("oua-hello") == "one"
+    finally:
+        process.kill()
+        output, _errors = process.communicate()
+    assert process.returncode == 20
+    assert b"state-running" in output
+    assert leftovers(sleeper.home) == NOTHING
+
+
+def test_domain_that_cannot_be_updated_is_refused_by_name(sleeper: Sleeper) -> None:
+    xml = (sleeper.folder / "domain.xml").read_text()
+    network = "<source protocol='nbd' name='disk'><host name='127.0.0.1' port='9'/></source>"
+    xml = xml.replace("<disk type='file'", "<disk type='network'")
+    xml = xml.replace(f"<source file='{sleeper.folder}/disk.qcow2'/>", network)
+    odd = sleeper.folder / "odd.xml"
+    odd.write_text(xml.replace("<name>web1<", "<name>odd<"))
+    sleeper.virsh.run("define", str(odd))
+    for verb in ("inspect", "plan", "resume"):
+        done = replace(sleeper, toml=Path("odd")).run(verb)
+        assert (done.status, done.code) == (23, "unsupported-guest"), done
+        assert "disk vda of odd is of type network" in done.value["error"]["message"]
+    sleeper.virsh.run("undefine", "odd")
+
+
+def test_word_that_is_no_domain_is_a_usage_error(sleeper: Sleeper) -> None:
+    for word in ("nobody", "web1x"):
+        done = replace(sleeper, toml=Path(word)).run("inspect")
+        assert (done.status, done.code) == (2, "usage"), done
+    elsewhere = replace(sleeper, words=("--connect", "qemu+ssh://far/system"))
+    assert elsewhere.run("inspect").code == "usage"
+    nowhere = replace(sleeper, words=("--connect", "qemu+unix:///system?socket=/nowhere"))
+    done = nowhere.run("inspect")
+    assert (done.status, done.code) == (2, "host-not-ready"), done
