@@ -33,6 +33,12 @@ _LIMIT_S: Final = 3000.0
 _SETTLED_S: Final = 300.0
 _MARGIN_S: Final = 10.0  # the save file is finished some time after the guest fell asleep
 _MEMORY_MIB: Final = 1024
+# Sources of which the newest version is in the last point release, so that a guest without updates
+# would have nothing to upgrade.
+_OLDER: Final[dict[str, tuple[str, ...]]] = {
+    "bookworm": ("glibc", "systemd", "openssh"),
+    "trixie": ("openssh", "openssl"),
+}
 # Nothing but the update shall change the twins: they have slept for long, so all timers are due.
 QUIET: Final = "systemctl stop '*.timer'; sync"
 # As a careful administrator would: nobody is asked, and what was edited stays.
@@ -106,7 +112,8 @@ def sleeping(release: str, packages: tuple[str, ...], *, outdated: bool) -> Path
     """The ``vm.toml`` of a suspended guest with these packages beside the usual ones; cached."""
     usual = Recipe(suite=release)
     recipe = Recipe(suite=release, packages=(*usual.packages, *packages))
-    image = build_image(BUILD / "guests", recipe, outdated=outdated, progress=print)
+    older = _OLDER.get(release, ()) if outdated else ()
+    image = build_image(BUILD / "guests", recipe, outdated=outdated, older=older, progress=print)
     folder = BUILD / "guests" / f"{image.disk.parent.name}-{_MEMORY_MIB}-suspended"
     usual_one = make_suspended(image, folder, memory_mib=_MEMORY_MIB, progress=print)
     quiet = folder.with_name(f"{folder.name}-quiet")
