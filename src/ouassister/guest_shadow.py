@@ -30,7 +30,7 @@ from ouassister.shadow.session import (
     open_shadow,
 )
 from ouassister.shadow.trees import handover
-from ouassister.shadow.trees.collect import collect_devices, collect_system
+from ouassister.shadow.trees.collect import collect_devices, collect_system, collect_system_root
 from ouassister.sleeping import Sleeping, open_sleeping, refuse_unsafe
 from ouassister.state.running import writer_of
 from ouassister.text import to_text
@@ -186,6 +186,7 @@ def _write_told(sleeping: Sleeping, folder: Path) -> None:
     memory = sleeping.memory
     reader = GuestReader(memory.kernel)
     handover.write(folder, handover.DEV, collect_devices(reader))
+    handover.write(folder, handover.SYS_ROOT, collect_system_root(reader))
     tree = collect_proc(reader, sleeping.view)
     told.write(folder, tree, collect_services(memory.look(sleeping.view, _SERVICES)))
 

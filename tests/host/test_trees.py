@@ -70,6 +70,7 @@ def place(tmp_path: Path) -> Path:
     place.mkdir(mode=0o755)
     (place / "stage").mkdir()
     handover.write(place, handover.DEV, Tree(snapshot.encode(DEVICES), ("a note",)))
+    handover.write(place, handover.SYS_ROOT, Tree(snapshot.encode(SYSTEM[:1])))
     assert handover.read_notes(place) == ("a note",)
     above = place
     while above != above.parent:  # other ids come through
@@ -109,7 +110,8 @@ def test_files_are_shown_with_all_their_attributes(folder: Path) -> None:
 
 
 def test_sys_is_read_when_somebody_looks(folder: Path) -> None:
-    assert told(folder, "stat -c %F dev/vda") == ["block special file", "served"]
+    lines = told(folder, "stat -c '%F %h' dev/vda sys")
+    assert lines == ["block special file 1", "directory 3", "served"]
     assert not (folder / "sys").exists()
     told(folder, "ls sys")
     assert (folder / "sys").exists()

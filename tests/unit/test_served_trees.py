@@ -111,7 +111,7 @@ class Told:
         self.wrote: list[tuple[str, bytes]] = []
         self.untold: list[str] = []
         self.files = SysFiles(
-            lambda: NODES, lambda *one: self.wrote.append(one), self.untold.append
+            NODES[0], lambda: NODES, lambda *one: self.wrote.append(one), self.untold.append
         )
 
 

@@ -70,6 +70,17 @@ def collect(
     return [_node(nodes, index, contents) for index in range(len(nodes))], collector.left_out
 
 
+def collect_root(reader: GuestReader) -> Node:
+    """Describe the root alone.
+
+    Raises:
+        UnsupportedGuestError: This kernel's sysfs is laid out otherwise.
+        CorruptGuestError: The root contradicts itself.
+        PageAbsentError: It was never saved.
+    """
+    return _node(Kernfs(reader.kernel).read(lambda _path: True), 0, {})
+
+
 def _is_left_out(path: bytes) -> bool:
     """Whether nobody needs what is in a folder: thousands of counters, and addresses."""
     return path == _SLABS or (path.startswith(_MODULE) and path.endswith(_ADDRESSES))

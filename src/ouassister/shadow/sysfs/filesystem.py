@@ -32,7 +32,8 @@ class SysFiles:
     """The operations; names are the ones that mfusepy calls.
 
     Args:
-        load: Gives the snapshot; called when the first program looks.
+        root: The first file of the snapshot.
+        load: Gives the snapshot; called when the first program looks below the root.
         wrote: Called with path and value when a program writes to an attribute.
         untold: Called once with the path of each file that a program read in vain.
     """
@@ -41,6 +42,7 @@ class SysFiles:
 
     def __init__(
         self,
+        root: Node,
         load: Callable[[], Sequence[Node]],
         wrote: Callable[[str, bytes], None],
         untold: Callable[[str], None],
@@ -48,6 +50,7 @@ class SysFiles:
         self._wrote = wrote
         self._untold = untold
         self._told: set[str] = set()
+        self._root = root
         self._load = load
         self._loaded = False
         self._nodes: dict[str, Node] = {}
@@ -178,6 +181,8 @@ class SysFiles:
         return content
 
     def _node(self, path: str) -> Node:
+        if path == "/":
+            return self._root
         self._look()
         node = self._nodes.get(path)
         if node is None:

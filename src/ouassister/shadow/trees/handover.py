@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ouassister.shadow.served.snapshot import Node
 
 SYS: Final = "sys"
+SYS_ROOT: Final = "sys-root"  # the first file of it alone
 DEV: Final = "dev"
 _SOCKET: Final = "sys.socket"
 _READY: Final = b"ready"
@@ -47,7 +48,7 @@ def write(folder: Path, name: str, tree: Tree) -> None:
 
     Args:
         folder: Exists; private to the run.
-        name: ``SYS`` or ``DEV``.
+        name: ``SYS``, ``SYS_ROOT`` or ``DEV``.
         tree: What is known.
     """
     if tree.raw is not None:
@@ -93,7 +94,17 @@ def ask(folder: Path) -> list[Node]:
             caller.connect(f"{place}/{_SOCKET}")
         if caller.recv(len(_READY), socket.MSG_WAITALL) != _READY:
             raise InternalError("nobody reads the guest's /sys")
-    return snapshot.read(folder / SYS) if (folder / SYS).exists() else [_ROOT]
+    return snapshot.read(folder / SYS) if (folder / SYS).exists() else [system_root(folder)]
+
+
+def system_root(folder: Path) -> Node:
+    """Return the root of /sys; that of an empty one where memory does not tell.
+
+    Raises:
+        InternalError: What was handed over is no tree.
+    """
+    path = folder / SYS_ROOT
+    return snapshot.read(path)[0] if path.exists() else _ROOT
 
 
 def _notes(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from pathlib import Path
@@ -12,7 +13,7 @@ from ouassister.shadow.devices.filesystem import DevFiles
 from ouassister.shadow.served import server, snapshot
 from ouassister.shadow.sysfs.filesystem import SysFiles
 from ouassister.shadow.sysfs.record import recorders
-from ouassister.shadow.trees.handover import DEV, SYS, ask
+from ouassister.shadow.trees.handover import DEV, SYS, ask, system_root
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ouassister.shadow.served.snapshot import Node
 
 _PERMISSIONS: Final = 0o7777
-_SYS_MODE: Final = 0o555  # fs/sysfs/mount.c, sysfs_init
+_GONE: Final = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 class ServerDiedError(Exception):
@@ -32,6 +33,7 @@ class Servers:
 
     def __init__(self) -> None:
         self._pids: dict[str, int] = {}
+        self._stage = Path()
 
     def start(self, folder: Path, stage: Path, records: Path) -> frozenset[str]:
         """Mount and serve them; called in the supervisor.
@@ -49,12 +51,14 @@ class Servers:
             InternalError: What was handed over is no tree.
             OSError: The host refuses a mount.
         """
-        # Of a path that is whole, too.
+        self._stage = stage
+        root = system_root(folder)
+        # For its server, which leaves the working folder, too.
         handed = os.open(folder, os.O_PATH | os.O_CLOEXEC)
         try:
             self._pids[SYS] = server.start(
-                "sysfs", str(stage / SYS), raw.MS_NOEXEC, _SYS_MODE,
-                lambda: SysFiles(lambda: _asked(handed), *recorders(records)),
+                "sysfs", str(stage / SYS), raw.MS_NOEXEC, root.mode & _PERMISSIONS,
+                lambda: SysFiles(root, lambda: _asked(handed), *recorders(records)),
             )  # fmt: skip
         finally:
             os.close(handed)
@@ -77,7 +81,14 @@ class Servers:
             ServerDiedError: One is not; what programs did since they were checked may be wrong.
         """
         for name, pid in self._pids.items():
-            ended, status = os.waitpid(pid, os.WNOHANG)
+            # The kernel ends the connection before the process has ended: programs saw it first.
+            options = os.WNOHANG
+            try:
+                os.statvfs(self._stage / name)
+            except OSError as error:
+                if error.errno in _GONE:
+                    options = 0
+            ended, status = os.waitpid(pid, options)
             if ended:
                 del self._pids[name]
                 code = os.waitstatus_to_exitcode(status)
