@@ -183,6 +183,9 @@ def test_reload_comes_first() -> None:
     told = actions.coalesce([], [restart("a.service")])
     assert told == (RELOAD, Action(("systemctl", "try-restart", "a.service")))
     assert actions.coalesce([], []) == ()
+    again = Action(("systemctl", "daemon-reexec"))  # loads units as well
+    told = actions.coalesce([again], [restart("a.service")])
+    assert told == (again, Action(("systemctl", "try-restart", "a.service")))
 
 
 @pytest.mark.parametrize(
