@@ -39,6 +39,8 @@ _OLDER: Final[dict[str, tuple[str, ...]]] = {
     "bookworm": ("glibc", "systemd", "openssh"),
     "trixie": ("openssh", "openssl"),
 }
+# The mirrors have lost the newest kernel of a release that ends.
+_KERNELS: Final = {"bullseye": "bullseye"}
 # Nothing but the update shall change the twins: they have slept for long, so all timers are due.
 QUIET: Final = "systemctl stop '*.timer'; sync"
 # As a careful administrator would: nobody is asked, and what was edited stays.
@@ -111,7 +113,8 @@ class Pair:
 def sleeping(release: str, packages: tuple[str, ...], *, outdated: bool) -> Path:
     """The ``vm.toml`` of a suspended guest with these packages beside the usual ones; cached."""
     usual = Recipe(suite=release)
-    recipe = Recipe(suite=release, packages=(*usual.packages, *packages))
+    packages = (*usual.packages, *packages)
+    recipe = Recipe(suite=release, packages=packages, kernel_suite=_KERNELS.get(release, ""))
     older = _OLDER.get(release, ()) if outdated else ()
     image = build_image(BUILD / "guests", recipe, outdated=outdated, older=older, progress=print)
     folder = BUILD / "guests" / f"{image.disk.parent.name}-{_MEMORY_MIB}-suspended"
@@ -190,7 +193,8 @@ def _update_awake(vm: RunningVM, wish: Wish) -> None:
         vm.qga().write_file(_SOURCES, source.encode())
         apt += _ONLY
     words = shlex.join(wish.packages)
-    what = f"install {words}" if words else "upgrade --with-new-pkgs"
+    # What a mirror has lost does not keep the rest away, asleep either.
+    what = f"install {words}" if words else "upgrade --with-new-pkgs --fix-missing"
     for command in (f"{apt} update", f"{apt} {what}"):
         status, told = _as_unit(vm, command)
         if status != 0 and not (wish.may_fail and what in command):
