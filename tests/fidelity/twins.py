@@ -48,9 +48,10 @@ _APT: Final = (
     "DEBIAN_FRONTEND=noninteractive apt-get -q -y"
     " -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold"
 )
-_SETTLED: Final = (
-    'for i in $(seq 600); do [ -z "$(systemctl list-jobs --no-legend)" ] && exit 0;'
-    " sleep 0.2; done; systemctl list-jobs; exit 1"
+# Jobs, and what was put off: the restart of the guest's agent, half a minute after a resume.
+_PENDING: Final = (
+    "systemctl list-jobs --no-legend;"
+    " systemctl list-units --no-legend --plain 'run-*.timer' 'run-*.service'"
 )
 # The repository of a test is on the host's loopback, which a guest has at this address (slirp).
 # The list is in memory: the guest's own says what it says to both twins.
@@ -67,6 +68,7 @@ _LAST_WORDS: Final = (
 
 _UNIT: Final = "twin-of-a-test.service"
 _OUTPUT: Final = "/dev/shm/twin.log"  # noqa: S108 - of the guest
+_LOOK_S: Final = 30.0
 _POLL_S: Final = 4.0  # each look costs an emulated guest half a second
 
 
@@ -257,9 +259,15 @@ def _updated(world: World, wish: Wish) -> tuple[RunningVM, dict[str, Any], dict[
 
 
 def _settled_facts(vm: RunningVM, since_s: float, shown: tuple[str, ...]) -> Facts:
-    done = guest_run(vm, _SETTLED, timeout_s=_SETTLED_S, check=False)
-    if done.exit_status != 0:
-        raise UpdateFailedError(f"jobs do not end: {done.stdout.decode(errors='replace')}")
+    end = time.monotonic() + _SETTLED_S
+    pending = "the agent does not answer"
+    while pending:
+        if time.monotonic() > end:
+            raise UpdateFailedError(f"jobs do not end: {pending}")
+        time.sleep(1)  # between two looks
+        with contextlib.suppress(AgentError, DeadlineError):  # it is just being restarted
+            told = guest_run(vm, _PENDING, timeout_s=_LOOK_S)
+            pending = told.stdout.decode(errors="replace").strip()
     return facts.ask(vm, since_s, shown)
 
 
