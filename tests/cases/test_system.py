@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2400)]
 
+# As `make fidelity` with these and UPGRADE=1, which has the same guest.
+_THERE: Final = ("nginx", "openssh-server", "curl", "vim-tiny", "python3", "postfix")
 # A session as an administrator's: a client, sshd's process for it, and a command. The client is in
 # the guest as well, since the links of the sleeper are down.
 _SESSION: Final = """
@@ -44,7 +46,7 @@ def _state(vm: RunningVM) -> list[str]:
 def test_upgrade_of_everything_keeps_a_session_and_leaves_no_old_manager(tmp_path: Path) -> None:
     """libc6, systemd, openssh-server, a kernel and its initramfs, and more, as they come."""
     alone()
-    base = twins.sleeping("bookworm", (), outdated=True)
+    base = twins.sleeping("bookworm", _THERE, outdated=True)
     world = World(clone(base, tmp_path / "vm"), tmp_path / "home", 1800)
     with twins.again(world.toml) as vm:
         guest_run(vm, _SESSION, timeout_s=120)

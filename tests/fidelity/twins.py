@@ -18,7 +18,7 @@ from tests.fidelity import facts
 from tests.fidelity.facts import Facts
 from tests.vm.world import World
 
-from ouassister.errors import AgentError, DeadlineError, OUassisterError
+from ouassister.errors import AgentError, DeadlineError, OUassisterError, StateError
 from ouassister.provider import qemu, vmtoml
 from ouassister.testing import Recipe, build_image, clone, guest_run, make_suspended
 from ouassister.testing.guest import locked
@@ -69,6 +69,8 @@ _LAST_WORDS: Final = (
 _UNIT: Final = "twin-of-a-test.service"
 _OUTPUT: Final = "/dev/shm/twin.log"  # noqa: S108 - of the guest
 _LOOK_S: Final = 30.0
+# What a look ends with while the agent, or the service manager, is just being started anew.
+_RESTARTED: Final = (AgentError, DeadlineError, StateError)
 _POLL_S: Final = 4.0  # each look costs an emulated guest half a second
 
 
@@ -218,7 +220,7 @@ def _as_unit(vm: RunningVM, command: str) -> tuple[int, str]:
         if time.monotonic() > end:
             raise UpdateFailedError(f"the twin: {command!r} does not end")
         time.sleep(_POLL_S)  # between two looks
-        with contextlib.suppress(AgentError, DeadlineError):  # it is just being restarted
+        with contextlib.suppress(*_RESTARTED):
             told = guest_run(vm, f"systemctl show -p SubState,ExecMainStatus {_UNIT}")
             state = dict(line.split("=", 1) for line in told.stdout.decode().splitlines())
     done = guest_run(vm, f"systemctl stop {_UNIT}; systemctl reset-failed {_UNIT};"
@@ -265,7 +267,7 @@ def _settled_facts(vm: RunningVM, since_s: float, shown: tuple[str, ...]) -> Fac
         if time.monotonic() > end:
             raise UpdateFailedError(f"jobs do not end: {pending}")
         time.sleep(1)  # between two looks
-        with contextlib.suppress(AgentError, DeadlineError):  # it is just being restarted
+        with contextlib.suppress(*_RESTARTED):
             told = guest_run(vm, _PENDING, timeout_s=_LOOK_S)
             pending = told.stdout.decode(errors="replace").strip()
     return facts.ask(vm, since_s, shown)
