@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from ouassister.shadow import raw, sandbox
+from ouassister.shadow import blkid, raw, sandbox
 from ouassister.shadow.fetch import proxy
 from ouassister.shadow.mounts import enter_tree
 from ouassister.shadow.servicemanager import listen, open_namespaces
@@ -128,6 +128,7 @@ def _become_init(
             package_cache=program.package_cache,
         )
         enter_tree(f"{stage}/{sandbox.merged(0)}", operations)
+        blkid.write()
         _loopback_up()
         if program.fetches:
             with socket.create_server(proxy.ADDRESS) as listener:
