@@ -26,12 +26,13 @@ _THERE: Final = ("nginx", "openssh-server", "curl", "vim-tiny", "python3", "post
 _SESSION: Final = """
 mkdir -p -m 700 /root/.ssh && cd /root/.ssh
 ssh-keygen -q -t ed25519 -N '' -f id && cp id.pub authorized_keys
-systemd-run -q --unit=client ssh -i id -o StrictHostKeyChecking=no root@127.0.0.1 \
-    'sleep 100000; echo ended'
-until pgrep -x sleep >/dev/null; do sleep 0.2; done
+systemd-run -q --unit=client ssh -i /root/.ssh/id -o StrictHostKeyChecking=no root@127.0.0.1 \\
+    tail -f /dev/null
+for i in $(seq 300); do grep -sqx tail /proc/[0-9]*/comm && exit 0; sleep 0.2; done
+journalctl -u client >&2; exit 1
 """
 _STATE: Final = """
-echo session $(pgrep -x sleep) client $(systemctl is-active client)
+echo session $(grep -slx tail /proc/[0-9]*/comm) $(systemctl is-active client)
 echo listener $(systemctl show -P MainPID ssh)
 echo old $(grep -ls ' /usr/.* (deleted)$' /proc/1/maps /proc/$(systemctl show -P MainPID ssh)/maps)
 dpkg --audit
@@ -67,6 +68,6 @@ def test_upgrade_of_everything_keeps_a_session_and_leaves_no_old_manager(tmp_pat
         finally:
             vm.kill()
     assert after[0] == session
-    assert after[0].endswith("client active")
+    assert after[0].endswith("comm active")
     assert after[1] != listener
     assert after[2:] == ["old"], after
