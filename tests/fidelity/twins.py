@@ -18,7 +18,7 @@ from tests.fidelity import facts
 from tests.fidelity.facts import Facts
 from tests.vm.world import World
 
-from ouassister.errors import AgentError, DeadlineError, OUassisterError
+from ouassister.errors import AgentError, DeadlineError, OUassisterError, StateError
 from ouassister.provider import qemu, vmtoml
 from ouassister.testing import Recipe, build_image, clone, guest_run, make_suspended
 from ouassister.testing.guest import locked
@@ -33,6 +33,14 @@ _LIMIT_S: Final = 3000.0
 _SETTLED_S: Final = 300.0
 _MARGIN_S: Final = 10.0  # the save file is finished some time after the guest fell asleep
 _MEMORY_MIB: Final = 1024
+# Sources of which the newest version is in the last point release, so that a guest without updates
+# would have nothing to upgrade.
+_OLDER: Final[dict[str, tuple[str, ...]]] = {
+    "bookworm": ("glibc", "systemd", "openssh"),
+    "trixie": ("openssh", "openssl"),
+}
+# The mirrors have lost the newest kernel of a release that ends.
+_KERNELS: Final = {"bullseye": "bullseye"}
 # Nothing but the update shall change the twins: they have slept for long, so all timers are due.
 QUIET: Final = "systemctl stop '*.timer'; sync"
 # As a careful administrator would: nobody is asked, and what was edited stays.
@@ -40,9 +48,10 @@ _APT: Final = (
     "DEBIAN_FRONTEND=noninteractive apt-get -q -y"
     " -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold"
 )
-_SETTLED: Final = (
-    'for i in $(seq 600); do [ -z "$(systemctl list-jobs --no-legend)" ] && exit 0;'
-    " sleep 0.2; done; systemctl list-jobs; exit 1"
+# Jobs, and what was put off: the restart of the guest's agent, half a minute after a resume.
+_PENDING: Final = (
+    "systemctl list-jobs --no-legend;"
+    " systemctl list-units --no-legend --plain 'run-*.timer' 'run-*.service'"
 )
 # The repository of a test is on the host's loopback, which a guest has at this address (slirp).
 # The list is in memory: the guest's own says what it says to both twins.
@@ -59,6 +68,9 @@ _LAST_WORDS: Final = (
 
 _UNIT: Final = "twin-of-a-test.service"
 _OUTPUT: Final = "/dev/shm/twin.log"  # noqa: S108 - of the guest
+_LOOK_S: Final = 30.0
+# What a look ends with while the agent, or the service manager, is just being started anew.
+_RESTARTED: Final = (AgentError, DeadlineError, StateError)
 _POLL_S: Final = 4.0  # each look costs an emulated guest half a second
 
 
@@ -105,8 +117,10 @@ class Pair:
 def sleeping(release: str, packages: tuple[str, ...], *, outdated: bool) -> Path:
     """The ``vm.toml`` of a suspended guest with these packages beside the usual ones; cached."""
     usual = Recipe(suite=release)
-    recipe = Recipe(suite=release, packages=(*usual.packages, *packages))
-    image = build_image(BUILD / "guests", recipe, outdated=outdated, progress=print)
+    packages = (*usual.packages, *packages)
+    recipe = Recipe(suite=release, packages=packages, kernel_suite=_KERNELS.get(release, ""))
+    older = _OLDER.get(release, ()) if outdated else ()
+    image = build_image(BUILD / "guests", recipe, outdated=outdated, older=older, progress=print)
     folder = BUILD / "guests" / f"{image.disk.parent.name}-{_MEMORY_MIB}-suspended"
     usual_one = make_suspended(image, folder, memory_mib=_MEMORY_MIB, progress=print)
     quiet = folder.with_name(f"{folder.name}-quiet")
@@ -183,7 +197,8 @@ def _update_awake(vm: RunningVM, wish: Wish) -> None:
         vm.qga().write_file(_SOURCES, source.encode())
         apt += _ONLY
     words = shlex.join(wish.packages)
-    what = f"install {words}" if words else "upgrade --with-new-pkgs"
+    # What a mirror has lost does not keep the rest away, asleep either.
+    what = f"install {words}" if words else "upgrade --with-new-pkgs --fix-missing"
     for command in (f"{apt} update", f"{apt} {what}"):
         status, told = _as_unit(vm, command)
         if status != 0 and not (wish.may_fail and what in command):
@@ -205,7 +220,7 @@ def _as_unit(vm: RunningVM, command: str) -> tuple[int, str]:
         if time.monotonic() > end:
             raise UpdateFailedError(f"the twin: {command!r} does not end")
         time.sleep(_POLL_S)  # between two looks
-        with contextlib.suppress(AgentError, DeadlineError):  # it is just being restarted
+        with contextlib.suppress(*_RESTARTED):
             told = guest_run(vm, f"systemctl show -p SubState,ExecMainStatus {_UNIT}")
             state = dict(line.split("=", 1) for line in told.stdout.decode().splitlines())
     done = guest_run(vm, f"systemctl stop {_UNIT}; systemctl reset-failed {_UNIT};"
@@ -246,9 +261,15 @@ def _updated(world: World, wish: Wish) -> tuple[RunningVM, dict[str, Any], dict[
 
 
 def _settled_facts(vm: RunningVM, since_s: float, shown: tuple[str, ...]) -> Facts:
-    done = guest_run(vm, _SETTLED, timeout_s=_SETTLED_S, check=False)
-    if done.exit_status != 0:
-        raise UpdateFailedError(f"jobs do not end: {done.stdout.decode(errors='replace')}")
+    end = time.monotonic() + _SETTLED_S
+    pending = "the agent does not answer"
+    while pending:
+        if time.monotonic() > end:
+            raise UpdateFailedError(f"jobs do not end: {pending}")
+        time.sleep(1)  # between two looks
+        with contextlib.suppress(*_RESTARTED):
+            told = guest_run(vm, _PENDING, timeout_s=_LOOK_S)
+            pending = told.stdout.decode(errors="replace").strip()
     return facts.ask(vm, since_s, shown)
 
 

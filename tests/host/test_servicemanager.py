@@ -92,6 +92,10 @@ COMMANDS: Final[dict[str, dict[str, Any]]] = {
     "recorder": {"sh": "modprobe -n loop; modprobe loop; udevadm trigger --action=change",
                  "environment": POSTINST},
     "recorder nothere": {"sh": "update-grub"},
+    "recorder of grub": {"sh": "d=/usr/local/sbin; echo 'echo made' >$d/grub-mkconfig;"
+                         " echo 'grub-mkconfig -o /boot/grub/grub.cfg' >$d/update-grub;"
+                         " chmod 755 $d/grub-mkconfig $d/update-grub;"
+                         " grub-mkconfig; $d/update-grub"},
     "kill all": {"sh": "kill -KILL -1"},
     "survived": {"sh": "systemctl is-active ssh"},
 }  # fmt: skip
@@ -155,7 +159,8 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with mounted_view(build_view(suspended, folder / "view")) as tree:
         job = {
             "tree": str(tree), "folder": str(folder), "state": str(folder / "state"),
-            "recorder": str(RECORDER), "recorded": ["modprobe", "udevadm", "update-grub"],
+            "recorder": str(RECORDER),
+            "recorded": ["grub-mkconfig", "modprobe", "udevadm", "update-grub"],
             "commands": commands,
         }  # fmt: skip
         (folder / "job").write_text(json.dumps(job))
@@ -248,7 +253,9 @@ def test_every_change_is_recorded_in_order(seen: Seen) -> None:
         "systemctl reload dbus.service",
         "modprobe loop",
         "udevadm trigger --action=change",
+        "grub-mkconfig -o /boot/grub/grub.cfg",  # by a script that was called by its full path
     ]
+    assert seen.lines("recorder of grub") == ["made"]
     done = seen.words(Outcome.DONE)
     assert "systemctl enable systemd-networkd.service" in done
     assert "systemctl mask fstrim.timer" in done

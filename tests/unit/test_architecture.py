@@ -116,6 +116,7 @@ PROCESSES: Final = frozenset(
         "shadow/servicemanager/guestctl.py",
         "shadow/servicemanager/process.py",
         "shadow/supervisor.py",
+        "shadow/trees/serve.py",
     )
 )
 STORY: Final = "timeline.py"  # tells the story of a run on standard error

@@ -55,10 +55,17 @@ def test_reload_comes_first_and_once() -> None:
     actions, _notes = read(
         "systemctl\trestart\ta.service",
         "systemctl\t--system\tdaemon-reload",
-        "systemctl\tdaemon-reexec",
         "systemctl\tdaemon-reload",
+        "telinit\tq",
     )
     assert actions == (RELOAD, Action(("systemctl", "restart", "a.service")))
+
+
+@pytest.mark.parametrize("line", ["systemctl\t--system\tdaemon-reexec", "telinit\tu"])
+def test_a_new_service_manager_is_started_instead_of_a_reload(line: str) -> None:
+    """A reload would leave the old program running: that of libc6 or systemd before the upgrade."""
+    actions, _notes = read("systemctl\tdaemon-reload", line, "systemctl\tdaemon-reload")
+    assert actions == (Action(("systemctl", "daemon-reexec")),)
 
 
 def test_repeated_call_is_done_once_where_it_was_last() -> None:

@@ -121,6 +121,9 @@ def test_script_exposes_by_its_path() -> None:
         ("user@1000.service", Verdict.ADVISE),
         ("getty@tty1.service", Verdict.ADVISE),
         ("docker.service", Verdict.ADVISE),
+        ("networking.service", Verdict.ADVISE),
+        ("ifup@eth0.service", Verdict.ADVISE),
+        ("systemd-networkd.service", Verdict.RESTART),  # goes on when there is a carrier again
         ("init.scope", Verdict.ADVISE),
         ("", Verdict.ADVISE),
         ("x;y.service", Verdict.ADVISE),
@@ -183,6 +186,9 @@ def test_reload_comes_first() -> None:
     told = actions.coalesce([], [restart("a.service")])
     assert told == (RELOAD, Action(("systemctl", "try-restart", "a.service")))
     assert actions.coalesce([], []) == ()
+    again = Action(("systemctl", "daemon-reexec"))  # loads units as well
+    told = actions.coalesce([again], [restart("a.service")])
+    assert told == (again, Action(("systemctl", "try-restart", "a.service")))
 
 
 @pytest.mark.parametrize(

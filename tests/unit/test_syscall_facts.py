@@ -72,6 +72,11 @@ def test_a_name_may_contain_anything() -> None:
     assert (process.threads, process.limits) == ((571,), ())
 
 
+def test_pids_end_above_threads_and_groups() -> None:
+    assert read_facts(SMALL, UTS).pids_end == 572
+    assert GuestFacts(UTS).pids_end is None
+
+
 def test_what_is_missing_is_not_known() -> None:
     assert read_facts({}, UTS) == GuestFacts(UTS)
 

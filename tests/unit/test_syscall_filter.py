@@ -123,6 +123,14 @@ def test_signals_to_own_processes_are_the_kernel_s() -> None:
         assert verdict(62, NATIVE, pid) == verdict(37, COMPAT, pid & 0xFFFF_FFFF) == NOTIFY
 
 
+def test_pids_above_all_of_the_guest_s_are_nobody_s_and_the_kernel_says_so() -> None:
+    program = decode(bpf.build_filter(572))
+    for pid in (0, 572, FIRST - 1, FIRST, -572, 1 - FIRST):
+        assert verdict(62, NATIVE, pid, program=program) == ALLOW
+    for pid in (1, 571, -1, -571):
+        assert verdict(62, NATIVE, pid, program=program) == NOTIFY
+
+
 def test_without_high_pids_no_pid_is_the_guest_s() -> None:
     program = decode(bpf.build_filter(bpf.ALL_PIDS))
     for pid in (0, 1, 571, FIRST, -1):

@@ -57,7 +57,7 @@ ALLOWED: Final = {
     "units": r"^ *system-modprobe\.slice .*\n|^\d+ loaded units listed.*\n",
     # It asks by netlink once for each port, and then reads /proc. Packet sockets are not told, and
     # interfaces that ioctl(2) asks for are the shadow's. Its test "lkm", which asks for each of
-    # four million pids, takes ten minutes in the shadow and is left out.
+    # four million pids, takes two minutes in the shadow and is left out.
     "chkrootkit": _NETLINK + r"|^WARNING: Output from ifpromisc:\n(?:.*PACKET SNIFFER.*\n)+\n",
 }  # fmt: skip
 _APART: Final = frozenset(("ps", "lsof", "ss", "free"))

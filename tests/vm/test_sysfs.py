@@ -30,6 +30,8 @@ COMMANDS = {
              " lsblk -D; lsblk -n -o NAME,ROTA,RO,SIZE,PTTYPE,PARTUUID,UUID,SUBSYSTEMS,MODE,GROUP",
     "findmnt": "findmnt -rn -o TARGET,SOURCE,FSTYPE,OPTIONS,MAJ:MIN",
     "udevadm": "udevadm info --query=all --name=/dev/vda1 | LC_ALL=C sort | grep -v DEVLINKS",
+    "blkid": "blkid -s TYPE -o value /dev/vda1; blkid -s UUID -o value /dev/vda1; blkid -L root;"
+             " findfs LABEL=root; blkid -l -t TYPE=ext4 -o device",
     "links": "udevadm info --query=symlink --name=/dev/vda1 | tr ' ' '\\n' | LC_ALL=C sort",
     "property": "udevadm info --query=property --path=/sys/class/net/eth0 | LC_ALL=C sort",
     "lscpu": "lscpu | grep -v 'Vulnerab\\|Hypervisor\\|Virtualization type\\|^CPU.*MHz'"

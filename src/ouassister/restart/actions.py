@@ -22,6 +22,7 @@ _VERBS: Final = frozenset(
 )
 _ENDS: Final = frozenset(("restart", "try-restart", "stop"))
 _RELOAD: Final = Action(("systemctl", "daemon-reload"))
+_REEXECUTE: Final = Action(("systemctl", "daemon-reexec"))  # loads all units again, too
 _LATER_S: Final = 30
 _SIGNAL: Final = "kill"  # with the pid as its last word (`shadow.events`)
 _MERGED: Final = ("systemctl", "deb-systemd-invoke")  # these take any number of units
@@ -69,7 +70,7 @@ def coalesce(
         ):
             due.append(restart.unit)
     if due:
-        if _RELOAD not in actions:
+        if _RELOAD not in actions and _REEXECUTE not in actions:
             # A unit's file may be among what was replaced, and nobody said so.
             actions.insert(0, _RELOAD)
         actions.append(Action(("systemctl", "try-restart", *due)))

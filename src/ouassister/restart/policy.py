@@ -1,7 +1,8 @@
 """What is done about each unit that runs replaced files.
 
 The lists follow what needrestart(1) ships as its defaults, by what a restart would take along:
-buses whose clients do not come back, sessions of people, engines whose containers end with them.
+buses whose clients do not come back, sessions of people, networks (a client of DHCP would wait for
+minutes behind the closed gate), engines whose containers end with them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ _ADVISED: Final = (
      "desktop sessions end with it"),
     (r"(docker|containerd|crio|podman|lxc|lxd|incus|libvirtd|virtqemud|virtlogd|machined)"
      r"\.service", "containers or machines may end with it"),
+    (r"(networking|network|ifup@.*|ifplugd|NetworkManager|ModemManager|wicd|connman"
+     r"|wpa_supplicant(@.*)?|openvpn(-client|-server)?(@.*)?|wg-quick@.*|tinc(@.*)?|quagga|frr|bird6?"
+     r"|(strong|libre|open)swan(-starter)?|ipsec|bluetooth)\.service",
+     "it would set up networks while the links are down"),
     (r"(docker|crio|cri-containerd|libpod|lxc|machine)-.*\.scope", "it is a container"),
     (r".*\.scope", "nothing knows how to start it again"),
     (r"init\.scope", "the service manager executes itself again by its own package's script"),

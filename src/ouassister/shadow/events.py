@@ -29,7 +29,7 @@ _MAX_VALUES: Final = 1 << 22
 _MAX_ACTIONS: Final = 4096
 _MAX_SHOWN: Final = 80
 _WORD: Final = re.compile(r"[A-Za-z0-9:_.@\\=/+-]{1,255}")  # unit names: systemd.unit(5)
-_RELOADS: Final = frozenset(("daemon-reload", "daemon-reexec"))
+_RELOAD, _REEXECUTE = "daemon-reload", "daemon-reexec"
 
 
 class Outcome(StrEnum):
@@ -163,20 +163,20 @@ def actions_of(events: Iterable[Event]) -> tuple[tuple[Action, ...], tuple[str, 
     """Make what the guest shall do out of records.
 
     Returns:
-        The actions, reload of the service manager first and once, and notes on what was recorded
-        but will not be done, each with its reason.
+        The actions, reload of the service manager or of its program first and once, and notes on
+        what was recorded but will not be done, each with its reason.
     """
     notes: list[str] = []
     actions: list[Action] = []
-    reload = False
+    manager = ""  # what is to be done to the service manager itself
     for event in events:
         called = f"{' '.join(event.words)[:_MAX_SHOWN]!a}"
         by = f" (package {event.package})" if event.package else ""
         match event.outcome:
             case Outcome.DEFERRED if not all(map(_WORD.fullmatch, event.words)):
                 notes.append(f"a recorded call with odd words is not done: {called}{by}")
-            case Outcome.DEFERRED if event.words[:1] == ("systemctl",) and _is_reload(event.words):
-                reload = True
+            case Outcome.DEFERRED if verb := _of_manager(event.words):
+                manager = manager if manager == _REEXECUTE else verb
             case Outcome.DEFERRED:
                 actions.append(Action(event.words))
             case Outcome.WITHHELD:
@@ -189,7 +189,7 @@ def actions_of(events: Iterable[Event]) -> tuple[tuple[Action, ...], tuple[str, 
     if len(merged) > _MAX_ACTIONS:
         notes.append(f"{len(merged) - _MAX_ACTIONS} recorded calls over the limit are not done")
         merged = merged[:_MAX_ACTIONS]
-    head = (Action(("systemctl", "daemon-reload")),) if reload else ()
+    head = (Action(("systemctl", manager)),) if manager else ()
     return head + tuple(merged), tuple(dict.fromkeys(notes))
 
 
@@ -214,8 +214,13 @@ def open_regular(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def _is_reload(words: tuple[str, ...]) -> bool:
-    return next((word for word in words[1:] if not word.startswith("-")), "") in _RELOADS
+def _of_manager(words: tuple[str, ...]) -> str:
+    """Whether the service manager shall load its units again, or itself, which does both."""
+    if words[:1] == ("telinit",):  # init(8) of sysvinit: "q" and "u"
+        letter = words[1].lower() if len(words) > 1 else ""
+        return {"q": _RELOAD, "u": _REEXECUTE}.get(letter, "")
+    verb = next((word for word in words[1:] if not word.startswith("-")), "")
+    return verb if words[:1] == ("systemctl",) and verb in (_RELOAD, _REEXECUTE) else ""
 
 
 def _shown(event: Event) -> str:

@@ -144,8 +144,8 @@ class Programs:
             if child == 0:
                 ours.close()
                 self._control.close()
-                uts = self._told.facts.uts
-                runner.run(program, self._stage, self._layout, uts, theirs, procfs, enter)
+                facts = self._told.facts
+                runner.run(program, self._stage, self._layout, facts, theirs, procfs, enter)
             procfs.close()
             if printed is not None:
                 printed.started()

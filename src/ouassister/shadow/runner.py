@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from ouassister.shadow import raw, sandbox
+from ouassister.shadow import blkid, raw, sandbox
 from ouassister.shadow.fetch import proxy
 from ouassister.shadow.mounts import enter_tree
 from ouassister.shadow.servicemanager import listen, open_namespaces
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ouassister.disk.layout import Layout
-    from ouassister.model import Uts
     from ouassister.shadow.procfs import Procfs
+    from ouassister.shadow.syscalls.facts import GuestFacts
 
 GO: Final = b"go"  # the stand-ins serve: the program may start
 _SET_UP_FAILED: Final = 125
@@ -60,7 +60,7 @@ def run(
     program: Program,
     stage: str,
     layout: Layout,
-    uts: Uts,
+    facts: GuestFacts,
     channel: socket.socket,
     procfs: Procfs,
     enter: Callable[[], None],
@@ -71,7 +71,7 @@ def run(
         program: The program.
         stage: Where the stage lies.
         layout: The guest's file systems.
-        uts: The guest's names.
+        facts: The guest: its names, and which pids are its own.
         channel: Takes what is needed of it, and what goes wrong before the program starts.
         procfs: Its /proc, which somebody serves.
         enter: Puts the calling process within the limits of programs; raises OSError.
@@ -89,7 +89,7 @@ def run(
     if first == 0:
         os.close(tell_opened)
         os.read(opened, 1)
-        _become_init(program, stage, layout, uts, channel, procfs)
+        _become_init(program, stage, layout, facts, channel, procfs)
     procfs.close()
     try:
         # Before the first process enters the tree: this one gets the same root then, and with it a
@@ -110,13 +110,14 @@ def _become_init(
     program: Program,
     stage: str,
     layout: Layout,
-    uts: Uts,
+    facts: GuestFacts,
     channel: socket.socket,
     procfs: Procfs,
 ) -> NoReturn:
     """Build the tree, start the program, reap until it ends; the rest dies with this process."""
     raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
+        uts = facts.uts
         raw.sethostname(uts.nodename.encode("utf-8", "surrogateescape"))
         raw.setdomainname(uts.domainname.encode("utf-8", "surrogateescape"))
         operations = sandbox.tree(
@@ -127,6 +128,7 @@ def _become_init(
             package_cache=program.package_cache,
         )
         enter_tree(f"{stage}/{sandbox.merged(0)}", operations)
+        blkid.write()
         _loopback_up()
         if program.fetches:
             with socket.create_server(proxy.ADDRESS) as listener:
@@ -134,7 +136,8 @@ def _become_init(
         listeners = listen()
         socket.send_fds(channel, [b"services"], listeners.descriptors())
         listeners.close()
-        first_pid = _skip_guest_pids()
+        # Between the guest's highest pid and the first of the shadow there is nobody to ask for.
+        first_pid = min(_skip_guest_pids(), facts.pids_end or sandbox.FIRST_PID)
         procfs.cover()
         if channel.recv(len(GO)) != GO:
             raise OSError("nobody answers for the service manager")

@@ -26,7 +26,7 @@ from ouassister.errors import (
     from_code,
 )
 from ouassister.model import Uts
-from ouassister.shadow import cgroups, ids, raw, sandbox, watch
+from ouassister.shadow import blkid, cgroups, ids, raw, sandbox, watch
 from ouassister.shadow.events import (
     Event,
     open_regular,
@@ -63,6 +63,7 @@ _BASE_ENVIRONMENT: Final = {
     # sd-device(3) would refuse a /sys that statfs(2) does not call sysfs (systemd v251 and later,
     # docs/ENVIRONMENT.md).
     "SYSTEMD_DEVICE_VERIFY_SYSFS": "0",
+    **blkid.ENVIRONMENT,
 }
 # What the supervisor and the keeper call it; errors of `call` have their own codes.
 _KINDS: Final = {"host": HostNotReadyError.code, "file-system": UnsupportedGuestError.code}

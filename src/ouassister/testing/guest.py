@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -54,6 +55,9 @@ _MERGE_USR = (
 )
 # Where mmdebstrap puts the sources that it was given as a file.
 _SOURCES = "etc/apt/sources.list.d/0000guest.sources"
+_PREFERENCES = "etc/apt/preferences.d/older"
+# apt_preferences(5): a negative priority is never installed, one above 1000 is when it is older.
+_PIN = "Package: {package}\nPin: release n={suite}-{pocket}\nPin-Priority: {priority}\n"
 _UNKNOWN_KEY = "NO_PUBKEY"  # as apt says it
 _INTERFACES = "auto lo\niface lo inet loopback\n\nauto eth0\niface eth0 inet dhcp\n"
 
@@ -94,6 +98,7 @@ def build_image(
     recipe: Recipe | None = None,
     *,
     outdated: bool = False,
+    older: Sequence[str] = (),
     progress: Callable[[str], None] = _quiet,
 ) -> GuestImage:
     """Return the image of a recipe, built at the first call for it.
@@ -102,6 +107,8 @@ def build_image(
         cache: Folder of built images; a second builder of the same image waits for the first.
         recipe: What goes into it; the standard guest when None.
         outdated: It has no updates and security fixes yet, though its sources offer them.
+        older: Names of source packages of which the last point release is newer than the last
+            security fix: that fix is installed, so that there is something to upgrade.
         progress: Called with one line per step.
 
     Raises:
@@ -111,7 +118,7 @@ def build_image(
     sources = host_sources(recipe.suite, extra=recipe.kernel_suite)
     settings = host_settings()
     first = host_sources(recipe.suite, extra=recipe.kernel_suite, updates=False)
-    made_of = (_BUILDER, recipe, sources, settings, *((first,) if outdated else ()))
+    made_of = (_BUILDER, recipe, sources, settings, *((first, *older) if outdated else ()))
     key = hashlib.sha256(canonical(made_of)).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache.absolute() / f"{recipe.suite}-{key}"
@@ -120,8 +127,10 @@ def build_image(
             with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as work:
                 made = Path(work, "image")
                 made.mkdir()
+                first = sources if older else first  # the pins choose
                 installed = first if outdated else sources
-                _build(Path(work), made, recipe, (installed, sources), settings, progress)
+                pins = _pins(recipe.suite, older) if outdated and older else ""
+                _build(Path(work), made, recipe, (installed, sources), settings, pins, progress)
                 made.rename(folder)
     return GuestImage(
         folder / "disk.qcow2",
@@ -138,6 +147,7 @@ def _build(
     recipe: Recipe,
     sources: tuple[str, str],  # to install from, and for later
     settings: tuple[str, ...],
+    pins: str,
     progress: Callable[[str], None],
 ) -> None:
     if os.geteuid() != 0:
@@ -154,9 +164,13 @@ def _build(
     command.append(f"--include={','.join((*recipe.packages, image))}")
     if recipe.suite in _SPLIT_USR:
         command.append(f"--setup-hook={_MERGE_USR}")
+    if pins:
+        (work / "pins").write_text(pins)
+        command.append(f'--setup-hook=cp {shlex.quote(str(work / "pins"))} "$1/{_PREFERENCES}"')
     command += [f"--aptopt={line}" for line in settings]
     _run([*command, recipe.suite, str(tree), str(source_file)], work)
     (tree / _SOURCES).write_text(sources[1])
+    (tree / _PREFERENCES).unlink(missing_ok=True)
     _configure(tree, recipe)
     progress("guest: writing the disk")
     (kernel,) = (tree / "boot").glob("vmlinuz-*")
@@ -174,6 +188,16 @@ def _build(
     _run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(made / "disk.qcow2")], work)
     raw.unlink()
     progress("guest: image built")
+
+
+def _pins(suite: str, older: Sequence[str]) -> str:
+    """Preferences of apt: what was released, and of some sources what security had before."""
+    chosen = [("*", "updates", -1), ("*", "security", -1)]
+    chosen += [(f"src:{name}", "security", 1001) for name in older]
+    return "\n".join(
+        _PIN.format(package=package, suite=suite, pocket=pocket, priority=priority)
+        for package, pocket, priority in chosen
+    )
 
 
 def _configure(tree: Path, recipe: Recipe) -> None:

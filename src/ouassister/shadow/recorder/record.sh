@@ -15,6 +15,12 @@ record() { # package, script, name, words; read by servicemanager/recorders.py
 	printf '%s\n' "$line" >/run/ouassister/record
 }
 case $name in
+grub-mkconfig) # update-grub calls it by its name alone, whatever update-grub itself was called by
+	case " $* " in
+	*" -o"* | *" --output"*) ;;
+	*) exec "$name" "$@" ;;
+	esac
+	;;
 modprobe)
 	for word in "$@"; do
 		case $word in

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Each is a name of `recorder/recorder.sh`, which decides what of it is a question and is answered.
 NAMES: Final = frozenset(
-    ("grub-install", "modprobe", "sysctl", "systemd-tmpfiles", "telinit", "udevadm", "update-grub",
-     "update-grub2")
+    ("grub-install", "grub-mkconfig", "modprobe", "sysctl", "systemd-tmpfiles", "telinit",
+     "udevadm", "update-grub", "update-grub2")
 )  # fmt: skip
 _MAX_LINE: Final = 4096
 _CALLER: Final = 2  # fields before the words

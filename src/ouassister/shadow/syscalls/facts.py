@@ -60,3 +60,13 @@ class GuestFacts:
     threads: int = 0
     mounted: tuple[bytes, ...] = ()
     listeners: tuple[bytes, ...] = ()  # see `ouassister.shadow.syscalls.daemons`
+
+    @property
+    def pids_end(self) -> int | None:
+        """What is above every pid, thread and process group of the guest's; None: not known."""
+        numbers = [
+            number
+            for one in self.processes
+            for number in (one.pid, *one.threads, one.group or 0, one.session or 0)
+        ]
+        return max(numbers) + 1 if numbers else None

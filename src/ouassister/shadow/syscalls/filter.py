@@ -50,7 +50,7 @@ def build_filter(first_pid: int = sandbox.FIRST_PID) -> bytes:
     """Compile the table.
 
     Args:
-        first_pid: The shadow's own pids are this and above, and the guest's are below.
+        first_pid: The guest's pids are below, and calls about others are the kernel's.
 
     Raises:
         InternalError: The table is too large for the kernel.
