@@ -44,11 +44,17 @@ def test_executable_mappings_of_files_count() -> None:
         mapping(b"/usr/sbin/nginx", 1), mapping(LIB, 2), mapping(LIB, 2),
         mapping(b"/etc/x", 3, "r--p"), mapping(b"[vdso]", 0),
         mapping(b"/dev/zero (deleted)", 4), mapping(b"/usr/lib/old (deleted)", 5),
+        mapping(b"/var/lib/ouassister/old-0123456789ab/7", 6),
+        mapping(b"/boot/.ouassister-0123456789ab-undo/8", 7),
+        mapping(b"/var/lib/ouassister/older/9", 8),
     )  # fmt: skip
     assert uses._files(vmas) == (
         UsedFile(b"/usr/sbin/nginx", 1),
         UsedFile(LIB, 2),
         UsedFile(b"/usr/lib/old", 5, gone=True),
+        UsedFile(b"/var/lib/ouassister/old-0123456789ab/7", 6, gone=True),
+        UsedFile(b"/boot/.ouassister-0123456789ab-undo/8", 7, gone=True),
+        UsedFile(b"/var/lib/ouassister/older/9", 8),
     )
 
 

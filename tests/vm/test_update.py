@@ -60,7 +60,7 @@ def test_upgrade_offline_is_true_in_the_resumed_guest(world: World) -> None:
         shown = "readlink /proc/$(systemctl show -P MainPID oua-{})/exe"
         sleeper = "/usr/lib/oua-daemon/sleeper"
         assert _out(vm, shown.format("daemon")) == sleeper
-        assert _out(vm, shown.format("kept")).endswith(" (deleted)")
+        assert _out(vm, shown.format("kept")).startswith("/var/lib/ouassister/old-")
         started = "systemctl show -P ActiveEnterTimestampMonotonic oua-{}"
         assert int(_out(vm, started.format("script"))) > int(_out(vm, started.format("kept")))
         assert _out(vm, "find / -xdev -name '.ouassister-*' -print") == ""

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ouassister.model import GuestView, Task
 
 _DELETED: Final = b" (deleted)"
+# Where the applier keeps what an update replaced (guest/keep.c): its name is as good as gone.
+_KEPT: Final = re.compile(
+    rb"(?:/var/lib/ouassister/old-|.*/\.ouassister-)[0-9a-f]{12}(?:-undo)?/.*", re.DOTALL
+)
 # What is mapped and is no program: the kernel's or a process's own memory.
 _MEMORY: Final = (b"/dev/", b"/memfd:", b"/SYSV", b"/run/", b"/tmp/", b"/proc/", b"/sys/")
 _INTERPRETER: Final = re.compile(
@@ -84,7 +88,7 @@ def _files(vmas: tuple[Vma, ...]) -> tuple[UsedFile, ...]:
         path = vma.path
         if "x" not in vma.permissions or not path.startswith(b"/") or path.startswith(_MEMORY):
             continue
-        gone = path.endswith(_DELETED)
+        gone = path.endswith(_DELETED) or _KEPT.fullmatch(path) is not None
         found[vma.inode] = UsedFile(path.removesuffix(_DELETED), vma.inode, gone)
     return tuple(found.values())
 
