@@ -125,6 +125,8 @@ int dir_fd(struct change *change, struct dir *dir);
 int guest_is_machine(const struct change *change);
 int guest_is_boot(const struct change *change);
 int guest_set_time(const char *seconds);
+/* Takes 64 bytes from standard input. */
+int guest_seed(void);
 int guest_lock(const struct change *change);
 
 /* check.c: compares every path with what the entry expects, and counts the room. */

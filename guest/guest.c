@@ -6,8 +6,13 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
+
+/* uapi/linux/random.h */
+#define ADD_ENTROPY _IOW('R', 0x03, int[2])
+#define RESEED _IO('R', 0x07)
 
 /* Compares a one-line file with the wanted id; an empty id matches every guest. */
 static int file_says(int root, const char *path, const char *wanted, const char *what)
@@ -63,6 +68,33 @@ int guest_set_time(const char *seconds)
         if (clock_settime(CLOCK_REALTIME, &wanted) < 0)
             return fail_errno("", "setting the clock");
     return 0;
+}
+
+/* From a pipe, since every process of the guest may read a command line. The generator takes the
+ * bytes at once: two clones of one save draw different numbers from then on. */
+int guest_seed(void)
+{
+    struct {
+        int bits, size;
+        uint8_t bytes[64];
+    } seed = {.bits = 8 * sizeof seed.bytes, .size = sizeof seed.bytes};
+    size_t size = 0;
+    ssize_t n;
+    int fd, result;
+
+    while (size < sizeof seed.bytes &&
+           (n = read(STDIN_FILENO, seed.bytes + size, sizeof seed.bytes - size)) > 0)
+        size += (size_t)n;
+    if (size < sizeof seed.bytes)
+        return fail("usage", "", "--seed takes %zu bytes on standard input", sizeof seed.bytes);
+    fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return fail_errno("/dev/urandom", "opening the random number generator");
+    result = ioctl(fd, ADD_ENTROPY, &seed);
+    if (!result)
+        (void)ioctl(fd, RESEED); /* unknown before Linux 4.17, whose pool was read directly */
+    close(fd);
+    return result < 0 ? fail_errno("/dev/urandom", "seeding the random number generator") : 0;
 }
 
 /* dpkg's own protocol (lib/dpkg/file.c, file_lock): a write lock on the whole file by fcntl.

@@ -1,4 +1,5 @@
 /* applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOSECONDS]
+ *               [--seed stdin]
  * applier rollback DEVICE --medium-sha256 HEX [--root DIR] [--leave-diverged yes]
  * applier forget DEVICE --medium-sha256 HEX [--root DIR]
  *
@@ -22,6 +23,7 @@
 
 static const char usage[] =
     "usage: applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOS]\n"
+    "                     [--seed stdin]\n"
     "       applier rollback DEVICE --medium-sha256 HEX [--root DIR] [--leave-diverged yes]\n"
     "       applier forget DEVICE --medium-sha256 HEX [--root DIR]\n"
     "DEVICE is a path, or serial:TEXT to wait for that disk\n";
@@ -34,6 +36,7 @@ struct options {
     const char *set_time;
     enum mode mode;
     bool leave_diverged;
+    bool seed;
     uint8_t sha256[32];
 };
 
@@ -188,7 +191,7 @@ static int apply(const struct options *options)
     bool ours;
     int status;
 
-    if (begin(options, &marker, &journal) < 0)
+    if ((options->seed && guest_seed() < 0) || begin(options, &marker, &journal) < 0)
         return refused();
     if (journal == JOURNAL_ROLLING || journal == JOURNAL_STAYING) {
         fail("unfinished", STATE_DIR, "this change set is half taken back");
@@ -387,6 +390,9 @@ static bool parse(int argc, char **argv, struct options *options)
             options->root = argv[i + 1];
         else if (options->mode == APPLY && !strcmp(argv[i], "--set-time"))
             options->set_time = argv[i + 1];
+        else if (options->mode == APPLY && !strcmp(argv[i], "--seed") &&
+                 !strcmp(argv[i + 1], "stdin"))
+            options->seed = true;
         else if (options->mode == ROLLBACK && !strcmp(argv[i], "--leave-diverged") &&
                  !strcmp(argv[i + 1], "yes"))
             options->leave_diverged = true;

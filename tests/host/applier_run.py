@@ -104,11 +104,12 @@ class Bench:
         return self.result(self.raw([*self.command(program), *more], environment))
 
     def raw(
-        self, command: list[str], environment: dict[str, str]
+        self, command: list[str], environment: dict[str, str], stdin: bytes = b""
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command with nothing of our environment."""
         return subprocess.run(
             command,
+            input=stdin,
             # One run, then the process ends: it frees nothing.
             env={"ASAN_OPTIONS": "detect_leaks=0", **environment},
             capture_output=True,

@@ -136,6 +136,23 @@ def test_clock_is_set_only_when_it_is_off(appliers: Appliers, world: World, tmp_
     assert now.outcome is Outcome.APPLIED
 
 
+def test_random_numbers_are_seeded_from_standard_input(
+    appliers: Appliers, world: World, tmp_path: Path
+) -> None:
+    """A user namespace may not seed them, so an attempt shows as a failure."""
+    need("unshare")
+    world.add(b"/new", Kind.FILE, b"new")
+    bench = Bench.make(appliers, world, tmp_path)
+    command = [*bench.command(), "--seed", "stdin"]
+    short = Bench.result(bench.raw(command, {}, os.urandom(63)))
+    assert (short.outcome, short.code) == (Outcome.REFUSED, "usage")
+    inside = ["unshare", "--user", "--map-root-user", *command]
+    refused = Bench.result(bench.raw(inside, {"PATH": os.defpath}, os.urandom(64)))
+    assert (refused.outcome, refused.code) == (Outcome.REFUSED, "system")
+    assert "seeding" in refused.reason
+    assert Bench.result(bench.raw(command, {}, os.urandom(64))).outcome is Outcome.APPLIED
+
+
 def test_attributes_of_the_parent_are_not_inherited(
     appliers: Appliers, world: World, tmp_path: Path
 ) -> None:

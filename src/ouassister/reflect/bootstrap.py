@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _FILE: Final = "/var/lib/.ouassister-stub"
 
 
-_SEED_BYTES: Final = 64
+_SEED_BYTES: Final = 64  # guest/guest.c, guest_seed
 # Every shell of ours has this name, and the applier the medium's serial; see `await_command`.
 OURS: Final = "ouassister-reflect"
 
@@ -39,11 +39,9 @@ def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> 
         medium: What binds the applier to the medium.
         now_ns: The host's time, which the applier sets.
     """
-    program, seed = _octal(stub), _octal(secrets.token_bytes(_SEED_BYTES))
-    script = (
-        f"umask 077; printf '{seed}' 2>/dev/null >/dev/urandom;"
-        f" printf '{program}' >{_FILE} && chmod 700 {_FILE} && exec {_FILE} \"$@\""
-    )
+    # printf(1p): octal escapes, since NUL and others cannot stand in an argument.
+    octal = "".join(f"\\{byte:03o}" for byte in stub)
+    script = f"umask 077; printf '{octal}' >{_FILE} && chmod 700 {_FILE} && exec {_FILE} \"$@\""
     seconds, nanoseconds = divmod(now_ns, 1_000_000_000)
     return [
         "/bin/sh",
@@ -59,12 +57,14 @@ def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> 
         medium.header_sha256,
         "--set-time",
         f"{seconds}.{nanoseconds:09d}",
+        "--seed",
+        "stdin",
     ]
 
 
-def _octal(data: bytes) -> str:
-    """Escapes of printf(1p), since NUL and others cannot stand in an argument."""
-    return "".join(f"\\{byte:03o}" for byte in data)
+def seed() -> bytes:
+    """What the applier's standard input has: bytes for the guest's random numbers."""
+    return secrets.token_bytes(_SEED_BYTES)
 
 
 def await_command() -> list[str]:

@@ -179,7 +179,8 @@ def _apply(vm: Running, medium: Medium) -> ApplierResult:
     stub = STUB.read_bytes()
     command = bootstrap.apply_command(stub, medium.serial, medium.info, time.time_ns())
     try:
-        done = vm.qga().run(command, timeout_s=APPLY_S, most_s=_POLL_S)
+        seed = bootstrap.seed()
+        done = vm.qga().run(command, stdin=seed, timeout_s=APPLY_S, most_s=_POLL_S)
     except DeadlineError as error:
         raise GateClosedError(f"the guest: {error.message}", hint=gate.HINT) from error
     try:

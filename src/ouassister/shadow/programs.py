@@ -16,6 +16,7 @@ import os
 import selectors
 import signal
 import socket
+import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,7 +174,8 @@ class Programs:
         if pid:
             self._helpers.pop(0)
         if pid and status:
-            raise SetUpError("the server of /proc died")
+            code = os.waitstatus_to_exitcode(status)
+            raise SetUpError(f"the server of /proc died: it ended with {code}")
 
     def _serve_proc(self, procfs: Procfs, *others: socket.socket) -> int:
         server = os.fork()
@@ -187,6 +189,8 @@ class Programs:
                 # Whole, since a server of FUSE leaves the working folder.
                 procfs.serve(recorder(Path(self._stage, _OUTPUT, VALUES)))
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)
         return server
