@@ -129,7 +129,10 @@ def open_guest(
             refuse_unsafe(sleeping)
         # The rest of memory is read while the shadow is being built.
         shared = folder / "shadow"
-        telling = stack.enter_context(beside(lambda: _write_told(sleeping, shared)))
+        telling = [
+            stack.enter_context(beside(lambda: _write_processes(sleeping, shared))),
+            stack.enter_context(beside(lambda: _write_system(sleeping, shared))),
+        ]
         with handover.listen(shared) as listener:
             stack.enter_context(beside(lambda: _answer(listener, sleeping, shared)))
         stack.enter_context(watched(config.name, config.watch()))
@@ -160,7 +163,8 @@ def open_guest(
             notes += tuple(shadow.finish(filling))
             if not updating:
                 tmpfs_handover.forget(memory)
-            telling.wait()
+            for one in telling:
+                one.wait()
             shadow.know()
             # Nothing waits for these before something leaves the run: they go beside the network.
             proofs = [shadow.begin(_PROOF, "prove", view) for view in views]
@@ -178,14 +182,20 @@ def open_guest(
             raise
 
 
-def _write_told(sleeping: Sleeping, folder: Path) -> None:
-    """Write down what programs are told of the guest's processes, services and devices."""
+def _write_processes(sleeping: Sleeping, folder: Path) -> None:
+    """Write down what programs are told of the guest's processes."""
+    reader = GuestReader(sleeping.memory.kernel)
+    told.write_processes(folder, collect_proc(reader, sleeping.view, system=False))
+
+
+def _write_system(sleeping: Sleeping, folder: Path) -> None:
+    """Write down what they are told of all else: both take about as long."""
     memory = sleeping.memory
     reader = GuestReader(memory.kernel)
     handover.write(folder, handover.DEV, collect_devices(reader))
     handover.write(folder, handover.SYS_ROOT, collect_system_root(reader))
-    tree = collect_proc(reader, sleeping.view)
-    told.write(folder, tree, collect_services(memory.look(sleeping.view, _SERVICES)))
+    tree = collect_proc(reader, sleeping.view, processes=False)
+    told.write_system(folder, tree, collect_services(memory.look(sleeping.view, _SERVICES)))
 
 
 def _answer(listener: socket.socket, sleeping: Sleeping, folder: Path) -> None:

@@ -210,7 +210,7 @@ class Shadow:
         return tuple(dict.fromkeys(line.replace("\t", ": ") for line in lines))
 
     def know(self) -> None:
-        """Take what `ouassister.shadow.told.write` wrote into the shared folder.
+        """Take what `ouassister.shadow.told` wrote into the shared folder.
 
         Programs that ran before saw nothing of the guest's processes.
         """

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ouassister.shadow.procfs.snapshot import Tree
 
 _PROC: Final = "proc"
+_PROCESSES: Final = "processes"
 _SERVICES: Final = "services.json"
 NOTHING: Final = ManagerState(0, (), None, (), (), None)
 
@@ -45,14 +46,18 @@ class Told:
     services: ManagerState = NOTHING
 
 
-def write(folder: Path, tree: Tree, services: ManagerState) -> None:
-    """Write it down for `read`.
+def write_processes(folder: Path, tree: Tree) -> None:
+    """Write down the guest's processes for `read`.
 
     Args:
         folder: Exists; private to the run.
-        tree: See `ouassister.shadow.procfs.collect`.
-        services: See `ouassister.shadow.servicemanager.collect`.
+        tree: Of `ouassister.shadow.procfs.collect`, like that of `write_system`.
     """
+    snapshot.write(folder / _PROCESSES, tree)
+
+
+def write_system(folder: Path, tree: Tree, services: ManagerState) -> None:
+    """Write down the rest of its /proc, and what its service manager had running, likewise."""
     snapshot.write(folder / _PROC, tree)
     text = json.dumps(codec.to_value(services), separators=(",", ":"))
     (folder / _SERVICES).write_text(text)
@@ -60,12 +65,12 @@ def write(folder: Path, tree: Tree, services: ManagerState) -> None:
 
 
 def read(folder: Path, uts: Uts) -> Told:
-    """Read what `write` wrote.
+    """Read what was written.
 
     Raises:
-        InternalError: It is not what `write` writes.
+        InternalError: It is not what is written here.
     """
-    nodes = snapshot.read(folder / _PROC)
+    nodes = {**snapshot.read(folder / _PROC), **snapshot.read(folder / _PROCESSES)}
     facts = read_facts({path: node.content for path, node in nodes.items()}, uts)
     try:
         services = codec.from_value(

@@ -36,15 +36,24 @@ _MAX_READS: Final = 16 << 20  # a guest with 70 processes takes 32 thousand
 LINKS: Final = ((b"mounts", b"self/mounts"), (b"net", b"self/net"))
 
 
-def collect(reader: GuestReader, view: GuestView) -> Tree:
-    """Render everything that the shadow's /proc shows of a guest.
+def collect(
+    reader: GuestReader, view: GuestView, *, system: bool = True, processes: bool = True
+) -> Tree:
+    """Render everything that the shadow's /proc shows of a guest, or one of two parts of it.
 
     Args:
         reader: The guest's kernel.
         view: What was learnt already; only its processes, names and clocks are used.
+        system: With what is no process's.
+        processes: With its processes.
     """
     with reader.kernel.virtual.bounded(_MAX_READS), guest_reads("rendering /proc"):
-        return _Collector(reader, view).tree
+        collector = _Collector(reader, view)
+        if system:
+            collector.add_system()
+        if processes:
+            collector.add_processes()
+        return collector.tree
 
 
 class _Collector:
@@ -55,14 +64,7 @@ class _Collector:
         self._view = view
         self._tables = MountTables(reader.kernel)
         self._mount_files: dict[int, tuple[bytes, bytes]] = {}  # by identity of the lines
-        # In one pass over the table of symbols; each alone would take one.
-        self._kernel.symbols.learn(
-            (*system_stat.SYMBOLS, *cpuinfo.SYMBOLS, *sysctls.SYMBOLS, "cgrp_dfl_root")
-        )
         self._cpus = self._ask("nr_cpu_ids", self._cpu_ids) or _MAX_CPUS
-        self._system()
-        self._sysctls()
-        self._processes()
 
     def _ask(self, what: str, question: Callable[[], T]) -> T | None:
         try:
@@ -84,6 +86,14 @@ class _Collector:
         content = self._ask(name, question)
         if content is not None:
             self.tree.file(name.encode(), content, mode)
+
+    def add_system(self) -> None:
+        """Add what is no process's."""
+        # In one pass over the table of symbols; each alone would take one.
+        names = (*system_stat.SYMBOLS, *cpuinfo.SYMBOLS, *sysctls.SYMBOLS, "cgrp_dfl_root")
+        self._kernel.symbols.learn(names)
+        self._system()
+        self._sysctls()
 
     def _system(self) -> None:
         reader, kernel = self._reader, self._kernel
@@ -131,7 +141,8 @@ class _Collector:
 
     # --- processes ---
 
-    def _processes(self) -> None:
+    def add_processes(self) -> None:
+        """Add a folder for each process."""
         stats = self._ask("PID/stat", lambda: TaskStats(self._kernel))
         if stats is None:
             return
