@@ -7,7 +7,7 @@
 # make cgroup-test         control groups of version 2, in a guest that has them
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
-# make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep
+# make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep, and its resume
 #             beside the same in a plain chroot
 # make case-test           one twin test for each thing that packages do to a system, and escapes
 #
@@ -74,8 +74,9 @@ fuzz: .venv/ready
 
 # volatility3 has a licence of its own: a virtual environment of the bench alone.
 bench: .venv/ready build/bench-venv/ready
-	$(ROOT) $(BIN)/python -m bench.inspect_bench build/bench.json; inspect=$$?; \
-	$(ROOT) $(BIN)/python -m bench.offline_bench build/bench.json && exit $$inspect
+	missed=0; for bench in inspect offline online; do \
+	    $(ROOT) $(BIN)/python -m bench.$${bench}_bench build/bench.json || missed=1; \
+	done; exit $$missed
 
 build/bench-venv/ready: build/deps bench/requirements.txt
 	$(PYTHON) -m venv build/bench-venv
