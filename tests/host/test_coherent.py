@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -286,6 +287,22 @@ def test_deleted_files_are_released(usual: Sleeper) -> None:
     assert "free" in usual.debugfs(f"testi <{number}>") or "not" in usual.debugfs(
         f"testi <{number}>"
     )
+
+
+def test_inode_that_is_free_again_may_be_of_any_form(usual: Sleeper) -> None:
+    """Memory still has it, without links; on the disk its place is nobody's."""
+    number = 40
+    told = usual.debugfs(f"imap <{number}>")
+    place = re.search(r"located at block (\d+), offset (0x[0-9a-f]+)", told)
+    assert place is not None
+    with usual.image.open("r+b") as file:
+        file.seek(int(place[1]) * 4096 + int(place[2], 16) + 0x7C)  # i_checksum_lo
+        file.write(b"\x12\x34")
+    gone = usual.found.inodes[-1]._replace(number=number, links=0)
+    usual.found.inodes.append(gone)
+    with Ext4(usual.image) as ext4, pytest.raises(CorruptGuestError, match="checksum"):
+        ext4.inode(number)
+    usual.apply()
 
 
 @pytest.mark.parametrize("shared", [False, True])

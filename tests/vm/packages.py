@@ -65,19 +65,19 @@ def store(version: str) -> Package:
     )
 
 
-def many(services: int) -> Package:
+def calls(services: int) -> Package:
     """Services that a script starts one by one; the last one fails."""
     units = {
-        f"/lib/systemd/system/oua-many{number}.service": "[Service]\nType=oneshot\n"
+        f"/lib/systemd/system/oua-calls{number}.service": "[Service]\nType=oneshot\n"
         f"RemainAfterExit=yes\nExecStart=/bin/{'true' if number < services else 'false'}\n"
         for number in range(1, services + 1)
     }
-    calls = [f"systemctl start {Path(path).name} || true" for path in units]
+    starts = [f"systemctl start {Path(path).name} || true" for path in units]
     return Package(
-        "oua-many",
+        "oua-calls",
         "1.0",
         files=units,
-        scripts={"postinst": "\n".join(["systemctl daemon-reload", *calls])},
+        scripts={"postinst": "\n".join(["systemctl daemon-reload", *starts])},
     )
 
 
@@ -227,7 +227,7 @@ AFTER: Final = (
         scripts={"postinst": "perl -e 'syscall(250, 0, -3, 1)'"},  # keyctl(KEYCTL_GET_KEYRING_ID)
     ),
     store("2.0"),
-    many(4),
+    calls(4),
     # With it the daemon does not start again, for as long as the file is there.
     Package(
         "oua-spoil",

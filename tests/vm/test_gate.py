@@ -38,9 +38,9 @@ def _attestation(vm: RunningVM) -> dict[str, Any]:
 
 
 def test_scripts_calls_are_one_the_guest_is_verified_and_has_it_in_writing(world: World) -> None:
-    update = world.run("update", "--install", "oua-many", "--install", "oua-daemon")
+    update = world.run("update", "--install", "oua-calls", "--install", "oua-daemon")
     assert update.status == 0, update
-    units = [f"oua-many{number}.service" for number in range(1, 5)]
+    units = [f"oua-calls{number}.service" for number in range(1, 5)]
     assert [action["argv"] for action in update.result["actions"]] == [
         ["systemctl", "daemon-reload"],
         ["systemctl", "start", *units],
@@ -48,7 +48,7 @@ def test_scripts_calls_are_one_the_guest_is_verified_and_has_it_in_writing(world
     ]
     resumed = world.run("resume")
     assert resumed.status == 11, resumed
-    told = f"systemctl start {' '.join(units)}: status 1 (oua-many4.service)"
+    told = f"systemctl start {' '.join(units)}: status 1 (oua-calls4.service)"
     assert resumed.result["failed_actions"] == [told]
     assert resumed.result["verified"] == [
         "every byte of the change set by its SHA-256, in the guest",
@@ -58,7 +58,7 @@ def test_scripts_calls_are_one_the_guest_is_verified_and_has_it_in_writing(world
         "dpkg --audit names no package of this change set",
         "no restarted unit has failed",
     ]
-    assert resumed.result["notes"] == ["failed since the resume: oua-many4.service"]
+    assert resumed.result["notes"] == ["failed since the resume: oua-calls4.service"]
     with qemu.attach(world.config) as vm:
         attested = _attestation(vm)
         marker, stamp = _out(vm, "cat /var/lib/ouassister/applied").split()
@@ -80,7 +80,8 @@ def test_scripts_calls_are_one_the_guest_is_verified_and_has_it_in_writing(world
         assert marker == update.result["changeset_id"]
         assert 0 <= int(_out(vm, "date +%s")) - int(stamp) < 300
         shown = _out(vm, f"stat -c %a:%U {ATTESTATION}; ls /var/lib/ouassister")
-        assert shown.split() == ["600:root", "applied", "attestation.json", "lock"]
+        kept = [f"{kind}-{marker[:12]}" for kind in ("old", "undo")]  # for a rollback
+        assert shown.split() == ["600:root", "applied", "attestation.json", "lock", *kept]
 
 
 def _knock(world: World) -> None:

@@ -223,7 +223,7 @@ def test_programs_find_in_tmpfs_what_the_guest_has(world_of_many: World) -> None
     seen = world.run("run", "--", "sh", "-c", script)
     assert seen.status == 0, seen
     shown, _, ours = seen.result["output"].rpartition("bin\n")
-    assert ours.split() == ["log", "record"]
+    assert ours.split() == ["blkid.tab", "log", "record"]
     view = tmpfs_guest.parse(shown)
     script = "systemctl is-system-running; systemctl start x; modprobe loop; echo $?"
     asked = world.run("run", "--", "sh", "-c", f"{script}; grep ' /tmp ' /proc/self/mounts")

@@ -23,7 +23,7 @@ from ouassister.errors import (
     RollbackRefusedError,
     StateError,
 )
-from ouassister.model import Diverged, Phase, RollbackReport
+from ouassister.model import Action, Diverged, Phase, RollbackReport
 from ouassister.reflect import applier_protocol, bootstrap, reflection
 from ouassister.reflect.applier_protocol import Outcome
 from ouassister.restart.back import actions_back, stopped_for_good
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ouassister.changeset.medium import MediumInfo
-    from ouassister.model import Action, Changeset
+    from ouassister.model import Changeset
     from ouassister.provider.interface import Running, Vm
     from ouassister.reflect.applier_protocol import ApplierResult
     from ouassister.timeline import Timeline
@@ -49,6 +49,8 @@ _MAX_REASON: Final = 256
 _HINT: Final = (
     "the VM runs with its links down; look at its console, then 'ouassister rollback' tries again"
 )
+# It says that the update is in the guest (reflect/verify.sh).
+_UNATTEST: Final = Action(("rm", "-f", "/var/lib/ouassister/attestation.json"))
 _LEAVE_HINT: Final = (
     "'ouassister rollback --leave-diverged' takes back all but these, and what they were is lost"
 )
@@ -98,7 +100,7 @@ def roll_back(
             with timeline.phase("roll back"):
                 result, left = _run(vm, medium, leave_diverged=leave_diverged, again=again)
             with timeline.phase("actions"):
-                failed = _act(vm, actions_back(changeset))
+                failed = _act(vm, (*actions_back(changeset), _UNATTEST))
         except (RollbackRefusedError, LockedError, ApplyError):  # the guest is as it was before
             on_state(ChangesetState.APPLIED)
             vm.set_links(up=True)
