@@ -154,13 +154,18 @@ class Bench:
     def steps(self, trace: Path) -> list[str]:
         """Run it whole, and say which steps it took, each as ``name:n``."""
         assert self.run(OUA_TRACE=str(trace)).outcome is Outcome.APPLIED
-        counts: dict[str, int] = {}
-        steps = []
-        for name in trace.read_text().splitlines():
-            counts[name] = counts.get(name, 0) + 1
-            steps.append(f"{name}:{counts[name]}")
-        trace.unlink()
-        return steps
+        return traced(trace)
+
+
+def traced(trace: Path) -> list[str]:
+    """Return the steps that a run wrote down, each as ``name:n``, and forget them."""
+    counts: dict[str, int] = {}
+    steps = []
+    for name in trace.read_text().splitlines():
+        counts[name] = counts.get(name, 0) + 1
+        steps.append(f"{name}:{counts[name]}")
+    trace.unlink()
+    return steps
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tests.host.applier_run import Bench
+from tests.host.applier_run import Bench, traced
 from tests.host.applier_world import RESERVED, World, inodes, paths, snapshot
 from tests.host.test_applier_crash import Lab
 
@@ -60,13 +60,7 @@ class Applied(Lab):
         _, back = self.applied()
         trace = self.folder / "trace"
         assert back.run(OUA_TRACE=str(trace)).outcome is Outcome.ROLLED_BACK
-        counts: dict[str, int] = {}
-        steps = []
-        for name in trace.read_text().splitlines():
-            counts[name] = counts.get(name, 0) + 1
-            steps.append(f"{name}:{counts[name]}")
-        trace.unlink()
-        return steps
+        return traced(trace)
 
     def is_as_before(self, world: World, why: object = "") -> None:
         assert snapshot(world.root, META) == self.before, why

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import select
 import signal
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.vm.world import with_capture
+from tests.vm.world import until, with_capture
 
 from ouassister.demo.frames import count_frames
 from ouassister.provider import qemu
@@ -90,18 +87,6 @@ def _knock(world: World) -> None:
         guest_run(vm, ["/bin/bash", "-c", "echo knock >/dev/udp/10.0.2.2/9"], check=False)
 
 
-def _until(process: subprocess.Popen[bytes], words: bytes) -> None:
-    """Read the story until it says ``words``."""
-    assert process.stderr is not None
-    seen = b""
-    end = time.monotonic() + 120
-    while words not in seen:
-        assert select.select([process.stderr], [], [], end - time.monotonic())[0], seen
-        chunk = os.read(process.stderr.fileno(), 65536)
-        assert chunk, seen
-        seen += chunk
-
-
 def test_unit_that_does_not_come_back_keeps_the_gate_closed_until_policy_or_person_opens_it(
     world: World,
 ) -> None:
@@ -127,7 +112,7 @@ def test_unit_that_does_not_come_back_keeps_the_gate_closed_until_policy_or_pers
         stderr=subprocess.PIPE,
     )
     try:
-        _until(process, b"gate closed for 3600 s more")
+        until(process, b"gate closed for 3600 s more")
         process.send_signal(signal.SIGINT)
         output, _errors = process.communicate(timeout=60)
     finally:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import select
 import signal
 import subprocess
 import time
 from typing import Any
 
 import pytest
-from tests.vm.world import NOTHING, World, leftovers, with_capture
+from tests.vm.world import NOTHING, World, leftovers, until, with_capture
 
 from ouassister.demo.frames import count_frames
 from ouassister.provider import qemu
@@ -23,18 +21,6 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 # Of sh(1), which is dash, there is no such network.
 KNOCK = ["/bin/bash", "-c", "echo knock >/dev/udp/10.0.2.2/9"]
-
-
-def until(process: subprocess.Popen[bytes], words: bytes) -> None:
-    """Read the story until it says ``words``."""
-    assert process.stderr is not None
-    seen = b""
-    end = time.monotonic() + 120
-    while words not in seen:
-        assert select.select([process.stderr], [], [], end - time.monotonic())[0], seen
-        chunk = os.read(process.stderr.fileno(), 65536)
-        assert chunk, seen
-        seen += chunk
 
 
 def _settled(world: World) -> dict[str, list[str]]:

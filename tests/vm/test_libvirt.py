@@ -12,8 +12,7 @@ from tests.conftest import GUESTS
 from tests.vm import packages
 from tests.vm.libvirt_host import DOWN, UP, Inside, Sleeper, domain, running
 from tests.vm.repository import build
-from tests.vm.test_interrupted import until
-from tests.vm.world import NOTHING, leftovers
+from tests.vm.world import NOTHING, leftovers, until
 
 from ouassister.demo.frames import count_frames
 from ouassister.errors import AgentError

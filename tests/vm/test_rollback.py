@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.vm.world import with_capture
 
 from ouassister import pipeline
 from ouassister.demo.frames import count_frames
 from ouassister.errors import GateClosedError
-from ouassister.provider import qemu, vmtoml
+from ouassister.provider import qemu
 from ouassister.provider.qemu import RunningVM
 from ouassister.provider.qga import Qga
-from ouassister.reflect import reflection, rollback
+from ouassister.reflect import reflection
 from ouassister.store.database import Store
 from ouassister.testing import guest_run
 from ouassister.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.vm.world import World
 
@@ -50,15 +49,6 @@ def _out(vm: RunningVM, script: str) -> str:
     return guest_run(vm, script, timeout_s=120).stdout.decode().strip()
 
 
-def _with_capture(world: World) -> Path:
-    """Record the frames of the VM's network."""
-    config = world.config
-    option = f"filter-dump,id=frames,netdev={config.nets[0].netdev},file=frames.pcap"
-    captured = replace(config, command=(*config.command, "-object", option))
-    world.toml.write_text(vmtoml.dump(captured))
-    return config.folder / "frames.pcap"
-
-
 def _killing(step: str) -> Callable[..., Any]:
     execute = Qga.execute
 
@@ -75,7 +65,7 @@ def test_update_is_taken_back_in_the_running_guest(
 ) -> None:
     faulty = request.config.rootpath / "build" / "guest" / "applier-faults"
     assert faulty.exists(), "'make guest-tests' builds it"
-    capture = _with_capture(world)
+    capture = with_capture(world)
     before = world.run("run", "--", "sh", "-c", _TELL).result["output"].strip()
     assert "oua-hello 1.0 ii" in before
     assert world.run("update").status == 0
@@ -103,7 +93,7 @@ def test_update_is_taken_back_in_the_running_guest(
         assert count_frames(capture) > frames
 
     seen: list[tuple[bool, int]] = []
-    set_links, act = RunningVM.set_links, rollback._act
+    set_links, act = RunningVM.set_links, reflection.act
 
     def watched(self: RunningVM, *, up: bool) -> None:
         if up:
@@ -117,7 +107,7 @@ def test_update_is_taken_back_in_the_running_guest(
         return act(vm, actions)
 
     monkeypatch.setattr(RunningVM, "set_links", watched)
-    monkeypatch.setattr(rollback, "_act", knocking)
+    monkeypatch.setattr(reflection, "act", knocking)
     with Store(world.home) as store:
         with monkeypatch.context() as patch:
             patch.setattr(Qga, "execute", _killing("rollback-rename:5"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import select
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,18 @@ class World:
             with path.open("rb") as file:
                 found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
         return found
+
+
+def until(process: subprocess.Popen[bytes], words: bytes) -> None:
+    """Read the story until it says ``words``."""
+    assert process.stderr is not None
+    seen = b""
+    end = time.monotonic() + 120
+    while words not in seen:
+        assert select.select([process.stderr], [], [], end - time.monotonic())[0], seen
+        chunk = os.read(process.stderr.fileno(), 65536)
+        assert chunk, seen
+        seen += chunk
 
 
 def use_mirror(toml: Path, port: int) -> None:

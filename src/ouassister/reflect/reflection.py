@@ -98,7 +98,7 @@ def reflect(
         StaleError: The guest is not the one the change set was made for; the gate is closed.
     """
     with timeline.phase("write medium"):
-        medium = _write_medium(changeset, layer, folder)
+        medium = make_medium(changeset, layer, folder)
     on_state(ChangesetState.APPLYING)
     with timeline.phase("restore, links down"):
         try:
@@ -134,11 +134,12 @@ def reflect(
                 failure = gate.after_failure(vm, failure, on_failure, timeline)
             raise failure from (None if failure is error else error)
         on_state(ChangesetState.APPLIED)
-        notes = _detach(vm, timeline)
+        notes = detach(vm, timeline)
     return _report(changeset, result, done, timeline, online_s, notes)
 
 
-def _write_medium(changeset: Changeset, layer: Path, folder: Path) -> Medium:
+def make_medium(changeset: Changeset, layer: Path | None, folder: Path) -> Medium:
+    """Write the medium of a change set; without its layer, that of a rollback."""
     if not APPLIER.exists():
         raise HostNotReadyError(f"the applier {APPLIER} is not built", hint="run 'make applier'")
     path = folder / "medium.img"
@@ -207,7 +208,7 @@ def _finish(
     actions, last = staged.split(changeset)
     if changeset.staged:
         with timeline.phase("actions"):
-            failed = _act(vm, actions)
+            failed = act(vm, actions)
         with timeline.phase("install staged packages"):
             installed = staged.install(vm, changeset, gate.HINT)
         states = installed.states
@@ -224,7 +225,8 @@ def _finish(
     return _Finished(failed, states, verification)
 
 
-def _act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
+def act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
+    """Do actions in the guest; those that failed are named."""
     if not actions:
         return ()
     command = bootstrap.actions_command(actions)
@@ -232,7 +234,7 @@ def _act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
     return bootstrap.failed_actions(actions, done.stdout)
 
 
-def _detach(vm: Running, timeline: Timeline) -> tuple[str, ...]:
+def detach(vm: Running, timeline: Timeline) -> tuple[str, ...]:
     """Take the medium away; a guest that will not let go of it is told of, no more."""
     try:
         with timeline.phase("detach medium"):

@@ -12,12 +12,10 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from ouassister.changeset.medium import write_medium
 from ouassister.errors import (
     ApplyError,
     DeadlineError,
     GateClosedError,
-    HostNotReadyError,
     LockedError,
     OUassisterError,
     RollbackRefusedError,
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 
 _AGENT_S: Final = 30.0
 _POLL_S: Final = 0.05
-_ACTIONS_S: Final = 600.0
 _BEFORE: Final = ("diverged", "no-undo")
 _MOST_TOLD: Final = 1000  # guest/rollback.c tells no more
 _MAX_REASON: Final = 256
@@ -84,7 +81,7 @@ def roll_back(
     """
     _refuse_staged(changeset)
     with timeline.phase("write medium"):
-        medium = reflection.Medium(*_write_medium(changeset, folder))
+        medium = reflection.make_medium(changeset, None, folder)
     with config.attach() as vm:
         with timeline.phase("ask the agent"):
             vm.qga().ping(timeout_s=_AGENT_S)
@@ -100,7 +97,7 @@ def roll_back(
             with timeline.phase("roll back"):
                 result, left = _run(vm, medium, leave_diverged=leave_diverged, again=again)
             with timeline.phase("actions"):
-                failed = _act(vm, (*actions_back(changeset), _UNATTEST))
+                failed = reflection.act(vm, (*actions_back(changeset), _UNATTEST))
         except (RollbackRefusedError, LockedError, ApplyError):  # the guest is as it was before
             on_state(ChangesetState.APPLIED)
             vm.set_links(up=True)
@@ -133,7 +130,7 @@ def forget(config: Vm, changeset: Changeset, folder: Path, timeline: Timeline) -
         StateError: The VM does not run, or its agent does not answer.
     """
     with timeline.phase("write medium"):
-        medium = reflection.Medium(*_write_medium(changeset, folder))
+        medium = reflection.make_medium(changeset, None, folder)
     with config.attach() as vm:
         with contextlib.suppress(OUassisterError):
             vm.detach_medium(timeout_s=5)
@@ -229,28 +226,9 @@ def error_for(
     return RollbackRefusedError(message)
 
 
-def _act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
-    if not actions:
-        return ()
-    command = bootstrap.actions_command(actions)
-    done = vm.qga().run(command, timeout_s=_ACTIONS_S)
-    return bootstrap.failed_actions(actions, done.stdout)
-
-
 def _detach(vm: Running, timeline: Timeline) -> None:
-    try:
-        vm.detach_medium()
-    except OUassisterError as error:
-        timeline.say(f"the change set's disk is still attached: {error.message}")
-
-
-def _write_medium(changeset: Changeset, folder: Path) -> tuple[Path, MediumInfo, str]:
-    applier = reflection.APPLIER
-    if not applier.exists():
-        raise HostNotReadyError(f"the applier {applier} is not built", hint="run 'make applier'")
-    path = folder / "medium.img"
-    info = write_medium(changeset, None, applier, path)
-    return path, info, f"oua-{changeset.changeset_id[:16]}"
+    for note in reflection.detach(vm, timeline):
+        timeline.say(note)
 
 
 def _refuse_staged(changeset: Changeset) -> None:
