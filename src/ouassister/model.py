@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from ouassister.access import Access as Access
 from ouassister.guest_model import BlockDevice as BlockDevice
 from ouassister.guest_model import Cgroup as Cgroup
 from ouassister.guest_model import GuestPid as GuestPid
@@ -227,9 +228,7 @@ class Plan:
     left_out: tuple[LeftOut, ...]
     download_bytes: int
     predicted: tuple[PackageMode, ...] = ()
-
-
-# --- changeset -----------------------------------------------------------------------------
+    channel: str = ""  # that the resume will use
 
 
 class Kind(StrEnum):
@@ -397,9 +396,7 @@ class Changeset:
     staged: tuple[Staged, ...] = field(default=())
     staged_steps: tuple[StagedStep, ...] = field(default=())  # in the order of the guest's apt
     staging_folder: bytes = b""
-
-
-# --- reports -------------------------------------------------------------------------------
+    access: Access = field(default=Access())
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,6 +432,7 @@ class UpdateReport:
     offline_s: float
     download_s: float
     modes: tuple[PackageMode, ...] = ()  # of each change
+    channel: str = ""  # that the resume will use
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from ouassister.model import (
 )
 from ouassister.packages import apt, update
 from ouassister.packages.owners import files_of, owners
+from ouassister.reaching.choose import choose
 from ouassister.restart import plan as restart_plan
 from ouassister.restart.actions import coalesce
 from ouassister.shadow.events import actions_of
@@ -34,6 +35,7 @@ from ouassister.state.fence import check_fence
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ouassister.access import Access
     from ouassister.guest_shadow import Guest, Options
     from ouassister.model import PackageChange
     from ouassister.packages.update import Prepared
@@ -61,18 +63,20 @@ def run(
         OUassisterError: Nothing of the VM was written, whichever error it is.
     """
     sleeping = guest.sleeping
+    access = choose(guest)
 
     def look() -> Running:
         return held.running(sleeping.memory.look(sleeping.view, held.SUBJECTS))
 
     with ThreadPoolExecutor(1) as beside:  # memory is read while archives are fetched
         running = beside.submit(look)
-        return _update_with(guest, wish, store, timeline, options, running.result)
+        return _update_with(guest, wish, access, store, timeline, options, running.result)
 
 
 def _update_with(
     guest: Guest,
     wish: Plan | Request,
+    access: Access,
     store: Store,
     timeline: Timeline,
     options: Options,
@@ -87,7 +91,9 @@ def _update_with(
         simulated = tool.plan(request, fetch=True)
         if stored is not None:
             update.check_same(stored, simulated.changes)
-        made = stored or update.make_plan(vm, guest.sleeping.fence, request, simulated, left_out)
+        made = stored or update.make_plan(
+            vm, guest.sleeping.fence, request, simulated, left_out, channel=access.channel
+        )
         prepared = update.complete(tool, made)
     guest.prove(timeline)
     store.add_plan(prepared.plan)
@@ -102,7 +108,7 @@ def _update_with(
         tell=timeline.say,
     )
     guest.settle()
-    changeset = _keep(guest, prepared, ground, settled.staged, store, timeline)
+    changeset = _keep(guest, prepared, access, ground, settled.staged, store, timeline)
     for change, reason in settled.staged.items():
         store.log(vm, "update", predict.STAGED, predict.remember(change, reason))
     modes = tuple(
@@ -117,6 +123,7 @@ def _update_with(
 def _keep(
     guest: Guest,
     prepared: Prepared,
+    access: Access,
     ground: RealGround,
     staged: dict[PackageChange, str],
     store: Store,
@@ -156,6 +163,7 @@ def _keep(
             staged=ground.staged,
             staged_steps=ground.steps,
             staging_folder=ground.folder if ground.staged else b"",
+            access=access,
         )
         layer = guest.shadow.output_path("layer.tar")
         archive.save(changeset, layer, store.changesets(vm))
@@ -219,4 +227,5 @@ def _report(
         phases=timeline.phases,
         offline_s=0.0,
         download_s=round(download_s, 4),
+        channel=changeset.access.channel if changeset is not None else made.channel,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ouassister import codec
+from ouassister.access import BY_AGENT
 from ouassister.changeset.layer import sync_directory
 from ouassister.errors import InternalError, TamperedError, WorkDiskFullError
 from ouassister.model import Changeset, Kind, StepKind
@@ -26,6 +27,7 @@ from ouassister.text import plain, to_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ouassister.access import Access
     from ouassister.changeset.extract import Extraction
     from ouassister.model import (
         Action,
@@ -69,6 +71,7 @@ def build(
     staged: tuple[Staged, ...] = (),
     staged_steps: tuple[StagedStep, ...] = (),
     staging_folder: bytes = b"",
+    access: Access = BY_AGENT,
 ) -> Changeset:
     """Make the record of a change set; its id follows from all the rest.
 
@@ -95,6 +98,7 @@ def build(
         staged=staged,
         staged_steps=staged_steps,
         staging_folder=staging_folder,
+        access=access,
     )
     for defect in _defects(draft):
         raise InternalError(f"change set of {vm}: {defect}")

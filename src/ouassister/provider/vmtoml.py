@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ouassister.errors import UsageError
+from ouassister.access import AGENT, SSH
+from ouassister.errors import UnsupportedGuestError, UsageError
+from ouassister.provider import management
 from ouassister.provider.cmdline import (
     Options,
     devices,
@@ -22,6 +24,8 @@ from ouassister.provider.cmdline import (
     words,
 )
 from ouassister.provider.disks import Disk as Disk
+from ouassister.provider.hotplug import lacking
+from ouassister.provider.management import Management
 from ouassister.state.formats import QEMU_STREAM
 
 if TYPE_CHECKING:
@@ -56,6 +60,7 @@ class VmConfig:
             nothing else reads.
         local_mirrors: Package mirrors, host and port, that may be reached though they are on
             this host.
+        management: The network of ``[ssh]``; None without one.
     """
 
     source: Path
@@ -70,6 +75,7 @@ class VmConfig:
     medium_bus: str = ""
     host_kernel_mounts: bool = False
     local_mirrors: tuple[tuple[str, int], ...] = ()
+    management: Management | None = None
 
     def short(self, path: Path) -> str:
         """Spell a path as QEMU gets it: relative where it lies in the folder."""
@@ -81,6 +87,12 @@ class VmConfig:
     def formats(self) -> frozenset[str]:
         """What `restore` loads."""
         return frozenset((QEMU_STREAM.name,))
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """See `Vm`: the agent is told of memory more than sshd is, and answers sooner."""
+        agent = (AGENT,) if self.agent is not None else ()
+        return agent + ((SSH,) if self.management is not None else ())
 
     def is_running(self) -> bool:
         """Tell whether its QEMU listens, or a process has one of its disks open for writing."""
@@ -95,7 +107,12 @@ class VmConfig:
         return lambda: has_writer(self.disks)
 
     def refuse_unresumable(self) -> None:
-        """See `Vm`; what a command lacks, QEMU says."""
+        """See `Vm`: the medium has a place; of machines that are not known, QEMU says it."""
+        if missing := lacking(self.command, self.medium_bus):
+            raise UnsupportedGuestError(
+                f"{self.name} cannot be resumed with an update: it lacks {missing}",
+                hint="docs/reference/vm-toml.md, 'The bus of the medium', tells what it needs",
+            )
 
     def medium_place(self) -> Path | None:
         """See `Vm`: QEMU runs as the caller."""
@@ -221,13 +238,16 @@ def load(path: Path) -> VmConfig:
         medium = _Table(source, "medium", root.values.pop("medium"))
         bus = medium.text("bus", default="")
         medium.end()
+    ssh = _ssh(root, folder, command) if SSH in root.values else None
     root.end()
+    if ssh is not None and ssh.device in (net.device for net in nets):
+        raise root.error(f"{SSH}.device", f"is {ssh.device!r}, which [[net]] closes")
     _unique(root, "disk", "node", (disk.node for disk in disks))
     _unique(root, "disk", "path", (str(disk.path) for disk in disks))
     _unique(root, "net", "device", (net.device for net in nets))
     return VmConfig(
         source, folder, name, save, command, qmp, agent, disks, nets, bus, host_kernel_mounts,
-        local_mirrors,
+        local_mirrors, ssh,
     )  # fmt: skip
 
 
@@ -260,9 +280,27 @@ def dump(config: VmConfig) -> str:
     for net in config.nets:
         lines += ["", "[[net]]", f"device = {quote(net.device)}"]
         lines += ["stays_down = true"] if net.stays_down else []
+    if config.management is not None:
+        lines += ["", f"[{SSH}]", f"device = {quote(config.management.device)}"]
+        if config.management.identity is not None:
+            lines.append(f"identity = {quote(config.short(config.management.identity))}")
     if config.medium_bus:
         lines += ["", "[medium]", f"bus = {quote(config.medium_bus)}"]
     return "\n".join(lines) + "\n"
+
+
+def _ssh(root: _Table, folder: Path, command: tuple[str, ...]) -> Management:
+    table = _Table(root.source, SSH, root.values.pop(SSH))
+    device = table.text("device")
+    word = table.text("identity", default="")
+    table.end()
+    identity = folder / word if word else None
+    if identity is not None and not identity.is_file():
+        raise table.error("identity", f"is {identity}, which is no file")
+    try:
+        return management.find(command, device, identity)
+    except ValueError as error:
+        raise table.error("device", f"{device!r} {error}") from error
 
 
 def _socket(table: _Table, key: str, folder: Path) -> Path:

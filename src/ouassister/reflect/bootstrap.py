@@ -1,6 +1,6 @@
 """How the applier gets into the guest and is started; and how recorded actions are carried out.
 
-One command of the guest agent does it: the shell writes a stub of 2 kB, which the command itself
+One command does it: the shell writes a stub of 2 kB, which the command itself
 carries, and becomes it; the stub takes the applier from the medium (guest/stub.c). Each program
 that a guest starts under TCG right after it was restored costs 0.2 s or more, most of it for
 translating its code, so the short way is the one with the fewest programs. From the first
@@ -31,7 +31,7 @@ OURS: Final = "ouassister-reflect"
 
 
 def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> list[str]:
-    """Arguments for the guest agent.
+    """A command for the guest.
 
     Args:
         stub: The program of guest/stub.c.
@@ -68,7 +68,7 @@ def seed() -> bytes:
 
 
 def await_command() -> list[str]:
-    """Arguments for the guest agent: wait until nothing that an earlier resume began runs.
+    """A command for the guest: wait until nothing that an earlier resume began runs.
 
     The patterns match no word of this command itself.
     """
@@ -77,7 +77,7 @@ def await_command() -> list[str]:
 
 
 def actions_command(actions: Sequence[Action]) -> list[str]:
-    """Arguments for the guest agent: do each action, print its index and exit status.
+    """A command for the guest: do each action, print its index and exit status.
 
     Of a call for several units that failed, the service manager is asked for the state of each.
     """

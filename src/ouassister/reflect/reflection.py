@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.medium import MediumInfo, write_medium
 from ouassister.errors import (
-    AgentError,
+    ChannelError,
     DeadlineError,
     GateClosedError,
     HostNotReadyError,
@@ -23,7 +23,7 @@ from ouassister.errors import (
     QemuRefusedError,
 )
 from ouassister.model import Phase, ResumeReport, StagedState
-from ouassister.reflect import applier_protocol, bootstrap, gate, staged, verify
+from ouassister.reflect import applier_protocol, bootstrap, gate, second_look, staged, verify
 from ouassister.reflect.verify import Verification
 from ouassister.state.fence import check_fence
 from ouassister.store.database import ChangesetState
@@ -109,7 +109,8 @@ def reflect(
             raise
     with vm:
         try:
-            vm.qga()  # connected before the guest runs: its agent wakes at once
+            vm.reach(changeset.access)
+            vm.channel()  # connected before the guest runs: its agent wakes at once
             vm.attach_medium(medium.path, medium.serial)
             config.retire_save()
         except BaseException:
@@ -159,6 +160,7 @@ def _restore(config: Vm) -> Running:
 def _find(config: Vm, changeset: Changeset) -> Running:
     """Take over the VM as an earlier resume left it, which may have been killed at any moment."""
     vm = config.attach()
+    vm.reach(changeset.access)
     if config.save.exists() and not vm.runs():  # see `Vm.retire_save`: it never ran
         vm.kill()
         check_fence(changeset.fence)
@@ -166,11 +168,10 @@ def _find(config: Vm, changeset: Changeset) -> Running:
     vm.set_links(up=False)
     vm.cont()
     try:
-        # The medium must not go while somebody reads it, nor may things be done twice at once.
-        vm.qga().run(bootstrap.await_command(), timeout_s=APPLY_S)
+        second_look.await_end(vm, time.monotonic() + APPLY_S)
         with contextlib.suppress(QemuRefusedError):  # it has none
             vm.detach_medium()
-    except (AgentError, DeadlineError) as error:
+    except (ChannelError, DeadlineError) as error:
         message = f"what an earlier resume began in the guest does not end: {error.message}"
         raise GateClosedError(message, hint=gate.HINT) from error
     return vm
@@ -181,7 +182,7 @@ def _apply(vm: Running, medium: Medium) -> ApplierResult:
     command = bootstrap.apply_command(stub, medium.serial, medium.info, time.time_ns())
     try:
         seed = bootstrap.seed()
-        done = vm.qga().run(command, stdin=seed, timeout_s=APPLY_S, most_s=_POLL_S)
+        done = second_look.run(vm, command, stdin=seed, timeout_s=APPLY_S, most_s=_POLL_S)
     except DeadlineError as error:
         raise GateClosedError(f"the guest: {error.message}", hint=gate.HINT) from error
     try:
@@ -215,7 +216,7 @@ def _finish(
         actions = staged.due(changeset.restarts, last, installed)
     with timeline.phase("restarts and verification" if states else "actions and verification"):
         command = verify.command(changeset, actions)
-        done = vm.qga().run(command, timeout_s=_ACTIONS_S, most_s=_POLL_S)
+        done = second_look.run(vm, command, timeout_s=_ACTIONS_S, most_s=_POLL_S)
     failed += bootstrap.failed_actions(actions, done.stdout)
     since_ms = result.ended_ms - sum(milliseconds for _name, milliseconds in result.phases_ms)
     verification = verify.judge(changeset, since_ms, done.stdout)
@@ -230,7 +231,7 @@ def act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
     if not actions:
         return ()
     command = bootstrap.actions_command(actions)
-    done = vm.qga().run(command, timeout_s=_ACTIONS_S)
+    done = second_look.run(vm, command, timeout_s=_ACTIONS_S)
     return bootstrap.failed_actions(actions, done.stdout)
 
 

@@ -22,7 +22,7 @@ from ouassister.errors import (
     StateError,
 )
 from ouassister.model import Action, Diverged, Phase, RollbackReport
-from ouassister.reflect import applier_protocol, bootstrap, reflection
+from ouassister.reflect import applier_protocol, bootstrap, reflection, second_look
 from ouassister.reflect.applier_protocol import Outcome
 from ouassister.restart.back import actions_back, stopped_for_good
 from ouassister.store.database import ChangesetState
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ouassister.reflect.applier_protocol import ApplierResult
     from ouassister.timeline import Timeline
 
-_AGENT_S: Final = 30.0
+_CHANNEL_S: Final = 30.0
 _POLL_S: Final = 0.05
 _BEFORE: Final = ("diverged", "no-undo")
 _MOST_TOLD: Final = 1000  # guest/rollback.c tells no more
@@ -83,8 +83,9 @@ def roll_back(
     with timeline.phase("write medium"):
         medium = reflection.make_medium(changeset, None, folder)
     with config.attach() as vm:
-        with timeline.phase("ask the agent"):
-            vm.qga().ping(timeout_s=_AGENT_S)
+        vm.reach(changeset.access)
+        with timeline.phase("ask the guest"):
+            vm.channel().ping(timeout_s=_CHANNEL_S)
             if changeset.reboot_needed and not again:
                 _refuse_new_kernel(vm, changeset)
         with contextlib.suppress(OUassisterError):  # of an earlier run; there may be none
@@ -132,6 +133,7 @@ def forget(config: Vm, changeset: Changeset, folder: Path, timeline: Timeline) -
     with timeline.phase("write medium"):
         medium = reflection.make_medium(changeset, None, folder)
     with config.attach() as vm:
+        vm.reach(changeset.access)
         with contextlib.suppress(OUassisterError):
             vm.detach_medium(timeout_s=5)
         vm.attach_medium(medium.path, medium.serial)
@@ -151,7 +153,7 @@ def rollback_command(
     leave_diverged: bool,
     mode: str = "rollback",
 ) -> list[str]:
-    """Arguments for the guest agent: those of `bootstrap.apply_command` for the way back."""
+    """A command for the guest: that of `bootstrap.apply_command` for the way back."""
     command = bootstrap.apply_command(stub, serial, medium, now_ns=0)
     command[command.index("apply", 3)] = mode
     del command[command.index("--set-time") :]
@@ -191,7 +193,7 @@ def _run(
     command = rollback_command(
         stub, medium.serial, medium.info, leave_diverged=leave_diverged, mode=mode
     )
-    done = vm.qga().run(command, timeout_s=reflection.APPLY_S, most_s=_POLL_S)
+    done = second_look.run(vm, command, timeout_s=reflection.APPLY_S, most_s=_POLL_S)
     try:
         result = applier_protocol.parse_output(done.stdout)
         left = diverged(done.stdout)
@@ -242,7 +244,7 @@ def _refuse_staged(changeset: Changeset) -> None:
 
 def _refuse_new_kernel(vm: Running, changeset: Changeset) -> None:
     """Its modules would be taken from under the kernel that runs."""
-    done = vm.qga().run(["cat", "/proc/sys/kernel/random/boot_id"], timeout_s=_AGENT_S)
+    done = vm.channel().run(["cat", "/proc/sys/kernel/random/boot_id"], timeout_s=_CHANNEL_S)
     if done.stdout.decode("ascii", "replace").strip() != changeset.identity.boot_id:
         raise RollbackRefusedError(
             f"{changeset.vm} was booted since the update, which brought a kernel: it may be the "

@@ -42,7 +42,7 @@ class Verification:
 
 
 def command(changeset: Changeset, actions: Sequence[Action]) -> list[str]:
-    """Arguments for the guest agent: do each action, verify, attest.
+    """A command for the guest: do each action, verify, attest.
 
     The actions' answers are those of `bootstrap.actions_command`.
     """

@@ -1,0 +1,26 @@
+"""How a resume gets at its guest: chosen while the guest sleeps, kept in its change set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+AGENT: Final = "qemu-ga"
+SSH: Final = "ssh"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The channel that programs are run through.
+
+    Attributes:
+        channel: Its name.
+        host_keys: Of ssh: the guest's own public keys, each as ``TYPE BASE64``, as they lie on
+            its disk. Nothing else can answer in its place.
+    """
+
+    channel: str = AGENT
+    host_keys: tuple[str, ...] = ()
+
+
+BY_AGENT: Final = Access()

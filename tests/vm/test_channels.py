@@ -1,0 +1,138 @@
+"""Every way into a guest: the same rules, and the whole update behind the closed gate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.conftest import need
+from tests.vm.conftest import kill
+from tests.vm.management import with_management
+from tests.vm.world import World, with_capture
+
+from ouassister import pipeline
+from ouassister.access import AGENT, SSH, Access
+from ouassister.demo.frames import count_frames
+from ouassister.errors import ChannelError
+from ouassister.provider import qemu, vmtoml
+from ouassister.provider.qemu import RunningVM
+from ouassister.store.database import Store
+from ouassister.testing import clone as make_clone
+from ouassister.testing import guest_run
+from ouassister.testing.channel import check_channel
+from ouassister.timeline import Timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+
+KNOCK = ["/bin/bash", "-c", "echo knock >/dev/udp/10.0.2.2/9"]
+KEYS = "cat /etc/ssh/ssh_host_*_key.pub"
+
+
+@pytest.fixture(scope="module")
+def managed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared guest with a management network. Read only."""
+    need("ssh-keygen")
+    return with_management(prepared, tmp_path_factory.mktemp("managed"))
+
+
+@pytest.fixture
+def sleeper(managed: Path, tmp_path: Path) -> Iterator[World]:
+    """A fresh twin of it that both channels reach."""
+    toml = make_clone(managed, tmp_path / "sleeper")
+    yield World(toml, tmp_path / "home")
+    kill(vmtoml.load(toml))
+
+
+def _host_keys(vm: RunningVM) -> tuple[str, ...]:
+    lines = guest_run(vm, KEYS).stdout.decode().splitlines()
+    return tuple(" ".join(line.split()[:2]) for line in lines)
+
+
+def _only(world: World, channel: str) -> None:
+    """Leave the VM with one channel."""
+    config = world.config
+    if channel == AGENT:
+        world.toml.write_text(vmtoml.dump(replace(config, management=None)))
+    else:
+        world.toml.write_text(vmtoml.dump(replace(config, agent=None)))
+
+
+def test_every_channel_keeps_the_rules_and_comes_back_when_its_other_end_dies(
+    sleeper: World,
+) -> None:
+    with qemu.restore(sleeper.config, links_up=False) as vm:
+        vm.cont()
+        keys = _host_keys(vm)
+        for name, end in ((AGENT, "pkill -x qemu-ga"), (SSH, "pkill -f 'sshd: root@notty'")):
+            vm.reach(Access(name, keys))
+            channel = vm.channel()
+            assert channel.name == name
+            begin = time.monotonic()
+            check_channel(channel)
+            print(f"{name}: checked in {time.monotonic() - begin:.1f} s")
+            with pytest.raises(ChannelError):
+                channel.run(["/bin/sh", "-c", f"{end}; sleep 600"], timeout_s=120)
+            assert channel.run(["/bin/echo", "back"], timeout_s=60).stdout == b"back\n"
+        vm.kill()
+
+
+def _agent_forbids(world: World) -> None:
+    """The guest's agent may run nothing from now on, as some distributions have it."""
+    with qemu.restore(world.config, links_up=False) as vm:
+        vm.cont()
+        conf = "[general]\nblock-rpcs=guest-exec,guest-exec-status\n"
+        # The agent ends itself before its answer: it starts anew with this.
+        with pytest.raises(ChannelError):
+            guest_run(
+                vm, f"echo '{conf}' >/etc/qemu/qemu-ga.conf; sync; pkill -x qemu-ga; sleep 60"
+            )
+        with pytest.raises(ChannelError, match="guest-exec"):
+            guest_run(vm, "true")
+        world.config.save.unlink()
+        vm.suspend()
+
+
+def test_guest_whose_agent_may_run_nothing_is_updated_by_ssh_behind_the_closed_gate(
+    sleeper: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _agent_forbids(sleeper)
+    both = sleeper.config
+    _only(sleeper, AGENT)
+    refused = sleeper.run("plan", "--install", "oua-extra")
+    assert (refused.status, refused.code) == (23, "unsupported-guest"), refused
+    assert "forbids guest-exec, guest-exec-status" in refused.value["error"]["message"]
+
+    sleeper.toml.write_text(vmtoml.dump(both))
+    capture = with_capture(sleeper)
+    before = sleeper.hashes()
+    # One that is staged, and what has a daemon that must be restarted.
+    update = sleeper.run("update", "--install", "oua-live", "--install", "oua-daemon")
+    assert update.status == 0, update
+    assert update.result["channel"] == SSH
+    assert sleeper.hashes() == before
+
+    frames: list[int] = []
+    set_links = RunningVM.set_links
+
+    def counted(vm: RunningVM, *, up: bool) -> None:
+        if up:
+            frames.append(count_frames(capture))
+        set_links(vm, up=up)
+
+    with Store(sleeper.home) as opened, monkeypatch.context() as patch:
+        patch.setattr(RunningVM, "set_links", counted)
+        resumed = pipeline.resume(sleeper.config, opened, Timeline())
+    assert frames == [0]
+    assert resumed.failed_actions == ()
+    assert "no restarted unit has failed" in resumed.verified
+    assert {one.name: one.status for one in resumed.staged} == {"oua-live": "installed"}
+    print(f"ssh: {resumed.online_s:.1f} s, {resumed.phases}")
+    forgotten = sleeper.run("rollback", "--forget")
+    assert forgotten.status == 0, forgotten
+    assert forgotten.result["result"] == "forgotten"
