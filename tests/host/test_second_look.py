@@ -134,3 +134,12 @@ def test_lost_command_is_not_done_again_before_its_end_was_seen(
     with pytest.raises(ChannelError, match="lost at await"):
         second_look.run(cast("Running", here), ["/bin/echo", "once"], timeout_s=60)
     assert len(here.ran) == 2
+
+
+def test_command_that_cannot_be_begun_apart_either_is_given_up(here: Here) -> None:
+    here.lost = {"once": 1, "systemd-run": 1}
+    done = second_look.run(cast("Running", here), ["/bin/echo", "once"], timeout_s=60)
+    assert done.stdout == b"once\n"
+    here.lost = {"once": 1, "systemd-run": 2}
+    with pytest.raises(ChannelError, match="lost at systemd-run"):
+        second_look.run(cast("Running", here), ["/bin/echo", "once"], timeout_s=60)

@@ -60,10 +60,10 @@ def test_agent_that_runs_with_its_port_open_will_do() -> None:
         (view(files=None), "memory does not tell"),
         (view(files=(held(300, b"/dev/null"), held(400, b"/dev/vport3p1"))), "no virtio port"),
         (told(b"-b", b"guest-exec"), "forbids guest-exec"),
-        (told(b"-bguest-file-open,guest-exec-status"), "forbids guest-exec-status, guest-file-op"),
-        (told(b"--blacklist=guest-file-write, guest-exec"), "forbids guest-exec, guest-file-wri"),
+        (told(b"-bguest-file-open,guest-exec-status"), "forbids guest-exec-status"),
+        (told(b"--blacklist=guest-file-write, guest-exec"), "forbids guest-exec"),
         (told(b"--block-rpcs", b"guest-exec"), "forbids guest-exec"),
-        (told(b"--allow-rpcs=guest-ping,guest-exec"), "forbids guest-exec-status, guest-file"),
+        (told(b"--allow-rpcs=guest-ping,guest-exec"), "forbids guest-exec-status"),
     ],
 )
 def test_agent_that_cannot_be_used_is_told_with_the_reason(seen: GuestView, words: str) -> None:

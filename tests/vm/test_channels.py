@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,9 +19,10 @@ from ouassister.demo.frames import count_frames
 from ouassister.errors import ChannelError
 from ouassister.provider import qemu, vmtoml
 from ouassister.provider.qemu import RunningVM
+from ouassister.provider.ssh import SshChannel, offered
 from ouassister.store.database import Store
 from ouassister.testing import clone as make_clone
-from ouassister.testing import guest_run
+from ouassister.testing import forwarded_port, guest_run
 from ouassister.testing.channel import check_channel
 from ouassister.timeline import Timeline
 
@@ -64,8 +66,9 @@ def _only(world: World, channel: str) -> None:
 
 
 def test_every_channel_keeps_the_rules_and_comes_back_when_its_other_end_dies(
-    sleeper: World,
+    sleeper: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     with qemu.restore(sleeper.config, links_up=False) as vm:
         vm.cont()
         keys = _host_keys(vm)
@@ -79,7 +82,40 @@ def test_every_channel_keeps_the_rules_and_comes_back_when_its_other_end_dies(
             with pytest.raises(ChannelError):
                 channel.run(["/bin/sh", "-c", f"{end}; sleep 600"], timeout_s=120)
             assert channel.run(["/bin/echo", "back"], timeout_s=60).stdout == b"back\n"
+        _check_keys(vm, keys, monkeypatch)
         vm.kill()
+
+
+def _check_keys(vm: RunningVM, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has other keys than the guest's does not answer; ssh-agent has one of ours."""
+    network = vm.config.management
+    assert network is not None
+    assert network.identity is not None
+    port = forwarded_port(vm, 22)
+    (own,) = (one for one in keys if one.startswith("ssh-ed25519"))
+    kind, _blank, key = own.partition(" ")
+    other = f"{kind} {key[:-10]}{'B' * 8 if key[-10:-2] != 'B' * 8 else 'C' * 8}{key[-2:]}"
+    for pinned, words in ((other, "Host key verification failed"), (own, "Permission denied")):
+        # The agent that is asked for keys is not there.
+        channel = SshChannel(port, None, (pinned,))
+        with pytest.raises(ChannelError, match=words):
+            channel.ping(timeout_s=60)
+        channel.close()
+    folder = network.identity.parent
+    place = folder / "agent"
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", place], stdout=subprocess.DEVNULL)
+    try:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(place))
+        while not place.exists():
+            assert process.poll() is None
+        subprocess.run(["ssh-add", "-q", network.identity], check=True)
+        assert offered(None) == offered(network.identity)
+        channel = SshChannel(port, None, keys)
+        channel.ping(timeout_s=60)
+        channel.close()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _agent_forbids(world: World) -> None:

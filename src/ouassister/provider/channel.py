@@ -67,7 +67,7 @@ class Channel(ABC):
 
     @abstractmethod
     def write_file(self, path: str, content: bytes, *, timeout_s: float = 30.0) -> None:
-        """Write a file in the guest; its owner is root, its mode the channel's.
+        """Write a file in the guest that nobody but root can read or write.
 
         Raises:
             ChannelError: It is not there as a whole.

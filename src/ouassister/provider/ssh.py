@@ -58,7 +58,6 @@ _OPTIONS: Final = (
     "ForwardAgent=no",
     "ForwardX11=no",
     "PermitLocalCommand=no",
-    "ControlMaster=no",
     "ConnectTimeout=60",
     "ServerAliveInterval=15",
     "ServerAliveCountMax=8",

@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 CONFIGURATION: Final = b"/etc/qemu/qemu-ga.conf"
 _COMM: Final = b"qemu-ga"
 _PORTS: Final = (b"/dev/vport", b"/dev/virtio-ports/")
-_NEEDED: Final = (
-    "guest-exec",
-    "guest-exec-status",
-    "guest-file-open",
-    "guest-file-write",
-    "guest-file-close",
-)
+_NEEDED: Final = ("guest-exec", "guest-exec-status")
 _BLOCK: Final = ("block-rpcs", "blacklist")
 _ALLOW: Final = "allow-rpcs"
 _SHORT: Final = {"-b": "block-rpcs", "-a": _ALLOW, "-c": "config", "-m": "method", "-p": "path"}

@@ -6,6 +6,7 @@ lies in the guest until it was fetched, so that whoever comes back asks for it a
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import shlex
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from ouassister.provider.interface import Running
 
 _PLACE: Final = "/run"
-_ASK_S: Final = 30.0
+_START_S: Final = 60.0
+_ASK_S: Final = 15.0
 _PAUSE_S: Final = 0.5
 _BACK_S: Final = 120.0  # for the channel to come back
 _SCRIPT: Final = """cd "$0" || exit 1
@@ -38,7 +40,7 @@ setsid /bin/sh -c "$3" "$1" </dev/null >/dev/null 2>&1 &
 """
 # One answer holds all, so that it is whole or lost: both lengths, the status, both streams.
 _ASK: Final = """n=0
-while [ -d "$1" ] && ! [ -e "$1/status" ] && [ $n -lt 40 ]; do sleep 0.25; n=$((n + 1)); done
+while [ -d "$1" ] && ! [ -e "$1/status" ] && [ $n -lt 20 ]; do sleep 0.25; n=$((n + 1)); done
 [ -e "$1/status" ] || { [ -d "$1" ]; exit; }
 read -r status <"$1/status"; cd "$1" && echo "$status $(wc -c <out) $(wc -c <err)" && cat out err"""
 _HEAD: Final = re.compile(rb"([0-9]{1,3}) ([0-9]{1,9}) ([0-9]{1,9})\n")
@@ -58,12 +60,13 @@ def run(vm: Running, command: Sequence[str], *, stdin: bytes, timeout_s: float) 
     channel.write_file(f"{state}.command", f"exec {shlex.join(command)}\n".encode())
     channel.write_file(f"{state}.input", stdin)
     start = ["/bin/sh", "-c", _START, "ouassister", state, f"{name}.service", _SCRIPT]
-    done = channel.run(start, timeout_s=_ASK_S * 2)
+    done = channel.run(start, timeout_s=_START_S)
     if done.exit_status != 0:
         words = done.stderr.decode("utf-8", "backslashreplace").strip()[:500]
         raise ChannelError(f"the guest starts no service of ours: {words}")
     result = _await(vm, state, end, command[0], timeout_s)
-    channel.run(["/bin/rm", "-rf", state], timeout_s=_ASK_S)
+    with contextlib.suppress(ChannelError, DeadlineError):  # /run ends with the guest's boot
+        channel.run(["/bin/rm", "-rf", state], timeout_s=_ASK_S)
     return result
 
 

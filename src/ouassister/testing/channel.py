@@ -69,6 +69,10 @@ def _check_input(channel: Channel) -> None:
     digest = hashlib.sha256(content).hexdigest()
     told = channel.run(["/usr/bin/sha256sum", _PLACE], timeout_s=_WAIT_S).stdout
     _expect(told.split()[0].decode(), digest)
+    told = channel.run(["/usr/bin/stat", "-c", "%a %u %g", _PLACE], timeout_s=_WAIT_S).stdout
+    _expect(told, b"600 0 0\n")
+    channel.write_file(_PLACE, b"", timeout_s=_WAIT_S)
+    _expect(channel.run(["/bin/cat", _PLACE], timeout_s=_WAIT_S).stdout, b"")
     channel.run(["/bin/rm", _PLACE], timeout_s=_WAIT_S)
     try:
         channel.write_file("/no/such/folder/file", b"x", timeout_s=_WAIT_S)
