@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _REFRESH: Final = "refresh lists"
 _FETCH: Final = "plan and download"
+CHOOSE: Final = "choose channel"
 
 
 def run(
@@ -63,7 +64,8 @@ def run(
         OUassisterError: Nothing of the VM was written, whichever error it is.
     """
     sleeping = guest.sleeping
-    access = choose(guest)
+    with timeline.phase(CHOOSE):
+        access = choose(guest)
 
     def look() -> Running:
         return held.running(sleeping.memory.look(sleeping.view, held.SUBJECTS))

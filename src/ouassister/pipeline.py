@@ -56,7 +56,8 @@ def plan(config: Vm, request: Request, store: Store, timeline: Timeline, options
     """
     apt.check_request(request)
     with _named(config, store), open_guest(config, store, timeline, options) as guest:
-        access = choose(guest)
+        with timeline.phase(offline.CHOOSE):
+            access = choose(guest)
         tool = offline.apt_of(guest, timeline, options)
         left_out = offline.refresh(tool, timeline)
         with timeline.phase("plan"):

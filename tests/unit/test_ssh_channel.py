@@ -101,3 +101,19 @@ def test_words_reach_the_program_through_the_shell_and_long_ones_by_its_input() 
 def test_control_path_and_keys_of_any_name_are_one_word_of_ssh(tmp_path: Path) -> None:
     odd = tmp_path / 'a %h "b"'
     assert ssh._escape(odd) == f'"{tmp_path}/a %%h \\"b\\""'
+
+
+def test_endless_output_is_cut_off_and_its_end_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "OUTPUT_LIMIT", 1000)
+    stream = ssh.Stream()
+    for _ in range(1000):
+        stream.add(b"0123456789")
+    stream.add(f"\n{MARK} 3\n".encode())
+    stream.finish()
+    assert (len(stream.data), len(stream.tail), stream.lost) == (1000, 128, True)
+    status, errors = ssh.ended(stream.data, stream.tail, MARK)
+    assert (status, errors) == (3, b"0123456789" * 100)
+    whole = ssh.Stream()
+    whole.add(b"x" * 1000)
+    whole.finish()
+    assert (whole.data, whole.lost) == (b"x" * 1000, False)

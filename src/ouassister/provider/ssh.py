@@ -194,7 +194,7 @@ class SshChannel(Channel):
         self._control.unlink(missing_ok=True)
 
 
-class _Stream:
+class Stream:
     """What a program writes: the beginning, and the last bytes where that is not all."""
 
     def __init__(self) -> None:
@@ -204,6 +204,7 @@ class _Stream:
         self._parts = bytearray()
 
     def add(self, data: bytes) -> None:
+        """Take what was written next."""
         room = OUTPUT_LIMIT - len(self._parts)
         self._parts += data[:room]
         if data[room:]:
@@ -211,6 +212,7 @@ class _Stream:
             self.tail = (self.tail + data[room:])[-128:]
 
     def finish(self) -> None:
+        """Nothing more comes."""
         self.data = bytes(self._parts)
 
 
@@ -240,13 +242,13 @@ def ended(errors: bytes, tail: bytes, token: str) -> tuple[int | None, bytes]:
     return (128 - status if killed else status), (errors + tail)[: match.start()][:OUTPUT_LIMIT]
 
 
-def _converse(process: subprocess.Popen[bytes], data: bytes, end: float) -> tuple[_Stream, _Stream]:
+def _converse(process: subprocess.Popen[bytes], data: bytes, end: float) -> tuple[Stream, Stream]:
     """Write ``data``, read both streams to their end.
 
     Raises:
         TimeoutError: That was not done at ``end``.
     """
-    streams = (_Stream(), _Stream())
+    streams = (Stream(), Stream())
     left = memoryview(data)
     with selectors.DefaultSelector() as waiting:
         for file, stream in zip((process.stdout, process.stderr), streams, strict=True):
@@ -259,7 +261,7 @@ def _converse(process: subprocess.Popen[bytes], data: bytes, end: float) -> tupl
             if not ready:
                 raise TimeoutError
             for key, _events in ready:
-                if isinstance(key.data, _Stream):
+                if isinstance(key.data, Stream):
                     read = os.read(key.fd, 1 << 16)
                     if not read:
                         waiting.unregister(key.fileobj)
