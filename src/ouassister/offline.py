@@ -23,7 +23,7 @@ from ouassister.model import (
 )
 from ouassister.packages import apt, update
 from ouassister.packages.owners import files_of, owners
-from ouassister.reaching.choose import choose
+from ouassister.reaching.choose import choose, refuse_too_large
 from ouassister.restart import plan as restart_plan
 from ouassister.restart.actions import coalesce
 from ouassister.shadow.events import actions_of
@@ -134,6 +134,7 @@ def _keep(
     """Make a change set of what was settled, and store it."""
     vm, extraction = prepared.plan.vm, ground.extraction
     check_fence(guest.sleeping.fence)
+    refuse_too_large(vm, access, extraction.layer_size)
     with timeline.phase("plan restarts"):
         due = restart_plan.make_plan(
             ground.uses,

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.unit.test_sleeping import CLEAN, SYSTEMD
 
+from ouassister.access import Access
 from ouassister.disk import small_files
+from ouassister.errors import UnsupportedGuestError
 from ouassister.model import GuestPid, OpenFile, ProcessFiles, Socket, Sockets
 from ouassister.reaching import agent, sshd
+from ouassister.reaching.choose import refuse_too_large
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,3 +181,10 @@ def test_small_files_are_read_where_no_link_leads_out(tmp_path: Path) -> None:
         (tmp_path / "out2" / str(number)).parent.mkdir(exist_ok=True)
         (tmp_path / "out2" / str(number)).touch()
     assert small_files.names(place("/out2")) == []
+
+
+def test_more_than_a_channel_brings_in_good_time_is_refused() -> None:
+    refuse_too_large("web1", Access(), 1 << 30)
+    refuse_too_large("web1", Access(carried=True), 64 << 20)
+    with pytest.raises(UnsupportedGuestError, match="brings no more than"):
+        refuse_too_large("web1", Access(carried=True), (64 << 20) + 1)

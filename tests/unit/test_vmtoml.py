@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ouassister.errors import UsageError
+from ouassister.errors import UnsupportedGuestError, UsageError
 from ouassister.provider import cmdline, vmtoml
 
 if TYPE_CHECKING:
@@ -229,3 +229,16 @@ def test_management_network_that_is_off_is_refused(
     with pytest.raises(UsageError) as caught:
         _load(folder, (MANAGED + SSH).replace(old, new))
     assert words in caught.value.message
+
+
+def test_medium_comes_by_a_disk_that_has_a_place_or_by_the_channel(folder: Path) -> None:
+    machine = '"qemu-system-x86_64",\n    "-machine", "q35",'
+    without = GOOD.replace('"qemu-system-x86_64",', machine)
+    _load(folder, GOOD).refuse_unresumable()
+    with pytest.raises(UnsupportedGuestError, match="lacks a pcie-root-port"):
+        _load(folder, without).refuse_unresumable()
+    carried = _load(folder, without.replace('bus = "pci.0"', 'by = "channel"'))
+    carried.refuse_unresumable()
+    assert _load(folder, vmtoml.dump(carried)) == carried
+    with pytest.raises(UsageError, match=r"medium\.by is 'post'"):
+        _load(folder, GOOD.replace('bus = "pci.0"', 'by = "post"'))

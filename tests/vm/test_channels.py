@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 KNOCK = ["/bin/bash", "-c", "echo knock >/dev/udp/10.0.2.2/9"]
+_LEFT = "oua-extra; dpkg --audit; ls -d /var/lib/.ouassister-* 2>/dev/null"
 KEYS = "cat /etc/ssh/ssh_host_*_key.pub"
 
 
@@ -113,6 +114,7 @@ def _check_keys(vm: RunningVM, keys: tuple[str, ...], monkeypatch: pytest.Monkey
         monkeypatch.setenv("SSH_AUTH_SOCK", str(place))
         while not place.exists():
             assert process.poll() is None
+            time.sleep(0.01)
         subprocess.run(["ssh-add", "-q", network.identity], check=True)
         assert offered(None) == offered(network.identity)
         channel = SshChannel(port, None, keys)
@@ -134,10 +136,11 @@ def _check_closed(vm: RunningVM) -> None:
             assert (gateway, done.exit_status) in ((gateway, status), ("10.77.0.2", 1)), done
 
 
-def _agent_forbids(world: World) -> None:
-    """The guest's agent may run nothing from now on, as some distributions have it."""
+def _agent_forbids(world: World) -> tuple[str, ...]:
+    """The guest's agent may run nothing from now on, as of some distributions; its host keys."""
     with qemu.restore(world.config, links_up=False) as vm:
         vm.cont()
+        keys = _host_keys(vm)
         conf = "[general]\nblock-rpcs=guest-exec,guest-exec-status\n"
         # The agent ends itself before its answer: it starts anew with this.
         with pytest.raises(ChannelError):
@@ -148,12 +151,13 @@ def _agent_forbids(world: World) -> None:
             guest_run(vm, "true")
         world.config.save.unlink()
         vm.suspend()
+    return keys
 
 
 def test_guest_whose_agent_may_run_nothing_is_updated_by_ssh_behind_the_closed_gate(
     sleeper: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _agent_forbids(sleeper)
+    keys = _agent_forbids(sleeper)
     both = sleeper.config
     _only(sleeper, AGENT)
     refused = sleeper.run("plan", "--install", "oua-extra")
@@ -165,7 +169,7 @@ def test_guest_whose_agent_may_run_nothing_is_updated_by_ssh_behind_the_closed_g
     assert (refused.status, refused.code) == (23, "unsupported-guest"), refused
     assert "its description names none" in refused.value["error"]["message"]
 
-    sleeper.toml.write_text(vmtoml.dump(both))
+    sleeper.toml.write_text(vmtoml.dump(replace(both, carried=True)))
     capture = with_capture(sleeper)
     before = sleeper.hashes()
     # One that is staged and one that is emulated.
@@ -176,6 +180,8 @@ def test_guest_whose_agent_may_run_nothing_is_updated_by_ssh_behind_the_closed_g
 
     frames: list[int] = []
     set_links = RunningVM.set_links
+    # All of it comes by ssh: nothing is plugged in.
+    monkeypatch.delattr(RunningVM, "attach_medium")
 
     def counted(vm: RunningVM, *, up: bool) -> None:
         if up:
@@ -193,3 +199,7 @@ def test_guest_whose_agent_may_run_nothing_is_updated_by_ssh_behind_the_closed_g
     forgotten = sleeper.run("rollback", "--forget")
     assert forgotten.status == 0, forgotten
     assert forgotten.result["result"] == "forgotten"
+    with qemu.attach(sleeper.config) as vm:
+        vm.reach(Access(SSH, keys))
+        done = vm.channel().run(["/bin/sh", "-c", _LEFT], timeout_s=60)
+        assert done.stdout == b"extra\n"

@@ -102,6 +102,10 @@ class Vm(Protocol):
         """Names of the channels that the description has, the preferred one first."""
 
     @property
+    def carried(self) -> bool:
+        """The change set is brought in by the channel: no disk is to be plugged in."""
+
+    @property
     def management(self) -> Management | None:
         """The network that ssh needs behind the closed gate."""
 

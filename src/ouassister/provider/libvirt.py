@@ -95,6 +95,11 @@ class Domain:
         return (AGENT,)
 
     @property
+    def carried(self) -> bool:
+        """No: what a domain has not is refused (`refuse_unresumable`)."""
+        return False
+
+    @property
     def management(self) -> Management | None:
         """Libvirt has no user network that is proved to be closed."""
         return None

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _REFERENCE = "docs/reference/vm-toml.md lists the fields"
 _FORMATS = ("qcow2", "raw")
+_DISK, _CHANNEL = "disk", "channel"  # what brings a change set in
 _SUN_PATH = 107  # unix(7): sun_path holds 108 bytes with its terminator
 
 
@@ -60,6 +61,7 @@ class VmConfig:
             nothing else reads.
         local_mirrors: Package mirrors, host and port, that may be reached though they are on
             this host.
+        carried: No disk is plugged in at resume: the channel brings what it would bring.
         management: The network of ``[ssh]``; None without one.
     """
 
@@ -76,6 +78,7 @@ class VmConfig:
     host_kernel_mounts: bool = False
     local_mirrors: tuple[tuple[str, int], ...] = ()
     management: Management | None = None
+    carried: bool = False
 
     def short(self, path: Path) -> str:
         """Spell a path as QEMU gets it: relative where it lies in the folder."""
@@ -108,10 +111,10 @@ class VmConfig:
 
     def refuse_unresumable(self) -> None:
         """See `Vm`: the medium has a place; of machines that are not known, QEMU says it."""
-        if missing := lacking(self.command, self.medium_bus):
+        if not self.carried and (missing := lacking(self.command, self.medium_bus)):
             raise UnsupportedGuestError(
                 f"{self.name} cannot be resumed with an update: it lacks {missing}",
-                hint="docs/reference/vm-toml.md, 'The bus of the medium', tells what it needs",
+                hint="docs/how-to/channels.md tells what brings an update into a guest",
             )
 
     def medium_place(self) -> Path | None:
@@ -233,11 +236,15 @@ def load(path: Path) -> VmConfig:
     if not disks:
         raise root.error("disk", "is missing: a VM has at least one [[disk]]")
     nets = tuple(_net(table, options) for table in root.tables("net"))
-    bus = ""
+    bus, carried = "", False
     if "medium" in root.values:
         medium = _Table(source, "medium", root.values.pop("medium"))
         bus = medium.text("bus", default="")
+        by = medium.text("by", default=_DISK)
         medium.end()
+        if by not in (_DISK, _CHANNEL):
+            raise medium.error("by", f"is {by!r}; known are {_DISK} and {_CHANNEL}")
+        carried = by == _CHANNEL
     ssh = _ssh(root, folder, command) if SSH in root.values else None
     root.end()
     if ssh is not None and ssh.device in (net.device for net in nets):
@@ -247,7 +254,7 @@ def load(path: Path) -> VmConfig:
     _unique(root, "net", "device", (net.device for net in nets))
     return VmConfig(
         source, folder, name, save, command, qmp, agent, disks, nets, bus, host_kernel_mounts,
-        local_mirrors, ssh,
+        local_mirrors, ssh, carried,
     )  # fmt: skip
 
 
@@ -284,8 +291,10 @@ def dump(config: VmConfig) -> str:
         lines += ["", f"[{SSH}]", f"device = {quote(config.management.device)}"]
         if config.management.identity is not None:
             lines.append(f"identity = {quote(config.short(config.management.identity))}")
-    if config.medium_bus:
-        lines += ["", "[medium]", f"bus = {quote(config.medium_bus)}"]
+    if config.medium_bus or config.carried:
+        lines += ["", "[medium]"]
+        lines += [f"bus = {quote(config.medium_bus)}"] if config.medium_bus else []
+        lines += [f"by = {quote(_CHANNEL)}"] if config.carried else []
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ouassister.access import AGENT, SSH, Access
@@ -10,7 +11,7 @@ from ouassister.guest_model import Subject
 from ouassister.provider import ssh
 from ouassister.reaching import agent, sshd
 from ouassister.shadow import sandbox
-from ouassister.text import from_text, to_text
+from ouassister.text import from_text, size, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ouassister.provider.management import Management
 
 FILES: Final = "ouassister.disk.small_files"
+_CARRY_LIMIT: Final = 64 << 20  # a guest agent brings about 2 MB/s
 _SUBJECTS: Final = {
     AGENT: frozenset((Subject.FILES,)),
     SSH: frozenset((Subject.FILES, Subject.NETWORK)),
@@ -39,13 +41,27 @@ def choose(guest: Guest) -> Access:
         else:
             access, reason = _by_agent(guest)
         if not reason:
-            return access
+            return replace(access, carried=config.carried)
         reasons.append(f"{name}: {reason}")
     told = "; ".join(reasons) or "its description names none"
     raise UnsupportedGuestError(
         f"{config.name} cannot be reached at its resume: {told}",
         hint="docs/how-to/channels.md tells what each channel needs in the guest",
     )
+
+
+def refuse_too_large(vm: str, access: Access, layer_bytes: int) -> None:
+    """Raise when the channel would have to bring more than it can in good time.
+
+    Raises:
+        UnsupportedGuestError: It would.
+    """
+    if access.carried and layer_bytes > _CARRY_LIMIT:
+        raise UnsupportedGuestError(
+            f"the update of {vm} has {size(layer_bytes)}, and its channel brings no more than"
+            f" {size(_CARRY_LIMIT)}",
+            hint="give the VM a place for a disk: docs/how-to/channels.md",
+        )
 
 
 def _by_agent(guest: Guest) -> tuple[Access, str]:

@@ -42,6 +42,7 @@ STUB: Final = Path(__file__).parent / "bin" / "stub-x86_64"
 APPLY_S: Final = 900.0
 _POLL_S: Final = 0.02  # between two looks at the applier
 _ACTIONS_S: Final = 600.0
+_DETACH_S: Final = 30.0
 # What each of the applier's phases proves; one that takes up an earlier run lacks some.
 _OF_APPLIER: Final = (
     ("stage", "every byte of the change set by its SHA-256, in the guest"),
@@ -57,6 +58,7 @@ class Medium:
     path: Path
     info: MediumInfo
     serial: str
+    carried: bool  # by the channel: it is no disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def reflect(
         try:
             vm.reach(changeset.access)
             vm.channel()  # connected before the guest runs: its agent wakes at once
-            vm.attach_medium(medium.path, medium.serial)
+            attach(vm, medium)
             config.retire_save()
         except BaseException:
             if not again:  # it never ran: it sleeps as before
@@ -135,7 +137,7 @@ def reflect(
                 failure = gate.after_failure(vm, failure, on_failure, timeline)
             raise failure from (None if failure is error else error)
         on_state(ChangesetState.APPLIED)
-        notes = detach(vm, timeline)
+        notes = detach(vm, medium, timeline)
     return _report(changeset, result, done, timeline, online_s, notes)
 
 
@@ -145,7 +147,25 @@ def make_medium(changeset: Changeset, layer: Path | None, folder: Path) -> Mediu
         raise HostNotReadyError(f"the applier {APPLIER} is not built", hint="run 'make applier'")
     path = folder / "medium.img"
     info = write_medium(changeset, layer, APPLIER, path)
-    return Medium(path, info, f"oua-{changeset.changeset_id[:16]}")
+    serial = f"oua-{changeset.changeset_id[:16]}"
+    return Medium(path, info, serial, changeset.access.carried)
+
+
+def attach(vm: Running, medium: Medium) -> None:
+    """Plug the medium in; one that the channel carries waits for the guest to run."""
+    if not medium.carried:
+        vm.attach_medium(medium.path, medium.serial)
+
+
+def bring(vm: Running, medium: Medium) -> None:
+    """Have the channel bring the medium, if that is how it comes; the guest runs.
+
+    Raises:
+        ChannelError: It is not there as a whole.
+    """
+    if medium.carried:
+        path = bootstrap.carried_path(medium.serial)
+        vm.channel().write_file(path, medium.path.read_bytes(), timeout_s=APPLY_S)
 
 
 def _restore(config: Vm) -> Running:
@@ -179,8 +199,11 @@ def _find(config: Vm, changeset: Changeset) -> Running:
 
 def _apply(vm: Running, medium: Medium) -> ApplierResult:
     stub = STUB.read_bytes()
-    command = bootstrap.apply_command(stub, medium.serial, medium.info, time.time_ns())
     try:
+        bring(vm, medium)
+        command = bootstrap.apply_command(
+            stub, medium.serial, medium.info, time.time_ns(), carried=medium.carried
+        )
         seed = bootstrap.seed()
         done = second_look.run(vm, command, stdin=seed, timeout_s=APPLY_S, most_s=_POLL_S)
     except DeadlineError as error:
@@ -235,13 +258,16 @@ def act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
     return bootstrap.failed_actions(actions, done.stdout)
 
 
-def detach(vm: Running, timeline: Timeline) -> tuple[str, ...]:
+def detach(vm: Running, medium: Medium, timeline: Timeline) -> tuple[str, ...]:
     """Take the medium away; a guest that will not let go of it is told of, no more."""
     try:
         with timeline.phase("detach medium"):
-            vm.detach_medium()
+            if medium.carried:
+                vm.channel().run(bootstrap.uncarry_command(medium.serial), timeout_s=_DETACH_S)
+            else:
+                vm.detach_medium()
     except OUassisterError as error:
-        return (f"the change set's disk is still attached: {error.message}",)
+        return (f"the change set's medium is still in the guest: {error.message}",)
     return ()
 
 

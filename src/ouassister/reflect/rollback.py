@@ -90,7 +90,7 @@ def roll_back(
                 _refuse_new_kernel(vm, changeset)
         with contextlib.suppress(OUassisterError):  # of an earlier run; there may be none
             vm.detach_medium(timeout_s=5)
-        vm.attach_medium(medium.path, medium.serial)
+        reflection.attach(vm, medium)
         on_state(ChangesetState.ROLLING_BACK)
         start = time.monotonic()
         vm.set_links(up=False)
@@ -102,7 +102,7 @@ def roll_back(
         except (RollbackRefusedError, LockedError, ApplyError):  # the guest is as it was before
             on_state(ChangesetState.APPLIED)
             vm.set_links(up=True)
-            _detach(vm, timeline)
+            _detach(vm, medium, timeline)
             raise
         except (DeadlineError, StateError) as error:
             raise GateClosedError(f"the guest: {error.message}", hint=_HINT) from error
@@ -110,7 +110,7 @@ def roll_back(
         with timeline.phase("open gate"):
             vm.set_links(up=True)
         closed_s = time.monotonic() - start
-        _detach(vm, timeline)
+        _detach(vm, medium, timeline)
     report = _report(changeset, result, timeline)
     return replace(
         report,
@@ -136,12 +136,12 @@ def forget(config: Vm, changeset: Changeset, folder: Path, timeline: Timeline) -
         vm.reach(changeset.access)
         with contextlib.suppress(OUassisterError):
             vm.detach_medium(timeout_s=5)
-        vm.attach_medium(medium.path, medium.serial)
+        reflection.attach(vm, medium)
         try:
             with timeline.phase("forget"):
                 result, _ = _run(vm, medium, mode="forget", leave_diverged=False, again=False)
         finally:
-            _detach(vm, timeline)
+            _detach(vm, medium, timeline)
     return _report(changeset, result, timeline)
 
 
@@ -152,9 +152,10 @@ def rollback_command(
     *,
     leave_diverged: bool,
     mode: str = "rollback",
+    carried: bool = False,
 ) -> list[str]:
     """A command for the guest: that of `bootstrap.apply_command` for the way back."""
-    command = bootstrap.apply_command(stub, serial, medium, now_ns=0)
+    command = bootstrap.apply_command(stub, serial, medium, now_ns=0, carried=carried)
     command[command.index("apply", 3)] = mode
     del command[command.index("--set-time") :]
     return [*command, "--leave-diverged", "yes"] if leave_diverged else command
@@ -191,8 +192,14 @@ def _run(
 ) -> tuple[ApplierResult, tuple[Diverged, ...]]:
     stub = reflection.STUB.read_bytes()
     command = rollback_command(
-        stub, medium.serial, medium.info, leave_diverged=leave_diverged, mode=mode
+        stub,
+        medium.serial,
+        medium.info,
+        leave_diverged=leave_diverged,
+        mode=mode,
+        carried=medium.carried,
     )
+    reflection.bring(vm, medium)
     done = second_look.run(vm, command, timeout_s=reflection.APPLY_S, most_s=_POLL_S)
     try:
         result = applier_protocol.parse_output(done.stdout)
@@ -228,8 +235,8 @@ def error_for(
     return RollbackRefusedError(message)
 
 
-def _detach(vm: Running, timeline: Timeline) -> None:
-    for note in reflection.detach(vm, timeline):
+def _detach(vm: Running, medium: reflection.Medium, timeline: Timeline) -> None:
+    for note in reflection.detach(vm, medium, timeline):
         timeline.say(note)
 
 
