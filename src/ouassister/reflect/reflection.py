@@ -21,9 +21,10 @@ from ouassister.errors import (
     InterruptedRunError,
     OUassisterError,
     QemuRefusedError,
+    StaleError,
 )
 from ouassister.model import Phase, ResumeReport, StagedState
-from ouassister.reflect import applier_protocol, bootstrap, gate, staged, verify
+from ouassister.reflect import afresh, applier_protocol, bootstrap, gate, staged, verify
 from ouassister.reflect.verify import Verification
 from ouassister.state.fence import check_fence
 from ouassister.store.database import ChangesetState
@@ -102,7 +103,7 @@ def reflect(
     on_state(ChangesetState.APPLYING)
     with timeline.phase("restore, links down"):
         try:
-            vm = _find(config, changeset) if again and config.is_running() else _restore(config)
+            vm = _wake(config, changeset) if again else config.restore()
         except BaseException:
             if not again:
                 on_state(ChangesetState.READY)
@@ -128,6 +129,8 @@ def reflect(
             online_s = time.monotonic() - start
         except OUassisterError as error:
             failure = gate.judge(error)
+            if again and type(failure) is StaleError:
+                failure.hint = afresh.UNDONE_HINT
             if not isinstance(failure, GateClosedError):
                 on_state(ChangesetState.FAILED)
             if not isinstance(error, InterruptedRunError):
@@ -147,13 +150,11 @@ def make_medium(changeset: Changeset, layer: Path | None, folder: Path) -> Mediu
     return Medium(path, info, f"oua-{changeset.changeset_id[:16]}")
 
 
-def _restore(config: Vm) -> Running:
-    if not config.save.exists():
-        raise GateClosedError(
-            f"{config.name} ended while the change set was being applied",
-            hint="boot it with its links down; 'ouassister resume' then finishes what was begun",
-        )
-    return config.restore()
+def _wake(config: Vm, changeset: Changeset) -> Running:
+    """The VM, as an earlier resume left it."""
+    if config.is_running():
+        return _find(config, changeset)
+    return config.restore() if config.save.exists() else afresh.boot(config)
 
 
 def _find(config: Vm, changeset: Changeset) -> Running:
@@ -162,7 +163,7 @@ def _find(config: Vm, changeset: Changeset) -> Running:
     if config.save.exists() and not vm.runs():  # see `Vm.retire_save`: it never ran
         vm.kill()
         check_fence(changeset.fence)
-        return _restore(config)
+        return config.restore()
     vm.set_links(up=False)
     vm.cont()
     try:
