@@ -47,6 +47,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "restart": BASE | {"disk", "kernel", "memory", "shadow", "state"},
     "provider": BASE | {"state"},
     "reflect": BASE | {"changeset", "provider", "restart", "state", "store", "timeline"},
+    "snapshots": BASE | {"provider", "state"},
     "looking": BASE | {"kernel", "memory", "provider", "state"},
     "sleeping": BASE | {"disk", "kernel", "memory", "packages", "provider", "state"},
     "beside": BASE | {"shadow"},
@@ -71,7 +72,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     | {"timeline"},
     "pipeline": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
-    | {"offline", "restart", "shadow", "sleeping", "state", "store", "timeline"},
+    | {"offline", "restart", "shadow", "sleeping", "snapshots", "state", "store", "timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},
     "demo": BASE
@@ -89,6 +90,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
         "provider",
         "shadow",
         "sleeping",
+        "snapshots",
     }
     | {"state", "store", "timeline"},
     "__main__": frozenset(("cli",)),

@@ -79,6 +79,7 @@ def reflect(
     on_state: Callable[[ChangesetState], None],
     again: bool,
     on_failure: OnFailure,
+    on_retire: Callable[[], None] = lambda: None,
 ) -> ResumeReport:
     """Resume the VM and make the change set true in it.
 
@@ -91,6 +92,8 @@ def reflect(
         on_state: Records how far the change set got, durably.
         again: An earlier resume stopped half-way.
         on_failure: What becomes of the gate then.
+        on_retire: Called before the save file is put out of the way; the guest has not run since
+            it slept, and sleeps on when this raises.
 
     Raises:
         ApplyError: The guest is as it was suspended; the gate is closed, but for the policy.
@@ -112,6 +115,7 @@ def reflect(
         try:
             vm.qga()  # connected before the guest runs: its agent wakes at once
             vm.attach_medium(medium.path, medium.serial)
+            on_retire()
             config.retire_save()
         except BaseException:
             if not again:  # it never ran: it sleeps as before
