@@ -28,7 +28,7 @@ from ouassister.errors import (
 )
 from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
-from ouassister.model import Plan, Request, UpdateReport
+from ouassister.model import Gate, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
 from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
@@ -132,16 +132,23 @@ def run_program(
 
 
 def resume(
-    config: Vm, store: Store, timeline: Timeline, on_failure: OnFailure = _STAYS_CLOSED
+    config: Vm,
+    store: Store,
+    timeline: Timeline,
+    on_failure: OnFailure = _STAYS_CLOSED,
+    extent: Gate = Gate.FULL,
 ) -> ResumeReport:
     """Resume the VM with its links down, apply the pending change set, open the gate.
+
+    ``extent`` says how much is done before that.
 
     Raises:
         NothingPendingError: There is no change set.
         StaleError: It was made for another suspension, or is not what was made.
         ApplyError: The guest is as it was suspended, and runs; the gate is closed.
         GateClosedError: It may be partly applied; the gate is closed.
-        GateOpenedError: It may be partly applied; ``on_failure`` has opened the gate.
+        GateOpenedError: It may be partly applied; ``on_failure`` has opened the gate, or it was
+            open by then.
     """
     with _named(config, store):
         row = store.pending(config.name)
@@ -166,6 +173,7 @@ def resume(
                     on_state=lambda state: store.set_state(changeset.changeset_id, state),
                     again=again,
                     on_failure=on_failure,
+                    extent=extent,
                 )
             except OUassisterError as error:
                 store.log(config.name, "resume", "failed", f"{error.code}: {error.message}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister import codec, pipeline
 from ouassister.cli import common
+from ouassister.model import Gate
 from ouassister.store.database import Store
 from ouassister.text import size, table
 
@@ -27,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=pipeline.OnFailure(),
         metavar="POLICY",
         help="closed (default), or open-after=SECONDS: the links go up although it failed",
+    )
+    parser.add_argument(
+        "--gate",
+        type=Gate,
+        choices=tuple(Gate),
+        default=Gate.FULL,
+        help="what is done before the links go up: full (default), everything; exposed, what"
+        " somebody on a network can reach: other services are restarted right after",
     )
     parser.add_argument("--quiet", action="store_true", help="no story on standard error")
 
@@ -48,7 +57,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
     with Store() as store:
         config = common.find_vm(store, arguments)
         story = common.timeline(arguments, store, config)
-        report = pipeline.resume(config, store, story, arguments.on_failure)
+        report = pipeline.resume(config, store, story, arguments.on_failure, arguments.gate)
     status = common.REBOOT_NEEDED if report.reboot_needed else 0
     if report.failed_actions:
         status = common.PARTIAL
@@ -60,7 +69,12 @@ def lines(report: ResumeReport) -> list[str]:
     told = [
         f"{report.vm}: {report.result} change set {report.changeset_id}",
         f"  {report.files} files, {size(report.bytes)};"
-        f" gate open {report.online_s:.2f} s after the first instruction",
+        f" gate open {report.online_s:.2f} s after the first instruction"
+        + (
+            f", the rest done after {report.settled_s:.2f} s"
+            if report.gate is not Gate.FULL
+            else ""
+        ),
         f"  verified: {', '.join(report.verified) or 'nothing'}",
     ]
     told += [

@@ -52,7 +52,7 @@ def coalesce(
             units = [unit for unit in units if unit != _AGENT]
             if not units:
                 continue
-            action = Action((*action.argv[: _head(action)], *units))
+            action = Action((*action.argv[: head_of(action)], *units))
         if verb in _ENDS:
             done.update(units)
         actions.append(action)
@@ -105,7 +105,7 @@ def merge(actions: Iterable[Action]) -> list[Action]:
 
 def _call(action: Action) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """A call that may be merged: program, options and verb; and its units. Else nothing."""
-    at = _head(action)
+    at = head_of(action)
     head, units = action.argv[:at], action.argv[at:]
     options = head[1:-1]
     if head[0] not in _MERGED or not units or any(not word.startswith("-") for word in options):
@@ -124,8 +124,8 @@ def _signals_first(actions: list[Action], ending: Container[int]) -> list[Action
     return [*others[:at], *meant, *others[at:]]
 
 
-def _head(action: Action) -> int:
-    """Words of an action up to its verb."""
+def head_of(action: Action) -> int:
+    """How many words of an action there are up to its verb."""
     for at, word in enumerate(action.argv[1:], 1):
         if word in _VERBS:
             return at + 1
