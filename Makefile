@@ -9,7 +9,8 @@
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
 # make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep, and its resume
-#             beside the same in a plain chroot
+#             beside the same in a plain chroot; and the sleeper-bench
+# make sleeper-bench       a Debian 11 server with all of its security archive pending: asleep against awake
 # make case-test           one twin test for each thing that packages do to a system, and escapes
 #
 # Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
@@ -79,10 +80,13 @@ fuzz: .venv/ready
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -s tests/fuzz $(PYTEST)
 
 # volatility3 has a licence of its own: a virtual environment of the bench alone.
-bench: .venv/ready build/bench-venv/ready
-	missed=0; for bench in inspect offline online; do \
+bench: .venv/ready $(APPLIER) build/bench-venv/ready
+	missed=0; for bench in inspect offline online sleeper; do \
 	    $(ROOT) $(BIN)/python -m bench.$${bench}_bench build/bench.json || missed=1; \
 	done; exit $$missed
+
+sleeper-bench: .venv/ready $(APPLIER)
+	$(ROOT) $(BIN)/python -m bench.sleeper_bench build/bench.json $(SLEEPER)
 
 build/bench-venv/ready: build/deps bench/requirements.txt
 	$(PYTHON) -m venv build/bench-venv
@@ -132,5 +136,5 @@ lock:
 clean:
 	rm -rf --one-file-system build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test staging-test powercut-test case-test cgroup-test fidelity fuzz bench applier guest-tests \
+.PHONY: demo test check view-test kernel-test staging-test powercut-test case-test cgroup-test fidelity fuzz bench sleeper-bench applier guest-tests \
         deps lock clean

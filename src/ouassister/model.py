@@ -36,6 +36,9 @@ from ouassister.guest_model import TmpfsContent as TmpfsContent
 from ouassister.guest_model import TmpfsNode as TmpfsNode
 from ouassister.guest_model import VirtAddr as VirtAddr
 from ouassister.guest_model import Vma as Vma
+from ouassister.restart_model import Exposed as Exposed
+from ouassister.restart_model import Restart as Restart
+from ouassister.restart_model import Verdict as Verdict
 
 # --- state: the saved VM -------------------------------------------------------------------
 
@@ -297,35 +300,6 @@ class Action:
     argv: tuple[str, ...]
 
 
-class Verdict(StrEnum):
-    """What is done about a service that runs replaced files."""
-
-    RESTART = "restart"  # in the guest, behind the closed gate
-    LATER = "later"  # by itself, a little after the gate is open: it is what the resume talks to
-    ADVISE = "advise"  # said, not done: sessions or other programs would go with it
-    EXCLUDED = "excluded"  # by the guest's own needrestart configuration
-    APART = "apart"  # in a container: its files are not the guest's
-
-
-@dataclass(frozen=True, slots=True)
-class Exposed:
-    """A process that still runs files which the update replaced."""
-
-    pid: GuestPid
-    comm: bytes
-    files: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Restart:
-    """A unit of the service manager, or ``""`` for none, with processes that are exposed."""
-
-    unit: str
-    verdict: Verdict
-    why: str
-    processes: tuple[Exposed, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Staged:
     """A package that the guest's own dpkg installs, or removes when ``new`` is empty.
@@ -375,7 +349,7 @@ class Changeset:
     """Immutable; ``changeset_id`` is the SHA-256 of the manifest without it.
 
     Every byte of the layer is covered: each file by its entry's SHA-256, the whole by
-    ``layer_sha256``.
+    ``layer_sha256``. ``out_of_reach`` has units of the actions that nobody on a network reaches.
     """
 
     changeset_id: str
@@ -397,6 +371,7 @@ class Changeset:
     staged: tuple[Staged, ...] = field(default=())
     staged_steps: tuple[StagedStep, ...] = field(default=())  # in the order of the guest's apt
     staging_folder: bytes = b""
+    out_of_reach: tuple[str, ...] = ()
 
 
 # --- reports -------------------------------------------------------------------------------
@@ -447,12 +422,20 @@ class StagedState:
     status: str
 
 
+class Gate(StrEnum):
+    """What is done before the links go up; the files always are."""
+
+    FULL = "full"  # everything
+    EXPOSED = "exposed"  # what somebody on a network can reach; the rest follows at once
+
+
 @dataclass(frozen=True, slots=True)
 class ResumeReport:
     """What a resume did.
 
-    ``online_s`` runs from the guest's first instruction to the open gate. ``verified`` lists what
-    was checked in the guest, and nothing else.
+    ``online_s`` runs from the guest's first instruction to the open gate, ``settled_s`` to the end
+    of what followed it (`Gate`). ``verified`` lists what was checked in the guest, and nothing
+    else.
     """
 
     vm: str
@@ -469,6 +452,8 @@ class ResumeReport:
     restore_s: float
     online_s: float
     staged: tuple[StagedState, ...] = ()
+    gate: Gate = Gate.FULL
+    settled_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from ouassister.model import (
 from ouassister.packages import apt, update
 from ouassister.packages.owners import files_of, owners
 from ouassister.restart import plan as restart_plan
+from ouassister.restart import reach
 from ouassister.restart.actions import coalesce
 from ouassister.shadow.events import actions_of
 from ouassister.staging import held, predict
@@ -137,7 +138,8 @@ def _keep(
                 tuple(change.name for change in staged if change.new),
             ),
         )
-    actions, recorded_notes = actions_of(guest.shadow.events())
+    recorded, recorded_notes = actions_of(guest.shadow.events())
+    actions = coalesce(recorded, due.restarts, due.again)
     notes = (*_notes(guest), *ground.earlier, *recorded_notes, *due.notes, *ground.notes)
     with timeline.phase("store change set"):
         changeset = archive.build(
@@ -148,7 +150,7 @@ def _keep(
             identity=guest.identity(),
             changes=prepared.plan.changes,
             left_out=prepared.plan.left_out,
-            actions=coalesce(actions, due.restarts, due.again),
+            actions=actions,
             lock_paths=apt.LOCKS,
             reboot_needed=bool(due.kernel),
             notes=tuple(dict.fromkeys(notes)),
@@ -156,6 +158,7 @@ def _keep(
             staged=ground.staged,
             staged_steps=ground.steps,
             staging_folder=ground.folder if ground.staged else b"",
+            out_of_reach=reach.of_actions(actions, ground.out_of_reach()),
         )
         layer = guest.shadow.output_path("layer.tar")
         archive.save(changeset, layer, store.changesets(vm))

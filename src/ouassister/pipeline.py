@@ -29,7 +29,7 @@ from ouassister.errors import (
 )
 from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
-from ouassister.model import Plan, Request, UpdateReport
+from ouassister.model import Gate, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
 from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
@@ -143,6 +143,7 @@ def resume(
     store: Store,
     timeline: Timeline,
     on_failure: OnFailure = _STAYS_CLOSED,
+    extent: Gate = Gate.FULL,
     *,
     keep_snapshots: int = 0,
 ) -> ResumeReport:
@@ -153,6 +154,7 @@ def resume(
         store: Has the change set.
         timeline: Takes the story.
         on_failure: What becomes of the gate when it failed.
+        extent: How much is done before it opens.
         keep_snapshots: Take a snapshot before, and keep so many; 0 takes none.
 
     Raises:
@@ -161,7 +163,8 @@ def resume(
         StaleError: It was made for another suspension, or is not what was made.
         ApplyError: The guest is as it was suspended, and runs; the gate is closed.
         GateClosedError: It may be partly applied; the gate is closed.
-        GateOpenedError: It may be partly applied; ``on_failure`` has opened the gate.
+        GateOpenedError: It may be partly applied; ``on_failure`` has opened the gate, or it was
+            open by then.
     """
     with _named(config, store):
         row = store.pending(config.name)
@@ -193,6 +196,7 @@ def resume(
                     on_state=lambda state: store.set_state(changeset.changeset_id, state),
                     again=again,
                     on_failure=on_failure,
+                    extent=extent,
                     on_retire=lambda: snapshots.keep_save(config, changeset.changeset_id, own),
                 )
         except OUassisterError as error:

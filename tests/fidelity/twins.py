@@ -200,12 +200,12 @@ def _update_awake(vm: RunningVM, wish: Wish) -> None:
     # What a mirror has lost does not keep the rest away, asleep either.
     what = f"install {words}" if words else "upgrade --with-new-pkgs --fix-missing"
     for command in (f"{apt} update", f"{apt} {what}"):
-        status, told = _as_unit(vm, command)
+        status, told = as_unit(vm, command)
         if status != 0 and not (wish.may_fail and what in command):
             raise UpdateFailedError(f"the twin: {command!r}: {told}")
 
 
-def _as_unit(vm: RunningVM, command: str) -> tuple[int, str]:
+def as_unit(vm: RunningVM, command: str) -> tuple[int, str]:
     """Run a command as a unit of its own: the guest's agent may be among what is updated.
 
     Returns:

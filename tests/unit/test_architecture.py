@@ -27,12 +27,13 @@ SOURCE: Final = ROOT / "src" / "ouassister"
 MODULES: Final = sorted(SOURCE.rglob("*.py"))
 MAX_LINES: Final = 500
 
-BASE: Final = frozenset(("errors", "guest_model", "model", "text", "codec"))
+BASE: Final = frozenset(("errors", "guest_model", "restart_model", "model", "text", "codec"))
 ALLOWED: Final[dict[str, frozenset[str]]] = {
     "errors": frozenset(),
     "text": frozenset(),
     "guest_model": frozenset(),
-    "model": frozenset(("guest_model",)),
+    "restart_model": frozenset(("guest_model",)),
+    "model": frozenset(("guest_model", "restart_model")),
     "codec": frozenset(("text",)),
     "timeline": BASE,
     "interrupts": BASE,

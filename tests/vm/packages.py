@@ -201,6 +201,18 @@ AFTER: Final = (
             ' open(F, ">", "/var/lib/oua-asks"); print F "answered";\'',
         },
     ),
+    # It stops that web server, and makes sure that nobody answers: so it is awake, too.
+    Package(
+        "oua-stops",
+        "1.0",
+        files={"/usr/share/oua-stops/file": "stops\n"},
+        scripts={
+            "postinst": "systemctl stop nginx.service\n"
+            "perl -e 'use Socket; socket(S, AF_INET, SOCK_STREAM, 0);"
+            ' exit(connect(S, pack_sockaddr_in(80, inet_aton("127.0.0.1"))) ? 1 : 0)\'\n'
+            "systemctl start nginx.service",
+        },
+    ),
     # It is unpacked only where oua-live is configured.
     Package(
         "oua-early",

@@ -69,6 +69,7 @@ def build(
     staged: tuple[Staged, ...] = (),
     staged_steps: tuple[StagedStep, ...] = (),
     staging_folder: bytes = b"",
+    out_of_reach: tuple[str, ...] = (),
 ) -> Changeset:
     """Make the record of a change set; its id follows from all the rest.
 
@@ -95,6 +96,7 @@ def build(
         staged=staged,
         staged_steps=staged_steps,
         staging_folder=staging_folder,
+        out_of_reach=out_of_reach,
     )
     for defect in _defects(draft):
         raise InternalError(f"change set of {vm}: {defect}")

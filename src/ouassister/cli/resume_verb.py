@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister import codec, pipeline, snapshots
 from ouassister.cli import common
+from ouassister.model import Gate
 from ouassister.store.database import Store
 from ouassister.text import size, table
 
@@ -40,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"of these, keep so many ({snapshots.KEPT_BY_DEFAULT}); the oldest go afterwards",
     )
+    parser.add_argument(
+        "--gate",
+        type=Gate,
+        choices=tuple(Gate),
+        default=Gate.FULL,
+        help="what is done before the links go up: full (default), everything; exposed, what"
+        " somebody on a network can reach: other services are restarted right after",
+    )
     parser.add_argument("--quiet", action="store_true", help="no story on standard error")
 
 
@@ -71,6 +80,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
             store,
             story,
             arguments.on_failure,
+            arguments.gate,
             keep_snapshots=arguments.keep_snapshots if arguments.snapshot else 0,
         )
     status = common.REBOOT_NEEDED if report.reboot_needed else 0
@@ -84,7 +94,12 @@ def lines(report: ResumeReport) -> list[str]:
     told = [
         f"{report.vm}: {report.result} change set {report.changeset_id}",
         f"  {report.files} files, {size(report.bytes)};"
-        f" gate open {report.online_s:.2f} s after the first instruction",
+        f" gate open {report.online_s:.2f} s after the first instruction"
+        + (
+            f", the rest done after {report.settled_s:.2f} s"
+            if report.gate is not Gate.FULL
+            else ""
+        ),
         f"  verified: {', '.join(report.verified) or 'nothing'}",
     ]
     told += [

@@ -35,6 +35,7 @@ from ouassister.shadow.servicemanager import RECORDS, Attached, Listeners
 from ouassister.shadow.syscalls.handlers import handlers
 from ouassister.shadow.syscalls.notify import serve_one
 from ouassister.shadow.syscalls.records import SYSCALLS, JsonLines
+from ouassister.shadow.syscalls.stopped import Stopped
 from ouassister.shadow.watch import Watch
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ class Programs:
             SetUpError: The host does not let it start, or its stand-ins died.
         """
         if self._handlers is None:
-            self._handlers = handlers(self._told.facts, self._recorder)
+            records = f"{self._stage}/{_OUTPUT}/{RECORDS}"
+            stopped = Stopped(self._told.services.daemons, records)
+            self._handlers = handlers(self._told.facts, self._recorder, stopped)
         program = runner.Program(
             argv=tuple(request["argv"]),
             environment=dict(request["environment"]),
