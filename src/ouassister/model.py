@@ -267,9 +267,8 @@ class Expected:
 class Entry:
     """One path that the update changed.
 
-    ``expected`` is None when nothing may stand at the path. ``offset`` is where a file's bytes
-    start in the layer. ``below`` lists, for a deleted directory, everything that must be below
-    it: path and state.
+    ``expected`` is None when nothing may stand at the path. ``below`` lists what must be below a
+    deleted directory. ``same``: the guest has it but for its time, and the layer has it not.
     """
 
     path: bytes
@@ -281,12 +280,13 @@ class Entry:
     mtime_ns: int = 0
     size: int = 0
     sha256: str = ""
-    offset: int = 0
+    offset: int = 0  # of a file's bytes in the layer
     target: bytes = b""  # of a symlink or hard link
     major: int = 0
     minor: int = 0
     xattrs: tuple[tuple[str, bytes], ...] = ()
     below: tuple[tuple[bytes, Expected], ...] = ()
+    same: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -100,6 +101,7 @@ def test_other_files_of_that_name_do_not() -> None:
     assert found(use(1), entry(LIB, 8)) == []  # a container's, or covered by a mount
     assert found(use(1), entry(LIB, None)) == []  # new
     assert found(use(1), entry(LIB, 7, Kind.DIRECTORY)) == []
+    assert found(use(1), dataclasses.replace(entry(LIB, 7), same=True)) == []  # its inode stays
     assert found(use(1, files=(UsedFile(LIB, 0),)), entry(b"/x", 0)) == []
 
 

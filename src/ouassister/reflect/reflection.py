@@ -51,6 +51,7 @@ _OF_APPLIER: Final = (
     ("stage", "every replaced or deleted path was as planned"),
     ("verify", "every path in place: inode, size and mode"),
 )
+_OF_SAME: Final = "what only got another time by inode, size and times, not by its bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +310,7 @@ def _report(
         failed_actions=done.failed_actions,
         verified=(
             *(words for phase, words in _OF_APPLIER if phase in done_phases),
+            *((_OF_SAME,) if any(entry.same for entry in changeset.entries) else ()),
             *(("version and state of every staged package",) if changeset.staged else ()),
             *done.verification.verified,
         ),
