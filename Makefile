@@ -7,7 +7,7 @@
 # make powercut-test CUTS=20   power cuts in the middle of a reflection, each followed by a boot
 # make cgroup-test         control groups of version 2, in a guest that has them
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
-# make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
+# make fidelity PACKAGES="a b" [UPGRADE=1] [INSTALLED="c"] [GUEST=trixie]   an update asleep against the same awake
 # make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep, and its resume
 #             beside the same in a plain chroot; and the sleeper-bench
 # make sleeper-bench       a Debian 11 server with all of its security archive pending: asleep against awake
@@ -68,7 +68,8 @@ cgroup-test: .venv/ready
 
 GUEST := bookworm
 fidelity: .venv/ready $(APPLIER)
-	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) $(PACKAGES)
+	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) \
+	    $(if $(INSTALLED),--installed "$(INSTALLED)") $(PACKAGES)
 
 case-test: .venv/ready $(APPLIER)
 	$(ROOT) env OUASSISTER_CASES=all \

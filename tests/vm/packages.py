@@ -250,6 +250,15 @@ AFTER: Final = (
             "ExecStartPre=/usr/bin/test ! -e /srv/oua-spoil\n",
         },
     ),
+    # As openssh-server does it; the program is another file than the one that runs.
+    Package(
+        "oua-sshd",
+        "1.0",
+        scripts={
+            "postinst": "cp /usr/sbin/sshd /usr/sbin/sshd.new\n"
+            "mv /usr/sbin/sshd.new /usr/sbin/sshd\ndeb-systemd-invoke restart ssh.service"
+        },
+    ),
     Package(
         "oua-slow",
         "1.0",
