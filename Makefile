@@ -4,11 +4,13 @@
 # make view-test SEEDS=n   the view of n random guests against what they say when they wake up
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
 # make staging-test        real packages whose scripts need the live guest: a database that runs
+# make powercut-test CUTS=20   power cuts in the middle of a reflection, each followed by a boot
 # make cgroup-test         control groups of version 2, in a guest that has them
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
-# make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
+# make fidelity PACKAGES="a b" [UPGRADE=1] [INSTALLED="c"] [GUEST=trixie]   an update asleep against the same awake
 # make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep, and its resume
-#             beside the same in a plain chroot
+#             beside the same in a plain chroot; and the sleeper-bench
+# make sleeper-bench       a Debian 11 server with all of its security archive pending: asleep against awake
 # make case-test           one twin test for each thing that packages do to a system, and escapes
 #
 # Each installs what it needs: Debian's packages (as root, or through sudo) and a virtual
@@ -55,13 +57,19 @@ staging-test: .venv/ready $(APPLIER)
 	$(ROOT) env OUASSISTER_STAGING=1 \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v -s tests/vm/test_staging_real.py $(PYTEST)
 
+CUTS := 20
+powercut-test: .venv/ready $(APPLIER)
+	$(ROOT) env OUASSISTER_CUTS=$(CUTS) \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v --durations=0 tests/vm/test_powercut.py $(PYTEST)
+
 cgroup-test: .venv/ready
 	$(ROOT) env OUASSISTER_CGROUP_TEST=1 \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_cgroup_version_2.py $(PYTEST)
 
 GUEST := bookworm
 fidelity: .venv/ready $(APPLIER)
-	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) $(PACKAGES)
+	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) \
+	    $(if $(INSTALLED),--installed "$(INSTALLED)") $(PACKAGES)
 
 case-test: .venv/ready $(APPLIER)
 	$(ROOT) env OUASSISTER_CASES=all \
@@ -73,10 +81,13 @@ fuzz: .venv/ready
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -s tests/fuzz $(PYTEST)
 
 # volatility3 has a licence of its own: a virtual environment of the bench alone.
-bench: .venv/ready build/bench-venv/ready
-	missed=0; for bench in inspect offline online; do \
+bench: .venv/ready $(APPLIER) build/bench-venv/ready
+	missed=0; for bench in inspect offline online sleeper; do \
 	    $(ROOT) $(BIN)/python -m bench.$${bench}_bench build/bench.json || missed=1; \
 	done; exit $$missed
+
+sleeper-bench: .venv/ready $(APPLIER)
+	$(ROOT) $(BIN)/python -m bench.sleeper_bench build/bench.json $(SLEEPER)
 
 build/bench-venv/ready: build/deps bench/requirements.txt
 	$(PYTHON) -m venv build/bench-venv
@@ -126,5 +137,5 @@ lock:
 clean:
 	rm -rf --one-file-system build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test staging-test case-test cgroup-test fidelity fuzz bench applier guest-tests \
+.PHONY: demo test check view-test kernel-test staging-test powercut-test case-test cgroup-test fidelity fuzz bench sleeper-bench applier guest-tests \
         deps lock clean

@@ -19,6 +19,7 @@ enum op {
     OP_REPLACE, /* reserved name <-> path */
     OP_DELETE,  /* path -> reserved name */
     OP_META,    /* a directory that stays gets other attributes */
+    OP_TIME,    /* a file or symbolic link that stays gets another time */
 };
 
 struct item;
@@ -156,6 +157,19 @@ int set_attributes(const struct change *change, const struct item *item, const s
 int set_mtime(const struct place *place, int64_t mtime_ns);
 int meta_apply(const struct change *change, const struct item *item);
 int meta_restore(const struct change *change, const struct item *item);
+
+/* same.c: OP_TIME. */
+#define OLD_TIME 1u
+#define NEW_TIME 2u
+/* Some file systems keep whole seconds. */
+bool same_time(int64_t found, int64_t wanted);
+/* Which of its two times stands at the path; 0 when it is not the file that was checked. */
+int same_look(const struct item *item, unsigned *times);
+int same_set(const struct item *item, bool old);
+int same_commit(const struct item *item, bool recovering);
+int same_verify(const struct item *item);
+int same_undo(const struct item *item);
+int same_turn(const struct item *item, bool back);
 
 /* commit.c */
 int commit(struct change *change, bool recovering);

@@ -146,6 +146,8 @@ static int check_item(const struct change *change, struct item *item)
     }
     if (is_mount(&status, &item->dir->status))
         return conflict(item->path, "something is mounted there");
+    if (item->op == OP_TIME && status.nlink != 1)
+        return conflict(item->path, "it has another name, which would change with it");
     return goes_dir ? check_goes(change, item, &status) : 0;
 }
 
@@ -156,7 +158,7 @@ static void count_room(struct change *change, const struct item *item)
     struct file_system *fs;
     const struct dir *dir = item->dir;
 
-    if (item->op == OP_DELETE || item->op == OP_META)
+    if (item->op == OP_DELETE || item->op == OP_META || item->op == OP_TIME)
         return;
     while (dir->maker)
         dir = dir->maker->dir;

@@ -44,6 +44,8 @@ static int commit_item(const struct change *change, const struct item *item)
 {
     if (item->op == OP_META)
         return meta_apply(change, item);
+    if (item->op == OP_TIME)
+        return same_commit(item, false);
     if (!step(COMMIT_RENAME) && !rename_item(change, item))
         return 0;
     if (errno == EEXIST || errno == ENOENT)
@@ -60,6 +62,8 @@ static int commit_again(const struct change *change, const struct item *item)
 
     if (item->op == OP_META)
         return commit_item(change, item);
+    if (item->op == OP_TIME)
+        return same_commit(item, true);
     if (look_at_names(change, item, &names) < 0)
         return fail_errno(item->path, "looking at the path");
     if (is_done(item, &names))
@@ -83,9 +87,16 @@ int commit_began(struct change *change, bool *began)
     for (uint32_t i = 0; i < change->n_order && !*began; i++) {
         const struct item *item = change->order[i];
         struct names names;
+        unsigned times;
 
         if (item->op == OP_META)
             continue;
+        if (item->op == OP_TIME) {
+            if (same_look(item, &times) < 0)
+                return fail_errno(item->path, "looking at the path");
+            *began = times == NEW_TIME;
+            continue;
+        }
         if (look_at_names(change, item, &names) < 0)
             return fail_errno(item->path, "looking at the path");
         /* A name that the guest itself took away since then is no rename of ours. */
@@ -124,6 +135,8 @@ static int verify_item(struct change *change, const struct item *item, bool reco
     const struct entry_record *record = item->record;
     struct status status;
 
+    if (item->op == OP_TIME)
+        return same_verify(item);
     if (item->op == OP_META) {
         if (look(item->meta_fd, "", &status) < 0)
             return fail_errno(item->path, "looking at the directory");
@@ -167,6 +180,8 @@ static int undo_item(const struct change *change, const struct item *item)
 
     if (item->op == OP_META)
         return meta_restore(change, item);
+    if (item->op == OP_TIME)
+        return same_undo(item);
     if (look_at_names(change, item, &names) < 0)
         return -1;
     reserved_name(change, item, reserved);

@@ -49,7 +49,7 @@ static int conclude(const char *result, int status)
 
     for (uint32_t i = 0; status == EXIT_APPLIED && i < change.n_items; i++) {
         files += !top_of(&change.items[i])->left;
-        if (change.items[i].record->kind == KIND_FILE)
+        if (change.items[i].record->kind == KIND_FILE && !change.items[i].record->same)
             bytes += change.items[i].record->size;
     }
     report_result(result, files, bytes);

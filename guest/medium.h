@@ -88,7 +88,7 @@ struct entry_record {
     uint8_t kind;
     uint8_t has_expected;
     uint8_t late; /* of the package database: committed last */
-    uint8_t zero;
+    uint8_t same; /* as the guest has it but for its time, and not in the layer */
     uint32_t mode; /* permission bits */
     uint32_t uid;
     uint32_t gid;

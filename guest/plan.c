@@ -55,7 +55,7 @@ static int find_maker(const struct index *index, struct dir *dir)
 static int commit_class(const struct item *item)
 {
     static const int classes[] = {
-        [OP_NEW] = 0, [OP_META] = 1, [OP_REPLACE] = 1, [OP_DELETE] = 2,
+        [OP_NEW] = 0, [OP_META] = 1, [OP_REPLACE] = 1, [OP_TIME] = 1, [OP_DELETE] = 2,
     };
 
     return classes[item->op] + 3 * item->record->late;
@@ -67,6 +67,7 @@ static int plan_item(struct change *change, uint32_t i, const struct index *inde
     const struct entry_record *record = item->record;
 
     item->meta_fd = -1;
+    item->inode = record->same ? record->expected.inode : 0;
     if (*slot(index, item->path, record->path.length))
         return fail("medium", item->path, "the path is in the change set twice");
     *slot(index, item->path, record->path.length) = item;
@@ -76,6 +77,8 @@ static int plan_item(struct change *change, uint32_t i, const struct index *inde
         item->op = OP_DELETE;
     else if (changes_directory(record))
         item->op = OP_META;
+    else if (record->same)
+        item->op = OP_TIME;
     else
         item->op = record->has_expected ? OP_REPLACE : OP_NEW;
     return 0;

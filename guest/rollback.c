@@ -18,7 +18,6 @@
 
 #define MAX_TOLD 1000
 #define MAX_TOLD_BYTES (700u << 10) /* of the host's limit, applier_protocol.py */
-#define SECOND 1000000000
 
 enum where {
     AS_LEFT,
@@ -79,14 +78,6 @@ static int find(const struct change *change, const struct item *item, enum where
     else if (at_path == (item->op == OP_REPLACE ? item->inode : 0))
         *where = AS_LEFT;
     return 0;
-}
-
-/* Some file systems keep whole seconds. */
-static bool same_time(int64_t found, int64_t wanted)
-{
-    int64_t rest = wanted % SECOND;
-
-    return found == wanted || found == wanted - (rest < 0 ? rest + SECOND : rest);
 }
 
 static bool same_content(int dir, const char *name, const struct entry_record *record,
@@ -160,7 +151,9 @@ static const char *differs(const struct change *change, const struct item *item,
         return "it was written";
     if (!content)
         return NULL;
-    if (record->kind == KIND_FILE && !same_content(dir, name, record, status.inode))
+    /* What stays in its inode is not taken back: nothing of it can be lost. */
+    if (item->op != OP_TIME && record->kind == KIND_FILE &&
+        !same_content(dir, name, record, status.inode))
         return "its content changed";
     return same_xattrs(change, item, dir, name) ? NULL : "an extended attribute changed";
 }
@@ -234,6 +227,21 @@ static bool is_between(const struct item *item)
            (status.gid == record->gid || status.gid == old->gid);
 }
 
+static int check_back_time(struct look_back *back, struct item *item)
+{
+    const char *why;
+    unsigned times;
+
+    if (same_look(item, &times) < 0)
+        return fail_errno(item->path, "looking at the path");
+    if (back->recovering && times & OLD_TIME)
+        return 0;
+    why = differs(back->change, item, item->dir->fd, item->name, true);
+    if (why)
+        tell(back, item, item->path, why);
+    return 0;
+}
+
 static int check_back_item(struct look_back *back, struct item *item)
 {
     struct change *change = back->change;
@@ -253,6 +261,8 @@ static int check_back_item(struct look_back *back, struct item *item)
             item->time_changed = !same_time(mtime_of(&status), item->record->mtime_ns);
         return 0;
     }
+    if (item->op == OP_TIME)
+        return check_back_time(back, item);
     if (find(change, top, &where) < 0)
         return fail_errno(top->path, "looking at the path");
     if (where == NO_OLD)
@@ -303,6 +313,8 @@ static int turn_item(const struct change *change, const struct item *item, bool 
             return meta_apply(change, item);
         return meta_restore(change, item) < 0 ? fail_errno(item->path, "putting back") : 0;
     }
+    if (item->op == OP_TIME)
+        return same_turn(item, back);
     if (find(change, item, &where) < 0)
         return fail_errno(item->path, "looking at the path");
     if (back ? where == PUT_BACK : where != PUT_BACK) /* what the guest made since is its own */
@@ -376,9 +388,17 @@ int verify_back(struct change *change, bool recovering)
     for (uint32_t i = 0; i < change->n_items; i++) {
         struct item *item = &change->items[i];
         enum where where;
+        unsigned times;
 
         if (item->op == OP_META || top_of(item)->left)
             continue;
+        if (item->op == OP_TIME) {
+            if (same_look(item, &times) < 0)
+                return fail_errno(item->path, "looking at the path");
+            if (!(times & OLD_TIME))
+                return fail("conflict", item->path, "it changed while it was taken back");
+            continue;
+        }
         if (item->op != OP_INSIDE && find(change, item, &where) < 0)
             return fail_errno(item->path, "looking at the path");
         if (item->op != OP_INSIDE && where != PUT_BACK)

@@ -222,7 +222,8 @@ int stage(struct change *change)
     for (uint32_t i = 0; i < change->n_items; i++) {
         struct item *item = &change->items[i];
 
-        if (item->op != OP_META && item->op != OP_DELETE && stage_item(change, item) < 0)
+        if (item->op != OP_META && item->op != OP_TIME && item->op != OP_DELETE &&
+            stage_item(change, item) < 0)
             return -1;
     }
     for (uint32_t i = change->n_items; i-- > 0;) {

@@ -19,6 +19,7 @@
     X(STAGE_SYNC, "stage-sync")                   \
     X(COMMIT_RENAME, "commit-rename")             \
     X(COMMIT_DIRECTORY, "commit-directory")       \
+    X(COMMIT_TIME, "commit-time")                 \
     X(VERIFY, "verify")                           \
     X(MARKER_WRITE, "marker-write")               \
     X(MARKER_RENAME, "marker-rename")             \
@@ -34,15 +35,18 @@
     X(UNDO_MARK, "undo-mark")                     \
     X(UNDO_RENAME, "undo-rename")                 \
     X(UNDO_DIRECTORY, "undo-directory")           \
+    X(UNDO_TIME, "undo-time")                     \
     X(UNDO_REMOVE, "undo-remove")                 \
     X(UNDO_SYNC, "undo-sync")                     \
     X(ROLLBACK_BEGIN, "rollback-begin")           \
     X(ROLLBACK_MARK, "rollback-mark")             \
     X(ROLLBACK_RENAME, "rollback-rename")         \
+    X(ROLLBACK_TIME, "rollback-time")             \
     X(ROLLBACK_VERIFY, "rollback-verify")         \
     X(ROLLBACK_REMOVE, "rollback-remove")         \
     X(STAY_MARK, "stay-mark")                     \
     X(STAY_RENAME, "stay-rename")                 \
+    X(STAY_TIME, "stay-time")                     \
     X(STAY_SYNC, "stay-sync")
 
 #ifdef OUA_FAULTS

@@ -73,14 +73,27 @@ static bool is_child(const char *path, const char *dir, size_t dir_length)
            !strchr(path + dir_length + 1, '/');
 }
 
+/* Nothing but the time may differ: all else of it is not touched. */
+static bool same_ok(const struct entry_record *entry)
+{
+    const struct state_record *expected = &entry->expected;
+
+    if (!entry->has_expected || entry->xattrs || entry->mtime_ns == expected->mtime_ns)
+        return false;
+    if (entry->kind == KIND_SYMLINK)
+        return S_ISLNK(expected->mode);
+    return entry->kind == KIND_FILE && expected->mode == (S_IFREG | entry->mode) &&
+           expected->size == entry->size;
+}
+
 static int check_kind(const struct medium *medium, const struct entry_record *entry, uint32_t i)
 {
     uint8_t kind;
 
     switch (entry->kind) {
     case KIND_FILE:
-        if (entry->offset > medium->header.layer_size ||
-            entry->size > medium->header.layer_size - entry->offset)
+        if (!entry->same && (entry->offset > medium->header.layer_size ||
+             entry->size > medium->header.layer_size - entry->offset))
             return bad("its content is outside the layer", i);
         break;
     case KIND_SYMLINK:
@@ -93,7 +106,8 @@ static int check_kind(const struct medium *medium, const struct entry_record *en
         if (entry->link >= i)
             return bad("it links to a later entry", i);
         kind = medium->entries[entry->link].kind;
-        if (kind == KIND_DIRECTORY || kind == KIND_DELETE || kind == KIND_HARDLINK)
+        if (kind == KIND_DIRECTORY || kind == KIND_DELETE || kind == KIND_HARDLINK ||
+            medium->entries[entry->link].same)
             return bad("it links to what cannot be linked", i);
         break;
     case KIND_DELETE:
@@ -108,6 +122,8 @@ static int check_kind(const struct medium *medium, const struct entry_record *en
     default:
         return bad("its kind is unknown", i);
     }
+    if (entry->same && !same_ok(entry))
+        return bad("more than its time would change", i);
     if ((entry->kind == KIND_DELETE || entry->kind == KIND_HARDLINK) && entry->xattrs)
         return bad("its kind has no attributes", i);
     return 0;
@@ -128,7 +144,7 @@ static int check_entry(const struct medium *medium, uint32_t i, uint32_t *xattrs
     dir = medium->dirs[entry->dir].path;
     if (!is_child(text(medium, entry->path), text(medium, dir), dir.length))
         return bad("it is not in its directory", i);
-    if (entry->has_expected > 1 || entry->late > 1 || entry->zero || entry->expected.zero ||
+    if (entry->has_expected > 1 || entry->late > 1 || entry->same > 1 || entry->expected.zero ||
         entry->mode > 07777 || entry->expected.mode > UINT16_MAX)
         return bad("a field is out of range", i);
     if (!strncmp(STATE_DIR, text(medium, entry->path), entry->path.length) &&

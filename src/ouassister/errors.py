@@ -335,7 +335,10 @@ class GateClosedError(OUassisterError):
 
 
 class GateOpenedError(OUassisterError):
-    """Reflection failed and needs a person; the network link is up, as the user had asked for."""
+    """Reflection failed and needs a person; the network link is up, as the user had asked for.
+
+    By ``--on-failure``, or by ``--gate exposed``: what failed came after the gate then.
+    """
 
     code = "gate-opened"
     exit_status = 41

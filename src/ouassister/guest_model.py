@@ -83,7 +83,9 @@ class ProcessMaps:
 class OpenFile:
     """An open file descriptor. ``path`` is as /proc/PID/fd shows it, ``socket:[7]`` included.
 
-    ``deleted`` is true for a file that has no name on its file system any more.
+    ``deleted`` is true for a file that has no name on its file system any more. A socket has its
+    address family (``AF_*``; -1 where there is none), and, connected to a Unix socket that has a
+    name, that name.
     """
 
     fd: int
@@ -97,6 +99,8 @@ class OpenFile:
     inode: int
     mode: int
     deleted: bool
+    family: int = -1
+    peer: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,9 @@ from ouassister.guest_model import TmpfsContent as TmpfsContent
 from ouassister.guest_model import TmpfsNode as TmpfsNode
 from ouassister.guest_model import VirtAddr as VirtAddr
 from ouassister.guest_model import Vma as Vma
+from ouassister.restart_model import Exposed as Exposed
+from ouassister.restart_model import Restart as Restart
+from ouassister.restart_model import Verdict as Verdict
 
 # --- state: the saved VM -------------------------------------------------------------------
 
@@ -263,9 +266,8 @@ class Expected:
 class Entry:
     """One path that the update changed.
 
-    ``expected`` is None when nothing may stand at the path. ``offset`` is where a file's bytes
-    start in the layer. ``below`` lists, for a deleted directory, everything that must be below
-    it: path and state.
+    ``expected`` is None when nothing may stand at the path. ``below`` lists what must be below a
+    deleted directory. ``same``: the guest has it but for its time, and the layer has it not.
     """
 
     path: bytes
@@ -277,12 +279,13 @@ class Entry:
     mtime_ns: int = 0
     size: int = 0
     sha256: str = ""
-    offset: int = 0
+    offset: int = 0  # of a file's bytes in the layer
     target: bytes = b""  # of a symlink or hard link
     major: int = 0
     minor: int = 0
     xattrs: tuple[tuple[str, bytes], ...] = ()
     below: tuple[tuple[bytes, Expected], ...] = ()
+    same: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,35 +297,6 @@ class Action:
     """
 
     argv: tuple[str, ...]
-
-
-class Verdict(StrEnum):
-    """What is done about a service that runs replaced files."""
-
-    RESTART = "restart"  # in the guest, behind the closed gate
-    LATER = "later"  # by itself, a little after the gate is open: it is what the resume talks to
-    ADVISE = "advise"  # said, not done: sessions or other programs would go with it
-    EXCLUDED = "excluded"  # by the guest's own needrestart configuration
-    APART = "apart"  # in a container: its files are not the guest's
-
-
-@dataclass(frozen=True, slots=True)
-class Exposed:
-    """A process that still runs files which the update replaced."""
-
-    pid: GuestPid
-    comm: bytes
-    files: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Restart:
-    """A unit of the service manager, or ``""`` for none, with processes that are exposed."""
-
-    unit: str
-    verdict: Verdict
-    why: str
-    processes: tuple[Exposed, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +348,7 @@ class Changeset:
     """Immutable; ``changeset_id`` is the SHA-256 of the manifest without it.
 
     Every byte of the layer is covered: each file by its entry's SHA-256, the whole by
-    ``layer_sha256``.
+    ``layer_sha256``. ``out_of_reach`` has units of the actions that nobody on a network reaches.
     """
 
     changeset_id: str
@@ -397,6 +371,7 @@ class Changeset:
     staged_steps: tuple[StagedStep, ...] = field(default=())  # in the order of the guest's apt
     staging_folder: bytes = b""
     access: Access = field(default=Access())
+    out_of_reach: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,12 +420,20 @@ class StagedState:
     status: str
 
 
+class Gate(StrEnum):
+    """What is done before the links go up; the files always are."""
+
+    FULL = "full"  # everything
+    EXPOSED = "exposed"  # what somebody on a network can reach; the rest follows at once
+
+
 @dataclass(frozen=True, slots=True)
 class ResumeReport:
     """What a resume did.
 
-    ``online_s`` runs from the guest's first instruction to the open gate. ``verified`` lists what
-    was checked in the guest, and nothing else.
+    ``online_s`` runs from the guest's first instruction to the open gate, ``settled_s`` to the end
+    of what followed it (`Gate`). ``verified`` lists what was checked in the guest, and nothing
+    else.
     """
 
     vm: str
@@ -467,6 +450,8 @@ class ResumeReport:
     restore_s: float
     online_s: float
     staged: tuple[StagedState, ...] = ()
+    gate: Gate = Gate.FULL
+    settled_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

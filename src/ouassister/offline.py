@@ -25,6 +25,7 @@ from ouassister.packages import apt, update
 from ouassister.packages.owners import files_of, owners
 from ouassister.reaching.choose import choose, refuse_too_large
 from ouassister.restart import plan as restart_plan
+from ouassister.restart import reach
 from ouassister.restart.actions import coalesce
 from ouassister.shadow.events import actions_of
 from ouassister.staging import held, predict
@@ -147,7 +148,8 @@ def _keep(
                 tuple(change.name for change in staged if change.new),
             ),
         )
-    actions, recorded_notes = actions_of(guest.shadow.events())
+    recorded, recorded_notes = actions_of(guest.shadow.events())
+    actions = coalesce(recorded, due.restarts, due.again)
     notes = (*_notes(guest), *ground.earlier, *recorded_notes, *due.notes, *ground.notes)
     with timeline.phase("store change set"):
         changeset = archive.build(
@@ -158,7 +160,7 @@ def _keep(
             identity=guest.identity(),
             changes=prepared.plan.changes,
             left_out=prepared.plan.left_out,
-            actions=coalesce(actions, due.restarts, due.again),
+            actions=actions,
             lock_paths=apt.LOCKS,
             reboot_needed=bool(due.kernel),
             notes=tuple(dict.fromkeys(notes)),
@@ -167,6 +169,7 @@ def _keep(
             staged_steps=ground.steps,
             staging_folder=ground.folder if ground.staged else b"",
             access=access,
+            out_of_reach=reach.of_actions(actions, ground.out_of_reach()),
         )
         layer = guest.shadow.output_path("layer.tar")
         archive.save(changeset, layer, store.changesets(vm))

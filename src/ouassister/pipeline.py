@@ -17,18 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ouassister import offline
+from ouassister import offline, snapshots
 from ouassister.changeset import archive
 from ouassister.errors import (
     NothingPendingError,
     OUassisterError,
     RollbackRefusedError,
+    RunningVMError,
     StaleError,
     WorkDiskFullError,
 )
 from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
-from ouassister.model import Plan, Request, UpdateReport
+from ouassister.model import Gate, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
 from ouassister.reaching.choose import choose
 from ouassister.reflect.gate import OnFailure as OnFailure
@@ -43,9 +44,15 @@ if TYPE_CHECKING:
 
     from ouassister.model import ResumeReport, RollbackReport
     from ouassister.provider.interface import Vm
+    from ouassister.snapshots import Snapshot
     from ouassister.timeline import Timeline
 
 _STAYS_CLOSED: Final = OnFailure()
+_IN_THE_GUEST: Final = (
+    ChangesetState.APPLIED,
+    ChangesetState.APPLYING,
+    ChangesetState.ROLLING_BACK,
+)
 
 
 def plan(config: Vm, request: Request, store: Store, timeline: Timeline, options: Options) -> Plan:
@@ -141,16 +148,32 @@ def run_program(
 
 
 def resume(
-    config: Vm, store: Store, timeline: Timeline, on_failure: OnFailure = _STAYS_CLOSED
+    config: Vm,
+    store: Store,
+    timeline: Timeline,
+    on_failure: OnFailure = _STAYS_CLOSED,
+    extent: Gate = Gate.FULL,
+    *,
+    keep_snapshots: int = 0,
 ) -> ResumeReport:
     """Resume the VM with its links down, apply the pending change set, open the gate.
 
+    Args:
+        config: The VM.
+        store: Has the change set.
+        timeline: Takes the story.
+        on_failure: What becomes of the gate when it failed.
+        extent: How much is done before it opens.
+        keep_snapshots: Take a snapshot before, and keep so many; 0 takes none.
+
     Raises:
+        WorkDiskFullError: There is no room for a snapshot; the VM sleeps on.
         NothingPendingError: There is no change set.
         StaleError: It was made for another suspension, or is not what was made.
         ApplyError: The guest is as it was suspended, and runs; the gate is closed.
         GateClosedError: It may be partly applied; the gate is closed.
-        GateOpenedError: It may be partly applied; ``on_failure`` has opened the gate.
+        GateOpenedError: It may be partly applied; ``on_failure`` has opened the gate, or it was
+            open by then.
     """
     with _named(config, store):
         row = store.pending(config.name)
@@ -162,11 +185,18 @@ def resume(
         if not again:
             refuse_running(config)
         # A save file that is still in its place was never resumed (`Vm.retire_save`).
-        if not again or (config.save.exists() and not config.is_running()):
+        asleep = not again or (config.save.exists() and not config.is_running())
+        if asleep:
             check_fence(changeset.fence)
-        with _medium_folder(config, store) as folder:
-            try:
-                return reflect(
+        own = store.vm_folder(config.name)
+        snapshots.sweep(own, "" if asleep else changeset.changeset_id)
+        try:
+            if asleep and keep_snapshots:
+                with timeline.phase("snapshot"):
+                    snapshots.take(config, changeset.changeset_id, changeset.fence, own)
+                check_fence(changeset.fence)  # who started the VM meanwhile was copied half-way
+            with _medium_folder(config, store) as folder:
+                report = reflect(
                     config,
                     changeset,
                     layer,
@@ -175,10 +205,19 @@ def resume(
                     on_state=lambda state: store.set_state(changeset.changeset_id, state),
                     again=again,
                     on_failure=on_failure,
+                    extent=extent,
+                    on_retire=lambda: snapshots.keep_save(config, changeset.changeset_id, own),
                 )
-            except OUassisterError as error:
-                store.log(config.name, "resume", "failed", f"{error.code}: {error.message}")
-                raise
+        except OUassisterError as error:
+            store.log(config.name, "resume", "failed", f"{error.code}: {error.message}")
+            raise
+        finally:
+            snapshots.sweep(own, changeset.changeset_id if again else "")
+        if not keep_snapshots:
+            return report
+        with timeline.phase("prune snapshots"):
+            snapshots.prune(own, keep_snapshots)
+        return replace(report, notes=(*report.notes, _told(changeset.changeset_id, own)))
 
 
 def rollback(
@@ -222,6 +261,58 @@ def rollback(
             except OUassisterError as error:
                 store.log(config.name, "rollback", "failed", f"{error.code}: {error.message}")
                 raise
+
+
+def go_back(config: Vm, store: Store, timeline: Timeline, word: str) -> Snapshot:
+    """Put a VM that does not run back to a snapshot: it sleeps as it did before that resume.
+
+    Args:
+        config: The VM.
+        store: Has the record of its snapshots.
+        timeline: Takes the story.
+        word: The snapshot's id, or `snapshots.LAST`.
+
+    Raises:
+        RunningVMError: The VM runs.
+        RollbackRefusedError: There is no such snapshot, or it is of other files.
+        StaleError: The snapshot is not what it was.
+    """
+    with _named(config, store):
+        own = store.vm_folder(config.name)
+        snapshot = snapshots.find(own, word)
+        if config.is_running():
+            raise RunningVMError(
+                f"{config.name} runs: what its disks hold now is lost when it goes back",
+                hint="shut the guest down, or end the VM, and call this again",
+            )
+        with timeline.phase("go back to the snapshot"):
+            snapshots.go_back(config, snapshot, own)
+        for row in store.changeset_rows(config.name):  # newest first
+            if row.state in _IN_THE_GUEST:
+                store.set_state(row.changeset_id, ChangesetState.ROLLED_BACK)
+            if row.changeset_id == snapshot.changeset_id:
+                break
+        return snapshot
+
+
+def discard_snapshots(config: Vm, store: Store) -> tuple[str, ...]:
+    """Drop the VM's snapshots; returns their ids.
+
+    Raises:
+        StaleError: The VM is half way back to one.
+    """
+    with _named(config, store):
+        return snapshots.discard(store.vm_folder(config.name))
+
+
+def _told(changeset_id: str, folder: Path) -> str:
+    """What a resume that was to take a snapshot says of it."""
+    if not snapshots.has(changeset_id, folder):
+        return "no snapshot: an earlier resume had begun without one, and the guest has run since"
+    (name,) = (
+        one.snapshot_id for one in snapshots.known(folder) if one.changeset_id == changeset_id
+    )
+    return f"'ouassister rollback --snapshot {name}' goes back to the VM as it slept"
 
 
 def discard(config: Vm, store: Store) -> tuple[str, ...]:

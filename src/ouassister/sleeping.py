@@ -23,6 +23,7 @@ from ouassister.guest_model import Subject
 from ouassister.kernel import cached_names
 from ouassister.kernel.flushed import find, is_frozen, unflushed_part
 from ouassister.kernel.program import guest_reads
+from ouassister.kernel.selinux import has_policy
 from ouassister.kernel.unflushed import collect
 from ouassister.memory import SaveFile, open_save
 from ouassister.model import Fence, GuestView
@@ -66,6 +67,7 @@ class Sleeping:
     layout: Layout
     disks: Mapping[str, Image]  # by the guest's name
     frozen: tuple[str, ...] = ()  # devices of volumes that nobody can write to before they thaw
+    labelled: bool = False  # by an SELinux policy
 
 
 @contextlib.contextmanager
@@ -117,13 +119,15 @@ def open_sleeping(
         if tree:
             layout = make_layout(view, host_kernel_mounts=config.host_kernel_mounts)
         frozen: tuple[str, ...] = ()
+        labelled = False
         if unflushed is not None:
+            labelled = has_policy(guest.kernel)
             with guest_reads("reading what is not on the disks yet"):
                 frozen = _hand_over(guest.kernel, save, layout, unflushed)
         disks = _match(config, view, layout)
         bound = binding.result()
         beside.shutdown()  # no thread of ours is left: who has the record may fork
-        yield Sleeping(config, Memory(save, guest), view, bound, layout, disks, frozen)
+        yield Sleeping(config, Memory(save, guest), view, bound, layout, disks, frozen, labelled)
 
 
 def _hand_over(
@@ -199,7 +203,7 @@ def refuse_unsafe(sleeping: Sleeping) -> None:
     """Raise when memory shows that the package database must not be touched.
 
     Raises:
-        UnsupportedGuestError: The kernel does not tell who holds locks.
+        UnsupportedGuestError: The kernel does not tell who holds locks, or labels files.
         LockedError: An updater was running, or held a lock.
     """
     view = sleeping.view
@@ -207,6 +211,12 @@ def refuse_unsafe(sleeping: Sleeping) -> None:
         raise UnsupportedGuestError(
             f"{device} is frozen: an update could not be written to it when the guest wakes up",
             hint="resume the VM, thaw it (fsfreeze -u), run 'sync' and save it again",
+        )
+    if sleeping.labelled:
+        raise UnsupportedGuestError(
+            "the guest has loaded an SELinux policy: new files would not have its labels, and what"
+            " runs them might be denied",
+            hint="update it awake; guests without a policy (no /etc/selinux/config) are supported",
         )
     if view.held_locks is None:
         raise UnsupportedGuestError(

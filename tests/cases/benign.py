@@ -21,6 +21,7 @@ class Case:
     offered: tuple[Package, ...]
     before: tuple[Package, ...] = ()
     admin: str = ":"  # a script of the administrator's, after ``before`` was installed
+    fetched: tuple[str, ...] = ()  # packages of Debian that the guest has before
 
 
 def _service(command: str, *, kind: str = "simple", more: str = "") -> str:
@@ -194,6 +195,37 @@ _QUESTION: Final = Case(
     ),
 )
 
+_PROFILE: Final = """abi <abi/3.0>,
+profile oua-confined /usr/bin/oua-confined {
+  /** rwlkmix,
+}
+"""
+# What debhelper's dh_apparmor writes.
+_LOAD: Final = """if aa-enabled --quiet 2>/dev/null; then
+apparmor_parser -r -T -W /etc/apparmor.d/oua-confined || true
+fi
+"""
+_CONFINED: Final = Case(
+    ("oua-confined",),
+    (
+        Package(
+            "oua-confined",
+            files={
+                "/etc/apparmor.d/oua-confined": _PROFILE,
+                "/usr/bin/oua-confined": "#!/bin/sh\nread -r line </proc/self/attr/current\n"
+                'echo "$line" >/var/lib/oua-confined\nexec sleep infinity\n',
+                "/lib/systemd/system/oua-confined.service": _service("/usr/bin/oua-confined"),
+            },
+            conffiles=("/etc/apparmor.d/oua-confined",),
+            scripts={
+                "postinst": f"aa-enabled >/var/lib/oua-confined.enabled\n{_LOAD}"
+                "systemctl daemon-reload\nsystemctl enable --now oua-confined.service",
+            },
+        ),
+    ),
+    fetched=("apparmor",),
+)
+
 _CALLS: Final = Case((service_calls.NAME,), (service_calls.PACKAGE,), (service_calls.BEFORE,))
 
 CASES: Final[dict[str, Case]] = {
@@ -204,5 +236,6 @@ CASES: Final[dict[str, Case]] = {
     "rules": _RULES,
     "signal": _SIGNAL,
     "question": _QUESTION,
+    "profile": _CONFINED,
     "systemctl": _CALLS,
 }

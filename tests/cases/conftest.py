@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,8 @@ from ouassister.testing import clone, guest_run
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from ouassister.provider.qemu import RunningVM
 
 
 def alone() -> None:
@@ -66,10 +69,26 @@ def sleeper(
         for case in benign.CASES.values():
             for package in case.before:
                 deb = build(package, folder)
-                debs.append(f"/dev/shm/{deb.name}")  # noqa: S108 - of the guest
-                vm.qga().write_file(debs[-1], deb.read_bytes())
+                debs.append(_given(vm, deb))
+        fetched = {name for case in benign.CASES.values() for name in case.fetched}
+        debs += [_given(vm, deb) for deb in _fetch(fetched, folder / "fetched")]
         guest_run(vm, f"dpkg -i {' '.join(debs)}", timeout_s=240)
         for case in benign.CASES.values():
             guest_run(vm, case.admin)
         guest_run(vm, f"rm {' '.join(debs)}; {twins.QUIET}", timeout_s=120)
     return toml
+
+
+def _fetch(names: set[str], folder: Path) -> list[Path]:
+    """Download packages of Debian, from where the host has its own."""
+    folder.mkdir()
+    command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *sorted(names)]
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    return sorted(folder.glob("*.deb"))
+
+
+def _given(vm: RunningVM, deb: Path) -> str:
+    """Put a package into the guest's memory; returns its name there."""
+    place = f"/dev/shm/{deb.name}"  # noqa: S108 - of the guest
+    vm.qga().write_file(place, deb.read_bytes())
+    return place

@@ -51,6 +51,8 @@ def test_all_that_packages_do_in_one_update_makes_twins(
     assert "./usr/share/oua-calls.answers" in pair.theirs.nodes
     assert any(line.startswith("oua-edit") for line in pair.theirs.tables["alternatives"])
     assert any(line.startswith("_oua:") for line in pair.theirs.tables["users"])
+    assert "oua-confined (enforce)" in pair.theirs.tables["profiles"]
+    assert any(path.endswith(".0/oua-confined") for path in pair.theirs.nodes)  # the cache
     assert _differences(pair) == ""
     assert pair.staged == {}
 

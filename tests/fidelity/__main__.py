@@ -2,7 +2,10 @@
 
 One suspended guest, two twins: one is resumed and updated by its own apt, the other by this
 project. All packages go in one update; where the twins differ, or one fails, halves of them are
-tried until the culprits are alone. ``build/fidelity.json`` has the verdict of each package.
+tried until the culprits are alone. With ``INSTALLED="c d"`` the guest is outdated and has these,
+and only the packages that are asked for are installed or upgraded.
+
+``build/fidelity.json`` has the verdict of each package.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ class Runs:
 
     Args:
         base: The guest that both are clones of.
+        outdated: It may have what is asked for already, and current.
         everything: The first run upgrades all that is outdated, whatever else is named.
     """
 
-    def __init__(self, base: Path, *, everything: bool) -> None:
+    def __init__(self, base: Path, *, outdated: bool, everything: bool) -> None:
         self._base = base
-        self._upgrade = self._everything = everything
+        self._outdated, self._everything = outdated, everything
         self.log: list[dict[str, object]] = []
 
     def attempt(self, packages: Sequence[str]) -> Trial:
@@ -52,7 +56,7 @@ class Runs:
             except twins.NothingToDoError as error:
                 print(f"  {error}", flush=True)
                 # Among several that are outdated some are not; a package to install has to be.
-                outcome = Outcome.EQUAL if self._upgrade else Outcome.FAILED
+                outcome = Outcome.EQUAL if self._outdated else Outcome.FAILED
                 return Trial(outcome, (str(error),), {})
             except twins.UpdateFailedError as error:
                 entry["failed"] = str(error)
@@ -86,15 +90,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fidelity", description=__doc__)
     parser.add_argument("packages", nargs="+")
     parser.add_argument("--upgrade", action="store_true", help="they are there, and outdated")
+    parser.add_argument(
+        "--installed", default="", help="what the outdated guest has; only packages are upgraded"
+    )
     parser.add_argument("--guest", default="bookworm", choices=("bullseye", "bookworm", "trixie"))
     options = parser.parse_args()
-    before = tuple(options.packages) if options.upgrade else ()
-    base = twins.sleeping(options.guest, before, outdated=options.upgrade)
-    runs = Runs(base, everything=options.upgrade)
+    installed = tuple(options.installed.split())
+    outdated = options.upgrade or bool(installed)
+    before = installed or (tuple(options.packages) if options.upgrade else ())
+    base = twins.sleeping(options.guest, before, outdated=outdated)
+    runs = Runs(base, outdated=outdated, everything=options.upgrade)
     verdicts = bisection.judge(options.packages, runs.attempt)
     result = {
         "guest": options.guest,
         "upgrade": options.upgrade,
+        "installed": installed,
         "packages": {name: asdict(one) for name, one in verdicts.items()},
         "runs": runs.log,
     }

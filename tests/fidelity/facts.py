@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.view import manifest
+from tests.vm import ssh_session
 
 from ouassister.testing import guest_run
 
@@ -50,6 +51,8 @@ QUESTIONS: Final[dict[str, str]] = {
     "run": "find /run -xdev -printf '%p %y %m %u %g\\n'"
     " | grep -Ev '^/run/(systemd|udev|log|user|dbus|lock|ouassister|blkid|network)(/| )' || :",
     "devices": "find /dev -xdev '(' -type l -o -type b -o -type c ')' -printf '%p %m %u %g %l\\n'",
+    "session": ssh_session.ask("after"),  # one that was open when they fell asleep
+    "profiles": "cat /sys/kernel/security/apparmor/profiles || :",
     "modules": "awk '{{print $1}}' /proc/modules",
     "replaced files in use": "grep -ls ' /usr/.* (deleted)$' /proc/[0-9]*/maps"
     " | sed 's|maps$|comm|' | xargs -r cat | sort -u",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tests.fidelity import facts
 from tests.fidelity.facts import Facts
+from tests.vm import ssh_session
 from tests.vm.world import World
 
 from ouassister.errors import AgentError, DeadlineError, OUassisterError, StateError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ouassister.provider.qemu import RunningVM
 
 BUILD: Final = Path(__file__).parents[2] / "build"
-_LIMIT_S: Final = 3000.0
+_LIMIT_S: Final = 7200.0
 _SETTLED_S: Final = 300.0
 _MARGIN_S: Final = 10.0  # the save file is finished some time after the guest fell asleep
 _MEMORY_MIB: Final = 1024
@@ -123,12 +124,14 @@ def sleeping(release: str, packages: tuple[str, ...], *, outdated: bool) -> Path
     image = build_image(BUILD / "guests", recipe, outdated=outdated, older=older, progress=print)
     folder = BUILD / "guests" / f"{image.disk.parent.name}-{_MEMORY_MIB}-suspended"
     usual_one = make_suspended(image, folder, memory_mib=_MEMORY_MIB, progress=print)
-    quiet = folder.with_name(f"{folder.name}-quiet")
+    quiet = folder.with_name(f"{folder.name}-session")
     with locked(quiet.with_name(f"{quiet.name}.lock")):
         if not (quiet / "save.img").is_file() or (quiet / "save.img").is_symlink():
             shutil.rmtree(quiet, ignore_errors=True)
             with again(clone(usual_one, quiet)) as vm:
                 guest_run(vm, QUIET, timeout_s=120)
+                guest_run(vm, ssh_session.OPEN, timeout_s=120)
+                assert guest_run(vm, ssh_session.ask("before"), timeout_s=90).stdout
     return quiet / "vm.toml"
 
 
@@ -200,12 +203,12 @@ def _update_awake(vm: RunningVM, wish: Wish) -> None:
     # What a mirror has lost does not keep the rest away, asleep either.
     what = f"install {words}" if words else "upgrade --with-new-pkgs --fix-missing"
     for command in (f"{apt} update", f"{apt} {what}"):
-        status, told = _as_unit(vm, command)
+        status, told = as_unit(vm, command)
         if status != 0 and not (wish.may_fail and what in command):
             raise UpdateFailedError(f"the twin: {command!r}: {told}")
 
 
-def _as_unit(vm: RunningVM, command: str) -> tuple[int, str]:
+def as_unit(vm: RunningVM, command: str) -> tuple[int, str]:
     """Run a command as a unit of its own: the guest's agent may be among what is updated.
 
     Returns:
@@ -219,6 +222,7 @@ def _as_unit(vm: RunningVM, command: str) -> tuple[int, str]:
     while state.get("SubState", "running") in ("running", "start"):
         if time.monotonic() > end:
             raise UpdateFailedError(f"the twin: {command!r} does not end")
+        must_live(vm)
         time.sleep(_POLL_S)  # between two looks
         with contextlib.suppress(*_RESTARTED):
             told = guest_run(vm, f"systemctl show -p SubState,ExecMainStatus {_UNIT}")
@@ -266,11 +270,22 @@ def _settled_facts(vm: RunningVM, since_s: float, shown: tuple[str, ...]) -> Fac
     while pending:
         if time.monotonic() > end:
             raise UpdateFailedError(f"jobs do not end: {pending}")
+        must_live(vm)
         time.sleep(1)  # between two looks
         with contextlib.suppress(*_RESTARTED):
             told = guest_run(vm, _PENDING, timeout_s=_LOOK_S)
             pending = told.stdout.decode(errors="replace").strip()
     return facts.ask(vm, since_s, shown)
+
+
+def must_live(vm: RunningVM) -> None:
+    """Make sure that a guest is still there to be asked.
+
+    Raises:
+        UpdateFailedError: It is not: the other one could not be updated.
+    """
+    if not Path(f"/proc/{vm.pid}").exists():
+        raise UpdateFailedError("the guest has been ended")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,8 @@ from ouassister.model import (
 BOOT_ID = "5d1b3b0e-54a7-4e6d-9f5e-0c7a3a1c9d11"
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
 LOCKS = (b"/var/lib/dpkg/lock-frontend", b"/var/lib/dpkg/lock")
+SAME, SAME_LINK = b"/usr/bin/same", b"/usr/lib/same-link"  # of everything()
+SAME_LATE = b"/var/lib/dpkg/info/same.list"
 STATE_DIR = b"/var/lib/ouassister"
 RESERVED = b".ouassister-"
 OLD = re.compile(rb"\.ouassister-[0-9a-f]{12}-undo")  # what was replaced, where there is no state
@@ -185,13 +187,11 @@ class World:
         entry = Entry(path, kind, here, mtime_ns=NOW + len(self.entries) * 1001)
         entry = dataclasses.replace(entry, mode=0o777 if kind is Kind.SYMLINK else mode)
         if kind is Kind.FILE:
-            entry = dataclasses.replace(
-                entry,
-                size=len(content),
-                sha256=hashlib.sha256(content).hexdigest(),
-                offset=len(self.layer),
-            )
-            self.layer += content + bytes(-len(content) % 512)
+            digest = hashlib.sha256(content).hexdigest()
+            entry = dataclasses.replace(entry, size=len(content), sha256=digest)
+            if not more.get("same"):
+                entry = dataclasses.replace(entry, offset=len(self.layer))
+                self.layer += content + bytes(-len(content) % 512)
         if here and stat.S_ISDIR(here.mode) and kind is not Kind.DIRECTORY:
             entry = dataclasses.replace(entry, below=below(self.root, path))
         if kind is Kind.DELETE:
@@ -224,6 +224,14 @@ class World:
         """Directories whose time the change set sets."""
         return frozenset(e.path for e in self.entries if e.kind is Kind.DIRECTORY)
 
+    def same(self, path: bytes) -> Entry:
+        """An entry for what the guest has but for its time."""
+        host = self.host(path)
+        if host.is_symlink():
+            return self.add(path, Kind.SYMLINK, target=os.fsencode(host.readlink()), same=True)
+        mode = stat.S_IMODE(host.stat().st_mode)
+        return self.add(path, Kind.FILE, host.read_bytes(), mode, same=True)
+
     def after(self) -> Snapshot:
         """What the tree must be once the change set is applied, by its meaning alone."""
         result = snapshot(self.root)
@@ -233,6 +241,10 @@ class World:
                 for path in [p for p in result if p.startswith(entry.path + b"/")]:
                     del result[path]
             if entry.kind is Kind.DELETE:
+                continue
+            if entry.same:
+                assert old is not None
+                result[entry.path] = dataclasses.replace(old, mtime_ns=entry.mtime_ns)
                 continue
             kept = dict(old.xattrs) if old and old.kind is entry.kind is Kind.DIRECTORY else {}
             seen = Seen(
@@ -281,6 +293,10 @@ def everything(world: World) -> World:
     world.host(b"/usr/lib/turns").symlink_to("a")
     world.put(b"/etc/rights", b"same content", 0o600)
     world.put(b"/var/lib/dpkg/status", b"status: old\n")
+    world.put(SAME, b"the same program", 0o4755)
+    os.setxattr(world.host(SAME), "security.capability", CAPABILITY)
+    world.put(SAME_LATE, b"/.\n")
+    world.host(SAME_LINK).symlink_to("kept")
     meta = world.host(b"/usr/lib/meta")
     meta.mkdir()
     world.put(b"/usr/lib/meta/inside", b"x")
@@ -319,4 +335,6 @@ def everything(world: World) -> World:
     world.add(b"/etc/rights", Kind.FILE, b"same content", 0o604)
     world.add(b"/top", Kind.FILE, b"in the root directory")
     world.add(b"/var/lib/dpkg/info/bcc.list", Kind.FILE, b"/.\n")
+    for path in (SAME, SAME_LINK, SAME_LATE):
+        world.same(path)
     return world

@@ -202,6 +202,10 @@ def apply_entries(before: Tree, entries: tuple[Entry, ...]) -> Tree:
         else:
             assert old is not None, entry.path
             assert entry.expected.mode == old["mode"]
+        if entry.same:
+            assert old is not None
+            tree[key] = old | {"mtime_ns": entry.mtime_ns}
+            continue
         keep = entry.kind is Kind.DIRECTORY and old is not None and stat.S_ISDIR(old["mode"])
         if not keep:
             gone = {k for k in tree if k == key or k.startswith(key + "2f")}
@@ -229,9 +233,12 @@ def apply_entries(before: Tree, entries: tuple[Entry, ...]) -> Tree:
     return tree
 
 
-def apply_layer(before: Tree, layer: Path) -> Tree:
-    """The same by the OCI rules, from the tar alone."""
+def apply_layer(before: Tree, layer: Path, entries: tuple[Entry, ...]) -> Tree:
+    """The same by the OCI rules, from the tar, and of the entries what it lacks."""
     tree = {key: dict(item) for key, item in before.items()}
+    for entry in entries:
+        if entry.same:
+            tree[entry.path.hex()]["mtime_ns"] = entry.mtime_ns
     with tarfile.open(layer, encoding="utf-8", errors="surrogateescape") as tar:
         for member in tar:
             path = b"/" + os.fsencode(member.name)
@@ -350,7 +357,7 @@ def check_layer(result: Extraction, layer: Path) -> None:
     raw = layer.read_bytes()
     assert (hashlib.sha256(raw).hexdigest(), len(raw)) == (result.layer_sha256, result.layer_size)
     for entry in result.entries:
-        if entry.kind is Kind.FILE:
+        if entry.kind is Kind.FILE and not entry.same:
             content = raw[entry.offset : entry.offset + entry.size]
             assert hashlib.sha256(content).hexdigest() == entry.sha256
     paths = [entry.path for entry in result.entries]

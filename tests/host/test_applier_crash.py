@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.conftest import need
 from tests.host.applier_run import Appliers, Bench, build, mounted, wait_until_gone
-from tests.host.applier_world import RESERVED, World, everything, inodes, paths, snapshot
+from tests.host.applier_world import (
+    RESERVED,
+    SAME_LATE,
+    World,
+    everything,
+    inodes,
+    paths,
+    snapshot,
+)
 
 from ouassister.model import Kind
 from ouassister.reflect.applier_protocol import Outcome
@@ -32,7 +40,8 @@ STAGING = (
     "journal-plan",
     "stage-sync",
 )
-COMMITTING = ("commit-rename", "commit-directory", "verify", "marker-write", "marker-rename")
+COMMITTING = ("commit-rename", "commit-directory", "commit-time", "verify", "marker-write",
+              "marker-rename")  # fmt: skip
 AFTER_MARKER = (
     "marker-sync",
     "keep-folder",
@@ -42,12 +51,12 @@ AFTER_MARKER = (
     "end",
 )
 DROPPING = ("cleanup-remove", "prune-remove")
-UNDOING = ("undo-mark", "undo-rename", "undo-directory", "undo-remove", "directory-time",
-           "undo-sync", "journal-remove")  # fmt: skip
+UNDOING = ("undo-mark", "undo-rename", "undo-directory", "undo-time", "undo-remove",
+           "directory-time", "undo-sync", "journal-remove")  # fmt: skip
 # Of test_applier_rollback.py.
-ROLLBACK = ("rollback-begin", "rollback-mark", "rollback-rename", "rollback-verify",
-            "rollback-remove")  # fmt: skip
-STAYING = ("stay-mark", "stay-rename", "stay-sync")
+ROLLBACK = ("rollback-begin", "rollback-mark", "rollback-rename", "rollback-time",
+            "rollback-verify", "rollback-remove")  # fmt: skip
+STAYING = ("stay-mark", "stay-rename", "stay-time", "stay-sync")
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +150,16 @@ def test_killed_at_every_step_then_run_again_is_applied(lab: Lab) -> None:
 
 
 def test_killed_twice_then_run_again_is_applied(lab: Lab) -> None:
-    for first in ("stage-attributes:5", "stage-sync", "commit-rename:6", "commit-directory:1"):
-        for second in ("undo-remove", "undo-directory", "stage-create:3", "journal-remove",
-                       "commit-rename:2", "marker-rename", "keep-rename:2"):  # fmt: skip
+    for first in (
+        "stage-attributes:5",
+        "stage-sync",
+        "commit-rename:6",
+        "commit-directory:1",
+        "commit-time:2",
+    ):
+        for second in ("undo-time", "undo-remove", "undo-directory", "stage-create:3",
+                       "journal-remove", "commit-rename:2", "marker-rename",
+                       "keep-rename:2"):  # fmt: skip
             world, bench = lab.fresh()
             after = world.after()
             bench.killed_at(first)
@@ -210,7 +226,9 @@ def test_killed_while_undoing_then_run_again_is_undone(lab: Lab, tmp_path: Path)
         assert_clean(world.root)
 
 
-@pytest.mark.parametrize("name", ["undo-rename", "undo-directory", "undo-remove", "undo-sync"])
+@pytest.mark.parametrize(
+    "name", ["undo-rename", "undo-directory", "undo-time", "undo-remove", "undo-sync"]
+)
 def test_failed_undo_needs_a_person_and_the_next_run_undoes(lab: Lab, name: str) -> None:
     world, bench = lab.fresh()
     before, names = inodes(world.root), snapshot(world.root, world.timed)
@@ -356,7 +374,7 @@ def test_package_database_is_committed_last(lab: Lab) -> None:
     bench.killed_at(renames[-len(database)])
     here = snapshot(world.root)
     for path, seen in after.items():
-        if path in database:
+        if path in (*database, SAME_LATE):
             assert here.get(path) == before.get(path)
         elif seen.kind is not Kind.DIRECTORY:
             assert here[path] == seen

@@ -70,7 +70,7 @@ def test_one_flipped_bit_anywhere_is_refused(
         *(
             range(layer + entry.offset, layer + entry.offset + entry.size)
             for entry in world.entries
-            if entry.size
+            if entry.size and not entry.same
         ),
     ]
     before = inodes(world.root)
@@ -112,6 +112,8 @@ def test_medium_of_another_change_set_is_refused(
 
 
 NEW = Entry(b"/usr/bin/new", Kind.FIFO, None, mode=0o644)
+SAME = Entry(b"/usr/bin/same", Kind.FILE, Expected(1, 0o100644, 1, 7, 7), mode=0o644, mtime_ns=8,
+             size=1, sha256="0" * 64, same=True)  # fmt: skip
 DIRECTORY = Expected(1, 0o40755, 4096, 0, 0)
 
 
@@ -152,6 +154,14 @@ DIRECTORY = Expected(1, 0o40755, 4096, 0, 0)
         [Entry(b"/usr/bin", Kind.DELETE, DIRECTORY, below=((b"/usr/bin/x", DIRECTORY),) * 2)],
         [Entry(b"/usr/file", Kind.FILE, None, size=1, offset=1 << 40, sha256="0" * 64)],
         [Entry(b"/usr/file", Kind.FILE, None, size=1 << 63, sha256="0" * 64)],
+        [dataclasses.replace(SAME, expected=None)],
+        [dataclasses.replace(SAME, kind=Kind.FIFO)],
+        [dataclasses.replace(SAME, kind=Kind.DELETE)],
+        [dataclasses.replace(SAME, kind=Kind.SYMLINK, target=b"x")],
+        [dataclasses.replace(SAME, mode=0o755)],
+        [dataclasses.replace(SAME, size=2)],
+        [dataclasses.replace(SAME, mtime_ns=7)],
+        [SAME, Entry(b"/usr/hard", Kind.HARDLINK, None, target=SAME.path)],
     ],
 )  # fmt: skip
 def test_malformed_entry_is_refused_by_its_shape(

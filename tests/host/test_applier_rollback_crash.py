@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.host
 
 MUTATIONS = 200
-TURNING = ("rollback-rename", "undo-directory", "rollback-verify", "marker-write", "marker-rename")
+TURNING = (
+    "rollback-rename",
+    "rollback-time",
+    "undo-directory",
+    "rollback-verify",
+    "marker-write",
+    "marker-rename",
+)
 
 
 @pytest.fixture(scope="module")

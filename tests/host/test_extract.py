@@ -53,7 +53,8 @@ def test_extract_random_operations_equals_merged_view(rig: Rig, seed: int) -> No
     mend_links(after, before)
     wanted = lines(after, before)
     assert_same(lines(apply_entries(before, result.entries), before), wanted)
-    assert_same(lines(apply_layer(before, rig.work / "layer.tar"), before), wanted)
+    by_tar = apply_layer(before, rig.work / "layer.tar", result.entries)
+    assert_same(lines(by_tar, before), wanted)
     check_layer(result, rig.work / "layer.tar")
     for entry in result.entries:
         for path, expected in [(entry.path, entry.expected), *entry.below]:
@@ -115,6 +116,15 @@ def test_extract_attributes_hidden_by_fuse_survive_a_copy_up(rig: Rig) -> None:
     }
     assert dict(entries[b"/inherit"].xattrs) == {"system.posix_acl_default": ACL}
     assert result.notes == ("/inherit/new does not inherit the default ACL of its directory",)
+
+
+def test_extract_rewritten_file_with_hidden_attributes_travels_whole(rig: Rig) -> None:
+    """The new file lacks the ACL, whatever fuse shows of the old one."""
+    rig.build_image(0, (*HIDDEN, "open('kernel/plain', 'w').write('x')"))
+    script = "open('merged/new', 'w').write('x'); os.rename('merged/new', 'merged/{}')"
+    result = rig.update((script.format("guarded"), script.format("plain")))
+    entries = by_path(result)
+    assert (entries[b"/guarded"].same, entries[b"/plain"].same) == (False, True)
 
 
 def test_extract_attributes_hidden_by_fuse_without_the_image_are_noted(rig: Rig) -> None:

@@ -30,6 +30,16 @@ case $1 in
 list-units) cat "$FAKE/failed" || exit 1 ;;
 show) echo LoadState=loaded; echo ActiveState=failed; echo InactiveEnterTimestampMonotonic=123 ;;
 restart) exit "$(cat "$FAKE/status")" ;;
+start | stop) # each ends when both have begun
+	: >"$FAKE/begun-$1"
+	n=0
+	until [ -e "$FAKE/begun-start" ] && [ -e "$FAKE/begun-stop" ]; do
+		n=$((n + 1))
+		[ $n -lt 600 ] || exit 1
+		sleep 0.05
+	done
+	[ "$1" = start ]
+	;;
 esac
 """
 STATUS: Final = """Package: {}
@@ -96,6 +106,23 @@ def guest(tmp_path: Path) -> Guest:
 
 def judged(output: bytes) -> verify.Verification:
     return verify.judge(CHANGESET, 0.1, output)
+
+
+def test_calls_for_units_of_their_own_go_on_side_by_side_and_end_before_the_next(
+    guest: Guest,
+) -> None:
+    actions = (
+        Action(("systemctl", "start", "one.service")),
+        Action(("systemctl", "stop", "two.service", "three.service")),
+        Action(("rm", f"{guest.folder}/begun-start", f"{guest.folder}/begun-stop")),
+        ACTION,
+    )
+    output = guest.run(*actions)
+    # Of three units each is asked for; what the fake one tells is one block.
+    assert bootstrap.failed_actions(actions, output) == (
+        "systemctl stop two.service three.service: status 1",
+    )
+    assert judged(output).problems == ()
 
 
 def test_all_clean_is_verified_and_attested(guest: Guest) -> None:

@@ -27,13 +27,16 @@ SOURCE: Final = ROOT / "src" / "ouassister"
 MODULES: Final = sorted(SOURCE.rglob("*.py"))
 MAX_LINES: Final = 500
 
-BASE: Final = frozenset(("access", "errors", "guest_model", "model", "text", "codec"))
+BASE: Final = frozenset(
+    ("access", "errors", "guest_model", "restart_model", "model", "text", "codec")
+)
 ALLOWED: Final[dict[str, frozenset[str]]] = {
     "access": frozenset(),
     "errors": frozenset(),
     "text": frozenset(),
     "guest_model": frozenset(),
-    "model": frozenset(("access", "guest_model")),
+    "restart_model": frozenset(("guest_model",)),
+    "model": frozenset(("access", "guest_model", "restart_model")),
     "codec": frozenset(("text",)),
     "timeline": BASE,
     "interrupts": BASE,
@@ -48,6 +51,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "restart": BASE | {"disk", "kernel", "memory", "shadow", "state"},
     "provider": BASE | {"state"},
     "reflect": BASE | {"changeset", "provider", "restart", "state", "store", "timeline"},
+    "snapshots": BASE | {"provider", "state"},
     "looking": BASE | {"kernel", "memory", "provider", "state"},
     "sleeping": BASE | {"disk", "kernel", "memory", "packages", "provider", "state"},
     "beside": BASE | {"shadow"},
@@ -73,7 +77,8 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     | {"store", "timeline"},
     "pipeline": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
-    | {"offline", "reaching", "restart", "shadow", "sleeping", "state", "store", "timeline"},
+    | {"offline", "reaching", "restart", "shadow", "sleeping", "snapshots", "state", "store"}
+    | {"timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},
     "demo": BASE
@@ -91,6 +96,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
         "provider",
         "shadow",
         "sleeping",
+        "snapshots",
     }
     | {"state", "store", "timeline"},
     "__main__": frozenset(("cli",)),

@@ -97,9 +97,18 @@ def test_call_for_several_units_that_failed_names_those_at_fault() -> None:
     assert bootstrap.failed_actions(actions, b"0 0\n1 0\n") == ()
 
 
+def test_independent_calls_are_waited_for_by_their_own_pids() -> None:
+    one, two = (Action(("systemctl", "start", unit)) for unit in ("a", "b"))
+    start, first, second, end = bootstrap.action_lines((one, two))
+    assert (start, end) == ("jobs=", "wait $jobs")
+    assert first.startswith("{ systemctl start a ")
+    assert second.endswith('echo 1 $?; } & jobs="$jobs $!"')
+
+
 def test_state_of_units_is_asked_for_by_a_call_for_several_alone() -> None:
     one, two = (Action(("systemctl", "start", *units)) for units in (("a",), ("a", "b'; reboot")))
-    lines = bootstrap.action_lines((one, two))
+    lines = bootstrap.action_lines((one, RELOAD, two))
+    lines = [lines[0], lines[2]]
     assert "show" not in lines[0]
     assert shlex.split(lines[1].partition(" -- ")[2])[:2] == ["a", "b'; reboot"]
 

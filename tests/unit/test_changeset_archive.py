@@ -243,6 +243,7 @@ def test_verify_layer_with_a_bit_flipped_or_cut_names_it(folder: Path, layer: Pa
 
 
 FILE = ENTRIES[1]
+SAME = Entry(b"/b", Kind.FILE, STATE, mode=0o644, mtime_ns=1, size=3, sha256=CONTENT, same=True)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +260,13 @@ FILE = ENTRIES[1]
         ((dataclasses.replace(FILE, offset=1498),), "is outside of the layer"),
         ((dataclasses.replace(FILE, offset=-1),), "is outside of the layer"),
         ((dataclasses.replace(FILE, size=-600),), "is outside of the layer"),
+        ((dataclasses.replace(SAME, expected=None),), "changes in more than its time"),
+        ((dataclasses.replace(SAME, mtime_ns=-5),), "changes in more than its time"),
+        ((dataclasses.replace(SAME, mode=0o640),), "changes in more than its time"),
+        ((dataclasses.replace(SAME, size=4),), "changes in more than its time"),
+        ((dataclasses.replace(SAME, kind=Kind.SYMLINK),), "changes in more than its time"),
+        ((dataclasses.replace(SAME, kind=Kind.FIFO),), "changes in more than its time"),
+        ((SAME, Entry(b"/c", Kind.HARDLINK, None, target=b"/b")), "links to no earlier entry"),
     ],
 )
 def test_entries_that_contradict_each_other_are_refused(
@@ -290,7 +298,14 @@ def test_describe_is_safe_for_a_terminal() -> None:
     assert "remove 1" in text
     assert "1 -> 2" in text
     assert "4 paths written, 1 deleted, 3 bytes" in text
+    assert "but for their time" not in text
     assert "needs a reboot" in text
     assert "~ /a/1\\xff\\x0a" in text
     assert "- /a-b" in text
     assert "+ /s -> \\x1b[31m" in text
+
+
+def test_describe_tells_what_only_gets_another_time() -> None:
+    text = "\n".join(archive.describe(build(*ENTRIES[:4], SAME)))
+    assert "3 paths written, 1 deleted, 3 bytes" in text
+    assert "1 paths as they are but for their time" in text

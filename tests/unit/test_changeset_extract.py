@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -116,6 +117,55 @@ def test_extract_keeps_a_copy_with_one_change(trees: Union, change: str) -> None
             copy.write_text("contents")
             os.utime(copy, ns=(0, status.st_mtime_ns))
     assert kinds(trees.extract()) == [(b"/f", Kind.FILE)]
+
+
+def rewritten(trees: Union) -> None:
+    """A file and a symbolic link, replaced by their like a second later."""
+    for tree, when in ((trees.lower, 10**9 + 5), (trees.upper, 2 * 10**9)):
+        trees.write(f"{tree.name}/f", "content")
+        (tree / "l").symlink_to("f")
+        for name in ("f", "l"):
+            os.utime(tree / name, ns=(0, when), follow_symlinks=False)
+
+
+def test_extract_of_a_rewritten_file_and_link_carries_their_time_alone(trees: Union) -> None:
+    rewritten(trees)
+    result = trees.extract()
+    file, link = result.entries
+    assert (file.same, link.same, result.content_bytes, result.layer_size) == (True, True, 0, 1024)
+    assert (file.size, file.sha256) == (7, hashlib.sha256(b"content").hexdigest())
+    assert file.expected is not None
+    assert file.expected.inode == (trees.lower / "f").stat().st_ino
+    assert (file.expected.mtime_ns, file.mtime_ns) == (10**9 + 5, 2 * 10**9)
+
+
+@pytest.mark.parametrize(
+    "change", ["content", "size", "mode", "attribute", "link", "lower link", "target", "kind"]
+)
+def test_extract_of_more_than_a_new_time_carries_all(marks: Union, change: str) -> None:
+    rewritten(marks)
+    file, link = marks.upper / "f", marks.upper / "l"
+    match change:
+        case "content":
+            file.write_text("Content")
+        case "size":
+            file.write_text("content ")
+        case "mode":
+            file.chmod(0o600)
+        case "attribute":
+            os.setxattr(file, "user.x", b"")
+        case "link":
+            os.link(file, marks.upper / "g")
+        case "lower link":
+            os.link(marks.lower / "f", marks.lower / "g")
+        case "target":
+            link.unlink()
+            link.symlink_to("g")
+        case "kind":
+            file.unlink()
+            file.symlink_to("l")
+    same = {entry.path: entry.same for entry in marks.extract().entries}
+    assert (same[b"/f"], same[b"/l"]) == (change == "target", change != "target")
 
 
 def test_extract_drops_a_directory_that_only_was_written_to(trees: Union) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
-from tests.fidelity import bisection, compare, facts
+from tests.fidelity import bisection, compare, facts, twins
 from tests.fidelity.bisection import Outcome, Trial
 from tests.view.manifest import Node
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from ouassister.provider.qemu import RunningVM
 
 SINCE = 1000.0
 FILE = Node("100644", "0", "0", "5", "900.5", "900.5", "1", "12", "0:0", "0", "", "", "aa")
@@ -145,3 +149,10 @@ def test_files_that_one_twin_alone_has_touched_are_hashed_in_both() -> None:
 
 def test_names_of_a_manifest_become_bytes_again() -> None:
     assert facts.plain("./a\\x20b\\xff\\x5c") == b"./a b\xff\\"
+
+
+def test_a_guest_that_was_ended_is_not_asked_any_more() -> None:
+    nobody = SimpleNamespace(pid=(1 << 22) + 1)  # above what the kernel gives (PID_MAX_LIMIT)
+    with pytest.raises(twins.UpdateFailedError, match="has been ended"):
+        twins.must_live(cast("RunningVM", nobody))
+    twins.must_live(cast("RunningVM", SimpleNamespace(pid=os.getpid())))

@@ -162,6 +162,16 @@ def test_package_database_is_late() -> None:
     }
 
 
+def test_what_only_gets_another_time_has_no_attributes_in_the_table() -> None:
+    """They stay as they are: the applier refuses any."""
+    attributes = (("user.x", b"1"),)
+    entry = file(b"/a", offset=0, xattrs=attributes, mtime_ns=1)
+    for same in (False, True):
+        table = compile_table(changeset(dataclasses.replace(entry, same=same)))
+        assert COUNTS.unpack_from(table)[2] == (not same)
+        assert table[COUNTS.size + 8 + 27] == same
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -100,6 +101,7 @@ def test_other_files_of_that_name_do_not() -> None:
     assert found(use(1), entry(LIB, 8)) == []  # a container's, or covered by a mount
     assert found(use(1), entry(LIB, None)) == []  # new
     assert found(use(1), entry(LIB, 7, Kind.DIRECTORY)) == []
+    assert found(use(1), dataclasses.replace(entry(LIB, 7), same=True)) == []  # its inode stays
     assert found(use(1, files=(UsedFile(LIB, 0),)), entry(b"/x", 0)) == []
 
 
@@ -244,6 +246,62 @@ def test_neighbours_with_the_same_verb_become_one_call() -> None:
         call("restart", "c.service", "d.service"),
         call("start", "e.service"),
     )
+
+
+def create(*names: str) -> Action:
+    return Action(("systemd-tmpfiles", "--create", *names))
+
+
+def test_what_tmpfiles_make_is_one_call_before_what_needs_it() -> None:
+    recorded = [
+        call("restart", "a.service"),
+        create("a.conf"),
+        call("restart", "b.service"),
+        create("b.conf", "a.conf"),
+        create(),  # all that there is
+        Action(("systemd-tmpfiles", "--create", "--boot", "x.conf")),
+        call("stop", "c.service"),  # may take away what it has
+        create("c.conf"),
+        call("start", "c.service"),
+        create("d.conf"),
+    ]
+    assert actions.coalesce(recorded, []) == (
+        call("restart", "a.service"),
+        create("a.conf", "b.conf"),
+        call("restart", "b.service"),
+        create(),
+        Action(("systemd-tmpfiles", "--create", "--boot", "x.conf")),
+        call("stop", "c.service"),
+        create("c.conf", "d.conf"),
+        call("start", "c.service"),
+    )
+
+
+def test_calls_of_tmpfiles_are_not_too_long() -> None:
+    many = [create(f"{number}.conf") for number in range(300)]
+    told = actions.coalesce(many, [])
+    assert [len(action.argv) - 2 for action in told] == [128, 128, 44]
+
+
+def test_calls_for_units_of_their_own_go_on_side_by_side() -> None:
+    some = (
+        RELOAD,
+        call("try-restart", "a.service", "b.service"),
+        call("--job-mode=fail", "start", "c.service"),
+        Action(("invoke-rc.d", "d", "restart")),
+        call("reload", "dbus.service"),
+        call("start", "d"),  # again
+        Action(("deb-systemd-invoke", "stop", "e.service")),
+        create("x.conf"),
+        call("start", "f.service"),
+        call("enable", "g.service"),
+        call("start", "h.service"),
+        Action(("kill", "-s", "HUP", "7")),
+    )
+    assert actions.side_by_side(some) == [
+        [0], [1, 2, 3, 4], [5, 6], [7], [8], [9], [10], [11],
+    ]  # fmt: skip
+    assert actions.side_by_side(()) == []
 
 
 @pytest.mark.parametrize(

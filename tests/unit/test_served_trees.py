@@ -190,7 +190,7 @@ def test_nothing_can_be_made_removed_or_changed() -> None:
 
 
 def test_event_of_a_device_is_one_that_the_guest_triggers(tmp_path: Path) -> None:
-    wrote, _ = record.recorders(tmp_path / "records")
+    wrote, _ = record.recorders(tmp_path / "records", os.getpid)
     wrote("/devices/pci0/vda/uevent", b"change 0123 A=b")
     wrote("/power/state", b"mem\x1b")
     wrote("/devices/pci0/vda/uevent", b"explode")
@@ -205,8 +205,57 @@ def test_event_of_a_device_is_one_that_the_guest_triggers(tmp_path: Path) -> Non
     assert len(notes) == 2
 
 
+def test_a_policy_is_loaded_in_the_guest_by_the_call_that_loads_it_here(tmp_path: Path) -> None:
+    process = tmp_path / "7"
+    process.mkdir()
+    (process / "environ").write_bytes(
+        b"DPKG_MAINTSCRIPT_PACKAGE=confined\0DPKG_MAINTSCRIPT_NAME=postinst\0"
+    )
+    called = ("/sbin/apparmor_parser", "-r", "-T", "-W", "/etc/apparmor.d/usr.bin.confined")
+    (process / "cmdline").write_bytes("\0".join((*called, "")).encode())
+    event = record.loaded(tmp_path, 7)
+    words = ("apparmor_parser", *called[1:])
+    assert event == Event(Outcome.DEFERRED, words, "confined", "postinst")
+    restart = Event(Outcome.DEFERRED, ("systemctl", "restart", "confined.service"))
+    reload = Event(Outcome.DEFERRED, ("systemctl", "daemon-reload"))
+    actions, _ = actions_of((restart, reload, event, event))
+    assert [one.argv for one in actions] == [reload.words, words, restart.words]
+
+
+@pytest.mark.parametrize(
+    "called", ["", "/sbin/apparmor_parser\0-r\0", "rm\0-rf\0/\0", "snapd\0/etc/apparmor.d/x\0"]
+)
+def test_a_policy_that_no_call_of_the_parser_loads_from_a_file_is_told(
+    called: str, tmp_path: Path
+) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "cmdline").write_text(called)
+    event = record.loaded(tmp_path, 7)
+    assert event.outcome is Outcome.WITHHELD
+    actions, notes = actions_of((event,))
+    assert actions == ()
+    assert len(notes) == 1
+    assert record.loaded(tmp_path, 8).outcome is Outcome.WITHHELD  # it is gone
+
+
+def test_a_policy_of_any_size_is_taken_whole() -> None:
+    writable = stat.S_IFREG | 0o644
+    nodes = [
+        Node(0, b"", FOLDER), Node(0, b"kernel", FOLDER), Node(1, b"security", FOLDER),
+        Node(2, b"apparmor", FOLDER), Node(3, b".replace", writable),
+        Node(2, b"lockdown", writable),
+    ]  # fmt: skip
+    seen: list[tuple[str, bytes]] = []
+    files = SysFiles(nodes[0], lambda: nodes, lambda *one: seen.append(one), lambda _: None)
+    policy = b"\4\10\0version" + bytes(200_000)
+    path = "/kernel/security/apparmor/.replace"
+    assert files.write(path, policy, 0, 0) == len(policy)
+    assert files.write("/kernel/security/lockdown", bytes(200_000), 0, 0) == 4096
+    assert [name for name, _ in seen] == [path, "/kernel/security/lockdown"]
+
+
 def test_files_that_were_read_in_vain_are_named_up_to_a_bound(tmp_path: Path) -> None:
-    _, untold = record.recorders(tmp_path / "records")
+    _, untold = record.recorders(tmp_path / "records", os.getpid)
     for number in range(100):
         untold(f"/odd{number}")
     lines = (tmp_path / "records").read_bytes().splitlines()
@@ -218,7 +267,7 @@ def test_files_that_were_read_in_vain_are_named_up_to_a_bound(tmp_path: Path) ->
 
 def test_records_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "_MAX_BYTES", 500)
-    wrote, _ = record.recorders(tmp_path / "records")
+    wrote, _ = record.recorders(tmp_path / "records", os.getpid)
     for number in range(100):
         wrote("/power/state", b"%d" % number)
     events = read_values(tmp_path / "records")

@@ -116,6 +116,33 @@ def test_sockets_are_those_that_the_first_process_holds() -> None:
     assert collect(view(files=files, sockets=Sockets(bound, 0))).sockets == ("/run/x", "22")
 
 
+def test_daemons_are_known_with_all_units_that_listen() -> None:
+    def sock(number: int) -> OpenFile:
+        return OpenFile(3, b"socket:[%d]" % number, 0, True, True, 0, 0, 8, number, 0o140777, False)
+
+    def daemons(*bound: Socket) -> dict[str, tuple[str, ...]]:
+        found = collect(view(files=files, sockets=Sockets(bound, 0))).daemons
+        return {one.address: one.units for one in found}
+
+    files = (
+        ProcessFiles(GuestPid(10), (sock(7), sock(8))),
+        ProcessFiles(GuestPid(20), (sock(7),)),
+        ProcessFiles(GuestPid(40), (sock(9),)),  # of no unit
+    )
+    unit = "a.service"
+    assert daemons(
+        Socket("unix-stream", b"/var/run/x", 0, True, 0, 8),
+        Socket("unix-stream", b"@a\0b", 0, True, 0, 8),
+        Socket("unix-dgram", b"/run/datagrams", 0, False, 0, 8),
+        Socket("tcp", b"0.0.0.0", 80, True, 0, 7),
+        Socket("tcp6", b"::", 80, True, 0, 8),
+        Socket("tcp6", b"::", 22, True, 0, 9),
+        Socket("tcp", b"0.0.0.0", 22, True, 0, 8),
+        Socket("tcp", b"0.0.0.0", 25, True, 0, 10),  # nobody has it
+    ) == {"/run/x": (unit,), "@a@b": (unit,), "tcp:80": (unit,)}
+    assert collect(view(files=files)).daemons == ()
+
+
 def test_mounts_and_swaps_have_the_names_of_their_units() -> None:
     state = collect(view(swaps=(SwapArea(b"/dev/vda2", True, 1, 0, -2),)))
     assert [one.unit for one in state.mounts] == ["-.mount", "srv-my\\x2ddata\\x20\\xff.mount"]

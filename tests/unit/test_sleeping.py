@@ -124,6 +124,12 @@ def test_frozen_guest_is_not_updated(config: VmConfig) -> None:
     assert "fsfreeze -u" in caught.value.hint
 
 
+def test_guest_with_an_selinux_policy_is_not_updated(config: VmConfig) -> None:
+    with pytest.raises(UnsupportedGuestError, match="SELinux policy") as caught:
+        refuse_unsafe(replace(sleeping(config), labelled=True))
+    assert "awake" in caught.value.hint
+
+
 def opens(config: VmConfig) -> None:
     open_sleeping(config).__enter__()
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from typing import TYPE_CHECKING
 
 import pytest
 from tests.unit.test_syscall_facts import UTS
 
+from ouassister.shadow.events import END, Event, Outcome, encode
+from ouassister.shadow.servicemanager.state import Daemon
 from ouassister.shadow.syscalls import daemons
 from ouassister.shadow.syscalls.context import Context
 from ouassister.shadow.syscalls.facts import GuestFacts
 from ouassister.shadow.syscalls.notify import Call, Pass
 from ouassister.shadow.syscalls.records import Journal, Record
+from ouassister.shadow.syscalls.stopped import Stopped
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 UNIX = b"""Num       RefCount Protocol Flags    Type St Inode Path
 0000000000000000: 00000002 00000000 00010000 0001 01 16123 /run/mysqld/mysqld.sock
@@ -96,6 +103,70 @@ def test_call_of_a_sleeping_daemon_is_told_and_left_to_the_kernel(
     assert answer(context, -1, call) is Pass.CONTINUE
     assert answer(context, -1, call) is Pass.CONTINUE
     assert [record["outcome"] for record in records] == ["foreign"] * told
+    context.stand_ins.close()
+
+
+# --- daemons that were stopped ---
+
+SOCKET = b"/run/mysqld/mysqld.sock"
+DAEMONS = (
+    Daemon(SOCKET.decode(), ("mariadb.service",)),
+    Daemon("tcp:80", ("apache2.service", "nginx.service")),
+    Daemon("/run/a\udcff", ("init.scope",)),
+)
+
+
+def deferred(*words: str, outcome: Outcome = Outcome.DEFERRED) -> bytes:
+    return encode(Event(outcome, ("systemctl", *words)))
+
+
+def test_daemon_listens_until_a_script_has_stopped_its_unit(tmp_path: Path) -> None:
+    records = tmp_path / "services"
+    stopped = Stopped(DAEMONS, str(records))
+    told = []
+    for written in (
+        b"",
+        deferred("stop", "other.service"),
+        deferred("stop", "mariadb.service", outcome=Outcome.REFUSED),
+        deferred("reload", "mariadb.service"),
+        deferred("stop", "--job-mode=fail", "mariadb.service"),
+        deferred("start", "mariadb.service"),
+        deferred("stop", "mariadb.service")[:-9],  # half a line is none
+        deferred("stop", "mariadb.service")[-9:],
+        END,  # another program, whose manager knows nothing of that
+    ):
+        with records.open("ab") as file:
+            file.write(written)
+        told.append(stopped.nobody_listens(SOCKET))
+    assert told == [False, False, False, False, True, False, False, True, False]
+
+
+def test_all_that_listen_must_have_been_stopped(tmp_path: Path) -> None:
+    records = tmp_path / "services"
+    stopped = Stopped(DAEMONS, str(records))
+    assert not stopped.nobody_listens(b"tcp:80")  # no records at all
+    records.write_bytes(deferred("stop", "nginx.service", "init.scope"))
+    assert not stopped.nobody_listens(b"tcp:80")
+    assert stopped.nobody_listens(b"/run/a\xff")
+    with records.open("ab") as file:
+        file.write(deferred("stop", "apache2.service"))
+    assert stopped.nobody_listens(b"tcp:80")
+    assert not stopped.nobody_listens(b"@unknown")
+
+
+def test_stopped_daemon_that_is_called_is_not_told_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "services").write_bytes(deferred("stop", "mariadb.service"))
+    records: list[Record] = []
+    stopped = Stopped(DAEMONS, str(tmp_path / "services"))
+    context = Context(GuestFacts(UTS, listeners=LISTEN), Journal(records.append), stopped)
+    address = unix(SOCKET)
+    monkeypatch.setattr(daemons, "read_memory", lambda *_arguments: address)
+    monkeypatch.setattr(daemons, "_own", lambda *_arguments: set())
+    call = Call(1, os.getpid(), compat=False, number=42, args=(3, 0x1000, len(address), 0, 0, 0))
+    assert daemons.ANSWERERS["connect"](context, -1, call) is Pass.CONTINUE
+    assert records == []
     context.stand_ins.close()
 
 

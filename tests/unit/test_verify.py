@@ -46,6 +46,19 @@ def test_good_answers_are_verified_and_nothing_else() -> None:
     )
 
 
+def test_unit_that_is_restarted_later_is_not_looked_at_yet_and_the_attestation_says_so() -> None:
+    later = (Action(("systemctl", "try-restart", "nginx.service")),)
+    answers = "\n".join((*GOOD, "v unit nginx.service")).encode()
+    assert verify.judge(changeset(), SINCE_MS, answers).problems != ()
+    told = verify.judge(changeset(), SINCE_MS, answers, later)
+    assert told.problems == ()
+    assert "no restarted unit has failed" not in told.verified
+    *_, script, _name, words = verify.command(changeset(), (), later)
+    assert "\nunits=''\n" in script
+    assert json.loads(words + '"x":1}')["to_follow"] == ["systemctl try-restart nginx.service"]
+    assert "to_follow" not in verify.command(changeset(), later)[-1]
+
+
 def test_units_that_nobody_asked_for_are_not_verified() -> None:
     told = judged(GOOD[0], GOOD[1], GOOD[3])
     assert told.problems == ()

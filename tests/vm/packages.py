@@ -201,6 +201,18 @@ AFTER: Final = (
             ' open(F, ">", "/var/lib/oua-asks"); print F "answered";\'',
         },
     ),
+    # It stops that web server, and makes sure that nobody answers: so it is awake, too.
+    Package(
+        "oua-stops",
+        "1.0",
+        files={"/usr/share/oua-stops/file": "stops\n"},
+        scripts={
+            "postinst": "systemctl stop nginx.service\n"
+            "perl -e 'use Socket; socket(S, AF_INET, SOCK_STREAM, 0);"
+            ' exit(connect(S, pack_sockaddr_in(80, inet_aton("127.0.0.1"))) ? 1 : 0)\'\n'
+            "systemctl start nginx.service",
+        },
+    ),
     # It is unpacked only where oua-live is configured.
     Package(
         "oua-early",
@@ -236,6 +248,15 @@ AFTER: Final = (
             "/srv/oua-spoil": "in the way\n",
             "/lib/systemd/system/oua-daemon.service.d/spoil.conf": "[Service]\n"
             "ExecStartPre=/usr/bin/test ! -e /srv/oua-spoil\n",
+        },
+    ),
+    # As openssh-server does it; the program is another file than the one that runs.
+    Package(
+        "oua-sshd",
+        "1.0",
+        scripts={
+            "postinst": "cp /usr/sbin/sshd /usr/sbin/sshd.new\n"
+            "mv /usr/sbin/sshd.new /usr/sbin/sshd\ndeb-systemd-invoke restart ssh.service"
         },
     ),
     Package(

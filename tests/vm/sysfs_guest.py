@@ -8,9 +8,9 @@ from typing import Final
 
 # A line for each file: path, mode, owner, links, number, size, device, and in hexadecimal what a
 # link leads to or a file contains. A file that cannot be read has a dash there. What is mounted
-# below is not entered.
+# below is not entered, but for securityfs, of which some files would wait for news.
 LIVE: Final = r"""use strict; $| = 1;
-sub slurp { sysopen my $f, $_[0], 0 or return undef; my $all = ''; my $t;
+sub slurp { sysopen my $f, $_[0], 2048 or return undef; my $all = ''; my $t;
   while (1) { my $n = sysread $f, $t, 65536; return undef unless defined $n; last unless $n;
     $all .= $t; last if length $all > 65536 } return $all }
 sub show { my ($path, $top, $read) = @_;
@@ -23,7 +23,9 @@ sub show { my ($path, $top, $read) = @_;
   return unless ($mode & 0170000) == 0040000 && $dev == $top;
   opendir my $d, $path or return; my @names = grep { $_ ne '.' && $_ ne '..' } readdir $d;
   show("$path/$_", $top, $read) for sort @names }
-show('/sys', (lstat '/sys')[0], 1); show('/dev', (lstat '/dev')[0], 0);
+show('/sys', (lstat '/sys')[0], 1);
+show('/sys/kernel/security', (lstat '/sys/kernel/security')[0], 1);
+show('/dev', (lstat '/dev')[0], 0);
 """
 
 
@@ -32,6 +34,8 @@ MOUNTED: Final = re.compile(
     rb"/sys/(?:kernel/(?:tracing|security|debug|config)|firmware/efi/efivars"
     rb"|fs/(?:pstore|bpf|cgroup|fuse/connections))"
 )
+# It jumps to a file system that is mounted nowhere.
+JUMPS: Final = b"/sys/kernel/security/apparmor/policy"
 # Thousands of counters, and addresses: the folders are empty.
 LEFT_OUT: Final = re.compile(rb"/sys/(?:kernel/slab|module/[^/]+/(?:sections|notes))/.*", re.DOTALL)
 # The links are down when the guest wakes up, and its agent is asked.

@@ -359,6 +359,31 @@ def test_sockets(seen: Seen) -> None:
     assert ("unix-dgram", b"@oua\x07name") in {one[:2] for one in ours}
 
 
+def test_open_sockets_are_told_by_their_family_and_by_the_name_at_the_other_end(seen: Seen) -> None:
+    live = {}
+    tables = {"tcp": (9, 2), "tcp6": (9, 10), "udp": (9, 2), "udp6": (9, 10), "unix": (6, 1)}
+    for kind, (column, family) in tables.items():
+        for line in seen.sections[f"/proc/net/{kind}"][1:]:
+            live[int(line.split()[column])] = family
+    ours = {
+        file.inode: file
+        for process in seen.view.files or ()
+        for file in process.files
+        if file.path.startswith(b"socket:[")
+    }
+    both = live.keys() & ours.keys()
+    assert {inode: ours[inode].family for inode in both} == {inode: live[inode] for inode in both}
+    assert {1, 2, 10} <= {live[inode] for inode in both}
+    # Whatever is in no table is netlink, or a packet socket (of the client of DHCP), or raw.
+    others = {file.family for inode, file in ours.items() if inode not in live}
+    assert 16 in others
+    assert not others & {-1, 2, 10}
+    assert {b"/run/dbus/system_bus_socket", b"/run/systemd/journal/stdout"} <= {
+        file.peer for file in ours.values()
+    }
+    assert all(file.family == 1 for file in ours.values() if file.peer)
+
+
 # Counters, and what the asking itself changes.
 _VOLATILE = re.compile(
     r"kernel\.sched_domain\..*|fs\.(dentry-state|inode-nr|inode-state|file-nr|aio-nr)|kernel\.(ns_last_pid|random\..*"

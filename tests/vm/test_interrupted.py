@@ -140,21 +140,6 @@ def test_save_file_that_was_resumed_is_not_taken_for_a_sleeping_vm(world: World)
         assert (done.status, done.code) == (20, "state-not-suspended"), done
 
 
-def test_vm_that_ended_while_applying_is_not_restored_from_old_memory(world: World) -> None:
-    from ouassister.store.database import ChangesetState, Store
-
-    update = world.run("update", "--install", "oua-extra")
-    assert world.run("resume").status == 0
-    with qemu.attach(world.config) as vm:
-        vm.kill()
-    with Store(world.home) as store:  # as a host leaves it that lost power at that moment
-        store.set_state(update.result["changeset_id"], ChangesetState.APPLYING)
-    done = world.run("resume")
-    assert (done.status, done.code) == (41, "gate-closed"), done
-    assert not qemu.is_running(world.config)
-    assert "boot it" in done.value["error"]["hint"]
-
-
 def test_resume_that_cannot_start_leaves_the_vm_asleep(world: World) -> None:
     assert world.run("update", "--install", "oua-extra").status == 0
     before = world.hashes()

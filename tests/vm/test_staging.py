@@ -44,13 +44,14 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
     before = world.hashes()
     wish = [
         word
-        for name in ("user", "early", "keys", "asks", "once", "extra")
+        for name in ("user", "early", "keys", "asks", "once", "extra", "stops")
         for word in ("--install", f"oua-{name}")
     ]
     update = world.run("update", *wish)
     assert update.status == 0, update
     modes = _modes(update.result)
-    assert modes["oua-extra"] == modes["oua-once"] == ("emulated", "")
+    for name in ("extra", "once", "stops"):
+        assert modes[f"oua-{name}"] == ("emulated", "")
     assert modes["oua-live"][0] == "staged"
     assert "post-installation script subprocess returned error" in modes["oua-live"][1]
     assert modes["oua-user"][0] == "staged"
@@ -62,7 +63,10 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
     assert "keyctl" in modes["oua-keys"][1]
     assert world.hashes() == before
     # Of the rounds that failed nothing is left in what travels; the report has what was tried.
-    assert update.result["actions"] == []
+    assert [action["argv"] for action in update.result["actions"]] == [
+        ["systemctl", "stop", "nginx.service"],
+        ["systemctl", "start", "nginx.service"],
+    ]
     assert [note for note in update.result["notes"] if "keyctl" in note]
 
     plan = world.run("plan", *wish)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.vm import sysfs_guest
-from tests.vm.sysfs_guest import LEFT_OUT, LENT, MOUNTED, MOVES, STANDS_ON, File, parse
+from tests.vm.sysfs_guest import JUMPS, LEFT_OUT, LENT, MOUNTED, MOVES, STANDS_ON, File, parse
 from tests.vm.world import NOTHING, World, leftovers
 
 from ouassister.provider import qemu
@@ -144,6 +144,7 @@ def test_links_lead_where_they_lead_in_the_guest(seen: Seen) -> None:
     ours, live = seen.below(b"/sys")
     links = {path: file.content for path, file in ours.items() if stat.S_ISLNK(file.mode)}
     assert len(links) > 800
+    assert links.pop(JUMPS) is not None
     assert links == {path: live[path].content for path in links}
 
 
@@ -162,6 +163,10 @@ def test_what_is_told_is_what_the_guest_says(seen: Seen) -> None:
         assert b"/sys/" + name in ours
     assert b"/sys/firmware/dmi/tables/DMI" in told
     assert told[b"/sys/module/apparmor/parameters/enabled"] == b"Y\n"
+    security = [path for path in told if path.startswith(b"/sys/kernel/security/apparmor/")]
+    assert len(security) > 30
+    assert b"/sys/kernel/security/apparmor/profiles" in security
+    assert b"apparmor" in told[b"/sys/kernel/security/lsm"]
 
 
 def test_what_is_not_told_is_in_the_table(seen: Seen) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ouassister.changeset.extract import Extraction
     from ouassister.model import (
         Action,
+        Entry,
         Fence,
         Identity,
         LeftOut,
@@ -72,6 +74,7 @@ def build(
     staged_steps: tuple[StagedStep, ...] = (),
     staging_folder: bytes = b"",
     access: Access = BY_AGENT,
+    out_of_reach: tuple[str, ...] = (),
 ) -> Changeset:
     """Make the record of a change set; its id follows from all the rest.
 
@@ -99,6 +102,7 @@ def build(
         staged_steps=staged_steps,
         staging_folder=staging_folder,
         access=access,
+        out_of_reach=out_of_reach,
     )
     for defect in _defects(draft):
         raise InternalError(f"change set of {vm}: {defect}")
@@ -207,7 +211,8 @@ def discard(target: Path) -> None:
 def describe(changeset: Changeset) -> Iterator[str]:
     """Lines for a person; safe for a terminal."""
     deleted = sum(entry.kind is Kind.DELETE for entry in changeset.entries)
-    size = sum(entry.size for entry in changeset.entries)
+    same = sum(entry.same for entry in changeset.entries)
+    size = sum(entry.size for entry in changeset.entries if not entry.same)
     yield f"change set {changeset.changeset_id[:12]} for {plain(changeset.vm)}"
     yield f"  {len(changeset.changes)} packages"
     for change in changeset.changes:
@@ -220,7 +225,10 @@ def describe(changeset: Changeset) -> Iterator[str]:
         yield plain(f"  staged: {one.name}: {one.reason}")
     for left in changeset.left_out:
         yield plain(f"  left out: {left.package}: {left.reason}")
-    yield f"  {len(changeset.entries) - deleted} paths written, {deleted} deleted, {size} bytes"
+    written = len(changeset.entries) - deleted - same
+    yield f"  {written} paths written, {deleted} deleted, {size} bytes"
+    if same:
+        yield f"  {same} paths as they are but for their time"
     yield f"  {len(changeset.actions)} actions, {len(changeset.filtered)} paths stay behind"
     if changeset.reboot_needed:
         yield "  needs a reboot"
@@ -272,12 +280,26 @@ def _defects(changeset: Changeset) -> Iterator[str]:
         if entry.kind is Kind.HARDLINK and entry.target not in seen:
             yield f"{name} links to no earlier entry"
         end = entry.offset + entry.size
-        if entry.kind is Kind.FILE and not 0 <= entry.offset <= end <= changeset.layer_size:
+        if entry.same:
+            if not _may_be_same(entry):
+                yield f"{name} changes in more than its time"
+        elif entry.kind is Kind.FILE and not 0 <= entry.offset <= end <= changeset.layer_size:
             yield f"content of {name} is outside of the layer"
         before = parts
-        if entry.kind not in (Kind.DELETE, Kind.DIRECTORY, Kind.HARDLINK):
+        if entry.kind not in (Kind.DELETE, Kind.DIRECTORY, Kind.HARDLINK) and not entry.same:
             seen.add(entry.path)
     yield from _staging_defects(changeset)
+
+
+def _may_be_same(entry: Entry) -> bool:
+    """Whether only the time of what must stand at the path changes (guest/table.c, same_ok)."""
+    old = entry.expected
+    if old is None or old.mtime_ns == entry.mtime_ns:
+        return False
+    if entry.kind is Kind.SYMLINK:
+        return stat.S_ISLNK(old.mode)
+    known = (old.mode, old.size) == (stat.S_IFREG | entry.mode, entry.size)
+    return entry.kind is Kind.FILE and known
 
 
 def _staging_defects(changeset: Changeset) -> Iterator[str]:

@@ -134,7 +134,7 @@ def extract(
         writer = stack.enter_context(LayerWriter(layer_out))
         entries = tuple(_write(writer, kept))
         sha256, size = writer.finish()
-    content = sum(entry.size for entry in entries)
+    content = sum(entry.size for entry in entries if not entry.same)
     return Extraction(entries, tuple(filtered), tuple(notes), content, sha256, size)
 
 
@@ -212,6 +212,9 @@ def _write(writer: LayerWriter, kept: list[_Kept]) -> Iterator[Entry]:
                     dataclasses.replace(entry, kind=Kind.HARDLINK, target=target, size=0, xattrs=())
                 )
                 continue
+        if entry.same:
+            yield entry
+            continue
         if entry.kind is not Kind.FILE:
             yield writer.add(entry)
             continue

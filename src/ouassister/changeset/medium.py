@@ -220,7 +220,7 @@ class _Table:
         first_xattr, first_below = len(self._xattrs), len(self._below)
         self._xattrs += [
             _XATTR.pack(self._text(name.encode("utf-8", "surrogateescape")), self._text(value))
-            for name, value in entry.xattrs
+            for name, value in (() if entry.same else entry.xattrs)
         ]
         self._below += [
             _BELOW.pack(self._text(path), _state(state))
@@ -234,7 +234,7 @@ class _Table:
             _KINDS[entry.kind],
             entry.expected is not None,
             _is_late(entry.path),
-            0,
+            entry.same,
             entry.mode,
             entry.uid,
             entry.gid,

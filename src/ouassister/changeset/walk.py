@@ -7,6 +7,7 @@ opaque directories" (the text of 6.8 and later, which has the attribute form).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -170,6 +171,7 @@ class Walk:
             kind = device[0]
         changed = lower is None or device is not None or not self._same(path, node, lower)
         regular = kind is Kind.FILE
+        filtered = self.filters.reason(self.guest(path)) is not None
         if device is None and kind in (Kind.CHAR, Kind.BLOCK):
             device = (kind, os.major(status.st_rdev), os.minor(status.st_rdev))
         entry = Entry(
@@ -190,6 +192,8 @@ class Walk:
             self._note(path, "does not inherit the default ACL of its directory")
         copied_up = False
         if lower is not None and expected is not None:
+            if changed and not filtered and device is None:
+                entry = self._only_time(entry, node, lower, expected)
             if _DEFAULT_ACL in lower.unreadable:
                 self._inheriting.add(path)
             copied_up = _is_copied_up(node, lower)
@@ -203,7 +207,7 @@ class Walk:
             None if below is None else _link(below),
             1 if below is None else below.st_nlink,
             changed,
-            self.filters.reason(self.guest(path)) is not None,
+            filtered,
             copied_up,
         )
 
@@ -239,34 +243,47 @@ class Walk:
 
     def _same(self, path: bytes, node: Node, lower: Node) -> bool:
         """Whether an object stands in the upper tree without a change that travels."""
-        ours, theirs = node.status, lower.status
-        if (
-            ours.st_mode != theirs.st_mode
-            or (ours.st_uid, ours.st_gid) != (theirs.st_uid, theirs.st_gid)
-            or node.xattrs != lower.xattrs
-        ):
+        if not _alike(node, lower):
             return False
-        if stat.S_ISDIR(ours.st_mode):
+        if stat.S_ISDIR(node.status.st_mode):
             return True
-        if (
-            ours.st_mtime_ns != theirs.st_mtime_ns
-            or ours.st_rdev != theirs.st_rdev
-            or node.target != lower.target
-        ):
+        if node.status.st_mtime_ns != lower.status.st_mtime_ns:
             return False
-        if not stat.S_ISREG(ours.st_mode):
-            return True
-        return ours.st_size == theirs.st_size and self._same_content(path)
+        if not stat.S_ISREG(node.status.st_mode):
+            return node.status.st_rdev == lower.status.st_rdev and node.target == lower.target
+        return self._same_content(path, node, lower) is not None
 
-    def _same_content(self, path: bytes) -> bool:
+    def _only_time(self, entry: Entry, node: Node, lower: Node, expected: Expected) -> Entry:
+        """Mark what the guest has but for its time, under one name and with nothing hidden."""
+        if (
+            not _alike(node, lower)
+            or lower.unreadable
+            or entry.mtime_ns == expected.mtime_ns
+            or _link(node.status)
+            or _link(lower.status)
+        ):
+            return entry
+        if entry.kind is Kind.SYMLINK and node.target == lower.target:
+            return dataclasses.replace(entry, same=True)
+        if entry.kind is not Kind.FILE:
+            return entry
+        sha256 = self._same_content(entry.path, node, lower)
+        return entry if sha256 is None else dataclasses.replace(entry, sha256=sha256, same=True)
+
+    def _same_content(self, path: bytes, node: Node, lower: Node) -> str | None:
+        """The SHA-256 of a file that both trees have with the same bytes, else None."""
+        if node.status.st_size != lower.status.st_size:
+            return None
+        digest = hashlib.sha256()
         with (
             os.fdopen(self.upper.open(path), "rb") as ours,
             os.fdopen(self.lower.open(path), "rb") as theirs,
         ):
             while chunk := ours.read(1 << 20):
                 if chunk != theirs.read(len(chunk)):
-                    return False
-            return not theirs.read(1)
+                    return None
+                digest.update(chunk)
+            return None if theirs.read(1) else digest.hexdigest()
 
     def _note(self, path: bytes, text: str) -> None:
         self.notes.append(f"{to_text(self.guest(path))} {text}")
@@ -277,6 +294,16 @@ def _is_whiteout(node: Node) -> bool:
     if stat.S_ISCHR(mode):
         return node.status.st_rdev == 0
     return stat.S_ISREG(mode) and node.status.st_size == 0 and "whiteout" in node.overlay
+
+
+def _alike(node: Node, lower: Node) -> bool:
+    """Whether mode, owner and attributes agree."""
+    ours, theirs = node.status, lower.status
+    return (
+        ours.st_mode == theirs.st_mode
+        and (ours.st_uid, ours.st_gid) == (theirs.st_uid, theirs.st_gid)
+        and node.xattrs == lower.xattrs
+    )
 
 
 def _is_copied_up(node: Node, lower: Node) -> bool:

@@ -6,8 +6,9 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Final
 
-from ouassister import codec, pipeline
+from ouassister import codec, pipeline, snapshots
 from ouassister.cli import common
+from ouassister.model import Gate
 from ouassister.store.database import Store
 from ouassister.text import size, table
 
@@ -28,6 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POLICY",
         help="closed (default), or open-after=SECONDS: the links go up although it failed",
     )
+    parser.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="copy the disks before, so that 'rollback --snapshot' can go back to the VM's sleep",
+    )
+    parser.add_argument(
+        "--keep-snapshots",
+        type=_count,
+        default=snapshots.KEPT_BY_DEFAULT,
+        metavar="N",
+        help=f"of these, keep so many ({snapshots.KEPT_BY_DEFAULT}); the oldest go afterwards",
+    )
+    parser.add_argument(
+        "--gate",
+        type=Gate,
+        choices=tuple(Gate),
+        default=Gate.FULL,
+        help="what is done before the links go up: full (default), everything; exposed, what"
+        " somebody on a network can reach: other services are restarted right after",
+    )
     parser.add_argument("--quiet", action="store_true", help="no story on standard error")
 
 
@@ -43,12 +64,25 @@ def _on_failure(word: str) -> pipeline.OnFailure:
     raise argparse.ArgumentTypeError(f"{word!r} is neither closed nor open-after=SECONDS")
 
 
+def _count(word: str) -> int:
+    if not re.fullmatch("[0-9]{1,4}", word) or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of snapshots: 1 to 9999")
+    return int(word)
+
+
 def run(arguments: argparse.Namespace) -> common.Result:
     """See the module."""
     with Store() as store:
         config = common.find_vm(store, arguments)
         story = common.timeline(arguments, store, config)
-        report = pipeline.resume(config, store, story, arguments.on_failure)
+        report = pipeline.resume(
+            config,
+            store,
+            story,
+            arguments.on_failure,
+            arguments.gate,
+            keep_snapshots=arguments.keep_snapshots if arguments.snapshot else 0,
+        )
     status = common.REBOOT_NEEDED if report.reboot_needed else 0
     if report.failed_actions:
         status = common.PARTIAL
@@ -60,7 +94,12 @@ def lines(report: ResumeReport) -> list[str]:
     told = [
         f"{report.vm}: {report.result} change set {report.changeset_id}",
         f"  {report.files} files, {size(report.bytes)};"
-        f" gate open {report.online_s:.2f} s after the first instruction",
+        f" gate open {report.online_s:.2f} s after the first instruction"
+        + (
+            f", the rest done after {report.settled_s:.2f} s"
+            if report.gate is not Gate.FULL
+            else ""
+        ),
         f"  verified: {', '.join(report.verified) or 'nothing'}",
     ]
     told += [

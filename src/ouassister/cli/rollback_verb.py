@@ -1,4 +1,4 @@
-"""Take the last update back in the running VM, behind a closed gate."""
+"""Take the last update back in the running VM, behind a closed gate; or go back to a snapshot."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import argparse
 
     from ouassister.model import RollbackReport
+    from ouassister.provider.interface import Vm
+    from ouassister.timeline import Timeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take nothing back; remove from the guest what is kept for it",
     )
+    choice.add_argument(
+        "--snapshot",
+        metavar="ID",
+        help="put the VM, which does not run, back to this snapshot, or to the 'last' one;"
+        " what its disks hold now is lost",
+    )
     parser.add_argument("--quiet", action="store_true", help="no story on standard error")
 
 
@@ -38,6 +46,8 @@ def run(arguments: argparse.Namespace) -> common.Result:
     with Store() as store:
         config = common.find_vm(store, arguments)
         story = common.timeline(arguments, store, config)
+        if arguments.snapshot is not None:
+            return _go_back(config, store, story, arguments.snapshot)
         try:
             report = pipeline.rollback(
                 config,
@@ -52,6 +62,19 @@ def run(arguments: argparse.Namespace) -> common.Result:
             raise
     status = common.PARTIAL if report.failed_actions or report.left else 0
     return status, codec.to_value(report), "\n".join(lines(report))
+
+
+def _go_back(config: Vm, store: Store, story: Timeline, word: str) -> common.Result:
+    snapshot = pipeline.go_back(config, store, story, word)
+    value = {
+        "vm": config.name,
+        "result": "asleep-again",
+        "snapshot_id": snapshot.snapshot_id,
+        "changeset_id": snapshot.changeset_id,
+        "phases": codec.to_value(story.phases),
+    }
+    text = f"{config.name} sleeps as it did before change set {snapshot.changeset_id}"
+    return 0, value, text
 
 
 def lines(report: RollbackReport) -> list[str]:

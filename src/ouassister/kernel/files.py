@@ -14,6 +14,7 @@ from ouassister.errors import CorruptGuestError
 from ouassister.guest_model import OpenFile, VirtAddr
 from ouassister.kernel.fields import Fields, read_word
 from ouassister.kernel.program import guest_reads
+from ouassister.kernel.socket_ends import NO_FAMILY, SocketEnds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,6 +45,7 @@ class Files:
         self._file = Fields(kernel, "struct file", "f_path.mnt", "f_path.dentry", "f_inode",
                             "f_flags", "f_mode", "f_pos")  # fmt: skip
         self._inode = Fields(kernel, "struct inode", "i_mode", "i_ino", "i_sb", "i_nlink")
+        self._ends: SocketEnds | None = None  # when the first socket is met
 
     def read(self, files: int) -> tuple[OpenFile, ...]:
         """Describe what a ``struct files_struct *`` has open, by descriptor.
@@ -84,7 +86,8 @@ class Files:
     def _describe(self, fd: int, file: int, close_on_exec: bool) -> OpenFile:
         mnt, dentry, inode, flags, mode, position = self._file.read(file)
         i_mode, number, sb, links = self._inode.read(inode)
-        _, device = self._names.file_system(sb)
+        fstype, device = self._names.file_system(sb)
+        family, peer = self._end(inode) if fstype == b"sockfs" else (NO_FAMILY, b"")
         return OpenFile(
             fd=fd,
             path=self._names.name(mnt, dentry, inode),
@@ -97,4 +100,11 @@ class Files:
             inode=number,
             mode=i_mode,
             deleted=links == 0,
+            family=family,
+            peer=peer,
         )
+
+    def _end(self, inode: int) -> tuple[int, bytes]:
+        if self._ends is None:
+            self._ends = SocketEnds(self._kernel)
+        return self._ends.read(inode)

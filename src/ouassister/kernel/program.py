@@ -68,6 +68,7 @@ _OTHERS: Final = (
     "linux_banner",
     "tk_core",
     "super_blocks",
+    "selinux_state",
     "vmemmap_base",
 )
 

@@ -56,6 +56,7 @@ T = TypeVar("T")
 
 _PF_KTHREAD: Final = 0x0020_0000
 _MAX_ITEMS: Final = 1 << 21  # mappings, or open files, or threads of all processes
+_SECURITY: Final = frozenset((b"securityfs",))
 _IN_MEMORY: Final = frozenset((b"tmpfs", b"devtmpfs", b"ramfs"))
 # Looked up in one pass over the table of symbols; each alone would take one.
 _SYMBOLS: Final = (
@@ -175,6 +176,10 @@ class GuestReader:
     def tmpfs_mounts(self) -> list[tuple[bytes, Object]]:
         """Targets and ``struct super_block *`` of what pid 1 sees and is in memory alone."""
         return [(one.target, one.sb) for one in self._mounted(_IN_MEMORY)]
+
+    def security_mounts(self) -> list[tuple[bytes, Object]]:
+        """Likewise of what security modules show."""
+        return [(one.target, one.sb) for one in self._mounted(_SECURITY)]
 
     def _mounted(self, kinds: frozenset[bytes]) -> list[Mounted]:
         """File systems of some kinds that pid 1 sees, each with all places where it is."""

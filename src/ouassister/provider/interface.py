@@ -131,6 +131,12 @@ class Vm(Protocol):
         When this raises, the VM sleeps as before.
         """
 
+    def boot(self) -> Running:
+        """Start it from its disks alone, paused, with every link down.
+
+        When this raises, it does not run.
+        """
+
     def attach(self) -> Running:
         """Take hold of the VM that runs.
 

@@ -174,6 +174,17 @@ class Domain:
             raise
         return vm
 
+    def boot(self) -> RunningDomain:
+        """See `Vm`."""
+        self.virsh.run("start", self.hardware.uuid, "--paused", timeout_s=_SAVE_S)
+        vm = RunningDomain(self)
+        try:
+            vm.set_links(up=False)
+        except BaseException:
+            vm.kill()
+            raise
+        return vm
+
     def attach(self) -> RunningDomain:
         """See `Vm`."""
         if self.state() == _STOPPED:

@@ -126,6 +126,20 @@ def restore(config: VmConfig, *, links_up: bool, extra_args: Sequence[str] = ())
     return vm
 
 
+def boot(config: VmConfig) -> RunningVM:
+    """Start the VM from its disks alone, paused, with every link down.
+
+    When this raises, no process is left; see `start`.
+    """
+    vm = start(config, "-S")
+    try:
+        vm.set_links(up=False)
+    except BaseException:
+        vm.kill()
+        raise
+    return vm
+
+
 def attach(config: VmConfig) -> RunningVM:
     """Connect to the VM's running QEMU.
 

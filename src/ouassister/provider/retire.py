@@ -18,6 +18,8 @@ def rename_save(save: Path) -> None:
     """
     try:
         save.rename(save.with_name(f"{save.name}.resumed"))
+        # rename(2) does nothing between two names of one file, as a snapshot may leave them.
+        save.unlink(missing_ok=True)
     except FileNotFoundError:
         return  # an earlier resume has done it
     except OSError as error:

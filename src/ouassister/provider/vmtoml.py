@@ -127,6 +127,12 @@ class VmConfig:
 
         return qemu.restore(self, links_up=False)
 
+    def boot(self) -> RunningVM:
+        """See `Vm` and `qemu.boot`."""
+        from ouassister.provider import qemu
+
+        return qemu.boot(self)
+
     def attach(self) -> RunningVM:
         """See `Vm` and `qemu.attach`."""
         from ouassister.provider import qemu

@@ -15,6 +15,8 @@ import secrets
 import shlex
 from typing import TYPE_CHECKING, Final
 
+from ouassister.restart.actions import side_by_side
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -109,18 +111,27 @@ def actions_command(actions: Sequence[Action]) -> list[str]:
 
 
 def action_lines(actions: Sequence[Action]) -> list[str]:
-    """The shell's lines of `actions_command`."""
-    lines = []
-    for index, action in enumerate(actions):
-        line = f"{shlex.join(action.argv)} >/dev/null 2>&1 </dev/null; "
-        units = several_units(action)
-        if not units:
-            lines.append(f"{line}echo {index} $?")
-            continue
-        show = f"systemctl show -p LoadState,ActiveState,Result -- {shlex.join(units)}"
-        line += f"s=$?; echo {index} $s; [ $s -eq 0 ] || {show} 2>/dev/null </dev/null"
-        lines.append(f'{line} | while read -r l; do echo "{index}:$l"; done')
+    """The shell's lines of `actions_command`; what is independent goes on side by side."""
+    lines: list[str] = []
+    for group in side_by_side(actions):
+        some = [_action_line(number, actions[number]) for number in group]
+        if len(some) == 1:
+            lines += some
+        else:  # not a plain wait: others go on meanwhile
+            lines.append("jobs=")
+            lines += [f'{{ {line}; }} & jobs="$jobs $!"' for line in some]
+            lines.append("wait $jobs")
     return lines
+
+
+def _action_line(index: int, action: Action) -> str:
+    line = f"{shlex.join(action.argv)} >/dev/null 2>&1 </dev/null; "
+    units = several_units(action)
+    if not units:
+        return f"{line}echo {index} $?"
+    show = f"systemctl show -p LoadState,ActiveState,Result -- {shlex.join(units)}"
+    line += f"s=$?; echo {index} $s; [ $s -eq 0 ] || {show} 2>/dev/null </dev/null"
+    return f'{line} | while read -r l; do echo "{index}:$l"; done'
 
 
 def several_units(action: Action) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,21 +17,32 @@ from ouassister.errors import (
     ChannelError,
     DeadlineError,
     GateClosedError,
+    GateOpenedError,
     HostNotReadyError,
     InterruptedRunError,
     OUassisterError,
     QemuRefusedError,
+    StaleError,
 )
-from ouassister.model import Phase, ResumeReport, StagedState
-from ouassister.reflect import applier_protocol, bootstrap, gate, second_look, staged, verify
+from ouassister.model import Action, Gate, Phase, ResumeReport, StagedState
+from ouassister.reflect import (
+    afresh,
+    applier_protocol,
+    bootstrap,
+    gate,
+    second_look,
+    staged,
+    verify,
+)
 from ouassister.reflect.verify import Verification
+from ouassister.restart import reach
 from ouassister.state.fence import check_fence
 from ouassister.store.database import ChangesetState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ouassister.model import Action, Changeset
+    from ouassister.model import Changeset
     from ouassister.provider.interface import Running, Vm
     from ouassister.reflect.applier_protocol import ApplierResult
     from ouassister.reflect.gate import OnFailure
@@ -49,6 +60,7 @@ _OF_APPLIER: Final = (
     ("stage", "every replaced or deleted path was as planned"),
     ("verify", "every path in place: inode, size and mode"),
 )
+_OF_SAME: Final = "what only got another time by inode, size and times, not by its bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +75,12 @@ class Medium:
 
 @dataclass(frozen=True, slots=True)
 class _Finished:
-    """What came of all that follows the files."""
+    """What came of all that follows the files, and what is left to be done."""
 
     failed_actions: tuple[str, ...]
     staged: tuple[StagedState, ...]
     verification: Verification
+    left: tuple[Action, ...] = ()
 
 
 def reflect(
@@ -80,6 +93,8 @@ def reflect(
     on_state: Callable[[ChangesetState], None],
     again: bool,
     on_failure: OnFailure,
+    extent: Gate = Gate.FULL,
+    on_retire: Callable[[], None] = lambda: None,
 ) -> ResumeReport:
     """Resume the VM and make the change set true in it.
 
@@ -92,11 +107,14 @@ def reflect(
         on_state: Records how far the change set got, durably.
         again: An earlier resume stopped half-way.
         on_failure: What becomes of the gate then.
+        extent: How much is done behind the closed gate.
+        on_retire: Called before the save file is put out of the way; the guest has not run since
+            it slept, and sleeps on when this raises.
 
     Raises:
         ApplyError: The guest is as it was suspended; the gate is closed, but for the policy.
         GateClosedError: Nobody knows how far it got; the gate is closed.
-        GateOpenedError: As before; the policy has opened the gate.
+        GateOpenedError: As before; the policy has opened the gate, or it was open by then.
         StaleError: The guest is not the one the change set was made for; the gate is closed.
     """
     with timeline.phase("write medium"):
@@ -104,7 +122,7 @@ def reflect(
     on_state(ChangesetState.APPLYING)
     with timeline.phase("restore, links down"):
         try:
-            vm = _find(config, changeset) if again and config.is_running() else _restore(config)
+            vm = _wake(config, changeset) if again else config.restore()
         except BaseException:
             if not again:
                 on_state(ChangesetState.READY)
@@ -114,6 +132,7 @@ def reflect(
             vm.reach(changeset.access)
             vm.channel()  # connected before the guest runs: its agent wakes at once
             attach(vm, medium)
+            on_retire()
             config.retire_save()
         except BaseException:
             if not again:  # it never ran: it sleeps as before
@@ -125,20 +144,29 @@ def reflect(
             vm.cont()
             with timeline.phase("apply"):
                 result = _apply(vm, medium)
-            done = _finish(vm, changeset, result, timeline)
+            done = _finish(vm, changeset, result, timeline, extent)
             with timeline.phase("open gate"):
                 vm.set_links(up=True)
             online_s = time.monotonic() - start
         except OUassisterError as error:
             failure = gate.judge(error)
+            if again and type(failure) is StaleError:
+                failure.hint = afresh.UNDONE_HINT
             if not isinstance(failure, GateClosedError):
                 on_state(ChangesetState.FAILED)
             if not isinstance(error, InterruptedRunError):
                 failure = gate.after_failure(vm, failure, on_failure, timeline)
             raise failure from (None if failure is error else error)
+        try:
+            done = _follow(vm, changeset, result, done, timeline)
+        except OUassisterError as error:
+            message = f"after the gate had been opened: {error.message}"
+            raise GateOpenedError(message) from error
+        settled_s = time.monotonic() - start
         on_state(ChangesetState.APPLIED)
         notes = detach(vm, medium, timeline)
-    return _report(changeset, result, done, timeline, online_s, notes)
+    report = _report(changeset, result, done, timeline, online_s, notes)
+    return replace(report, gate=extent, settled_s=round(settled_s, 4))
 
 
 def make_medium(changeset: Changeset, layer: Path | None, folder: Path) -> Medium:
@@ -168,13 +196,11 @@ def bring(vm: Running, medium: Medium) -> None:
         vm.channel().write_file(path, medium.path.read_bytes(), timeout_s=APPLY_S)
 
 
-def _restore(config: Vm) -> Running:
-    if not config.save.exists():
-        raise GateClosedError(
-            f"{config.name} ended while the change set was being applied",
-            hint="boot it with its links down; 'ouassister resume' then finishes what was begun",
-        )
-    return config.restore()
+def _wake(config: Vm, changeset: Changeset) -> Running:
+    """The VM, as an earlier resume left it."""
+    if config.is_running():
+        return _find(config, changeset)
+    return config.restore() if config.save.exists() else afresh.boot(config, changeset.access)
 
 
 def _find(config: Vm, changeset: Changeset) -> Running:
@@ -184,7 +210,7 @@ def _find(config: Vm, changeset: Changeset) -> Running:
     if config.save.exists() and not vm.runs():  # see `Vm.retire_save`: it never ran
         vm.kill()
         check_fence(changeset.fence)
-        return _restore(config)
+        return config.restore()
     vm.set_links(up=False)
     vm.cont()
     try:
@@ -220,7 +246,7 @@ def _apply(vm: Running, medium: Medium) -> ApplierResult:
 
 
 def _finish(
-    vm: Running, changeset: Changeset, result: ApplierResult, timeline: Timeline
+    vm: Running, changeset: Changeset, result: ApplierResult, timeline: Timeline, extent: Gate
 ) -> _Finished:
     """What follows the files: actions, staged packages, restarts, verification.
 
@@ -237,16 +263,46 @@ def _finish(
             installed = staged.install(vm, changeset, gate.HINT)
         states = installed.states
         actions = staged.due(changeset.restarts, last, installed)
+    left: tuple[Action, ...] = ()
+    if extent is Gate.EXPOSED:
+        actions, left = reach.split(actions, changeset.out_of_reach)
     with timeline.phase("restarts and verification" if states else "actions and verification"):
-        command = verify.command(changeset, actions)
-        done = second_look.run(vm, command, timeout_s=_ACTIONS_S, most_s=_POLL_S)
-    failed += bootstrap.failed_actions(actions, done.stdout)
+        done = _act_and_verify(vm, changeset, result, actions, left)
+    return replace(done, failed_actions=failed + done.failed_actions, staged=states, left=left)
+
+
+def _follow(
+    vm: Running, changeset: Changeset, result: ApplierResult, done: _Finished, timeline: Timeline
+) -> _Finished:
+    """What was left for after the gate; verified again.
+
+    Raises:
+        GateClosedError: The verification met a problem; its text fits an open gate, too.
+    """
+    if not done.left:
+        return done
+    with timeline.phase("gate open: actions and verification"):
+        more = _act_and_verify(vm, changeset, result, done.left)
+    failed = done.failed_actions + more.failed_actions
+    return replace(done, failed_actions=failed, verification=more.verification)
+
+
+def _act_and_verify(
+    vm: Running,
+    changeset: Changeset,
+    result: ApplierResult,
+    actions: tuple[Action, ...],
+    left: tuple[Action, ...] = (),
+) -> _Finished:
+    command = verify.command(changeset, actions, left)
+    done = second_look.run(vm, command, timeout_s=_ACTIONS_S, most_s=_POLL_S)
+    failed = bootstrap.failed_actions(actions, done.stdout)
     since_ms = result.ended_ms - sum(milliseconds for _name, milliseconds in result.phases_ms)
-    verification = verify.judge(changeset, since_ms, done.stdout)
+    verification = verify.judge(changeset, since_ms, done.stdout, left)
     if verification.problems:
         words = "; ".join((*verification.problems, *failed))
         raise GateClosedError(f"verification in the guest: {words}", hint=gate.HINT)
-    return _Finished(failed, states, verification)
+    return _Finished(failed, (), verification)
 
 
 def act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
@@ -289,6 +345,7 @@ def _report(
         failed_actions=done.failed_actions,
         verified=(
             *(words for phase, words in _OF_APPLIER if phase in done_phases),
+            *((_OF_SAME,) if any(entry.same for entry in changeset.entries) else ()),
             *(("version and state of every staged package",) if changeset.staged else ()),
             *done.verification.verified,
         ),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.model import Verdict
 from ouassister.reflect import bootstrap
+from ouassister.restart.actions import units_of
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
@@ -41,28 +42,33 @@ class Verification:
     notes: tuple[str, ...]
 
 
-def command(changeset: Changeset, actions: Sequence[Action]) -> list[str]:
-    """A command for the guest: do each action, verify, attest.
+def command(
+    changeset: Changeset, actions: Sequence[Action], left: Sequence[Action] = ()
+) -> list[str]:
+    """A command for the guest: do each action, verify, attest; ``left`` follow later.
 
     The actions' answers are those of `bootstrap.actions_command`.
     """
     head = [
         f"id={changeset.changeset_id}",
         f"serviced={'yes' if actions else ''}",
-        f"units={shlex.quote(' '.join(sorted(_restarted(changeset))))}",
+        f"units={shlex.quote(' '.join(sorted(_restarted(changeset, left))))}",
     ]
     lines = ["begin", *bootstrap.action_lines(actions), "finish"]
     script = "\n".join([*head, _SCRIPT.read_text(encoding="ascii"), *lines])
-    return ["/bin/sh", "-c", script, bootstrap.OURS, *_pieces(_attestation(changeset))]
+    return ["/bin/sh", "-c", script, bootstrap.OURS, *_pieces(_attestation(changeset, left))]
 
 
-def judge(changeset: Changeset, since_ms: float, output: bytes) -> Verification:
+def judge(
+    changeset: Changeset, since_ms: float, output: bytes, left: Sequence[Action] = ()
+) -> Verification:
     """Read what the command printed.
 
     Args:
         changeset: Which was applied.
         since_ms: When the applier began, on the guest's monotonic clock.
         output: All of it.
+        left: Actions that follow later: their units are not looked at.
     """
     told = [line[2:] for line in output.decode("utf-8", "replace").splitlines() if line[:2] == "v "]
     problems: list[str] = []
@@ -73,7 +79,7 @@ def judge(changeset: Changeset, since_ms: float, output: bytes) -> Verification:
     else:
         problems.append("the completion marker is not this change set's")
     _judge_database(changeset, told, problems, verified, notes)
-    _judge_units(changeset, since_ms, told, problems, verified, notes)
+    _judge_units(_restarted(changeset, left), since_ms, told, problems, verified, notes)
     if "attested 0" not in told:
         notes.append("the guest could not write its attestation")
     return Verification(tuple(problems), tuple(verified), tuple(notes))
@@ -106,7 +112,7 @@ def _judge_database(
 
 
 def _judge_units(
-    changeset: Changeset,
+    restarted: set[str],
     since_ms: float,
     told: list[str],
     problems: list[str],
@@ -120,7 +126,6 @@ def _judge_units(
         return
     failed = [line[5:] for line in told if line.startswith("unit ")]
     stamps = [line[6:] for line in told if line.startswith("since ")]
-    restarted = _restarted(changeset)
     if bad := restarted.intersection(failed):
         problems.append(f"{_some(bad)} ran at suspend and failed when restarted")
     elif restarted:
@@ -137,12 +142,13 @@ def _judge_units(
         notes.append(f"failed since the resume: {_some(new)}")
 
 
-def _restarted(changeset: Changeset) -> set[str]:
+def _restarted(changeset: Changeset, left: Sequence[Action]) -> set[str]:
     """Units that ran when the guest fell asleep, as its memory says, and that are restarted."""
-    return {one.unit for one in changeset.restarts if one.verdict is Verdict.RESTART}
+    units = {one.unit for one in changeset.restarts if one.verdict is Verdict.RESTART}
+    return units.difference(*(units_of(action)[1] for action in left))
 
 
-def _attestation(changeset: Changeset) -> str:
+def _attestation(changeset: Changeset, left: Sequence[Action]) -> str:
     """The beginning of the attestation, an object that the guest's shell ends."""
     known = {
         "schema": 1,
@@ -154,6 +160,8 @@ def _attestation(changeset: Changeset) -> str:
         "staged": [one.name for one in changeset.staged],
         "entries": len(changeset.entries),
     }
+    if left:
+        known["to_follow"] = [" ".join(action.argv) for action in left]
     return json.dumps(known, separators=(",", ":"))[:-1] + ","
 
 

@@ -27,6 +27,8 @@ _LATER_S: Final = 30
 _SIGNAL: Final = "kill"  # with the pid as its last word (`shadow.events`)
 _MERGED: Final = ("systemctl", "deb-systemd-invoke")  # these take any number of units
 _MOST_UNITS: Final = 128  # of one call, whose words have a limit
+_CREATE: Final = ("systemd-tmpfiles", "--create")
+_JOBS: Final = _VERBS | {"reload", "try-reload-or-restart"}
 
 
 def coalesce(
@@ -52,7 +54,7 @@ def coalesce(
             units = [unit for unit in units if unit != _AGENT]
             if not units:
                 continue
-            action = Action((*action.argv[: _head(action)], *units))
+            action = Action((*action.argv[: head_of(action)], *units))
         if verb in _ENDS:
             done.update(units)
         actions.append(action)
@@ -60,7 +62,7 @@ def coalesce(
         actions,
         {one.pid for restart in restarts if restart.unit in done for one in restart.processes},
     )
-    actions = merge(actions)
+    actions = merge(_create_first(actions))
     due = []
     for restart in restarts:
         if restart.verdict is Verdict.LATER:
@@ -103,9 +105,65 @@ def merge(actions: Iterable[Action]) -> list[Action]:
     return [_RELOAD, *merged] if reload else merged
 
 
+def _create_first(actions: Iterable[Action]) -> list[Action]:
+    """Make one call of those that make what tmpfiles.d(5) describes, before what needs it.
+
+    All files are in place by then, so that what a later script asks for may come earlier; not
+    before a call that stops something, which may take away what it had.
+    """
+    gathered: list[Action] = []
+    at = -1  # of the call that takes more
+    for action in actions:
+        if action.argv[:2] != _CREATE or any(word.startswith("-") for word in action.argv[2:]):
+            if _units(action)[0] == "stop":
+                at = -1
+            gathered.append(action)
+        elif at < 0 or len(action.argv) == len(_CREATE):  # without names: all that there are
+            at = len(gathered) if len(action.argv) > len(_CREATE) else at
+            gathered.append(action)
+        else:
+            names = dict.fromkeys((*gathered[at].argv[2:], *action.argv[2:]))
+            if len(names) > _MOST_UNITS:
+                at = len(gathered)
+                gathered.append(action)
+            else:
+                gathered[at] = Action((*_CREATE, *names))
+    return gathered
+
+
+def side_by_side(actions: Iterable[Action]) -> list[list[int]]:
+    """Which actions may go on at once, by their numbers; each group ends before the next begins.
+
+    Calls of the service manager for units of their own: it orders its jobs as the units ask for,
+    whoever queued them.
+    """
+    groups: list[list[int]] = []
+    busy: set[str] = set()
+    for number, action in enumerate(actions):
+        units = _jobs(action)
+        if units and groups and busy and busy.isdisjoint(units):
+            groups[-1].append(number)
+            busy |= units
+        else:
+            groups.append([number])
+            busy = set(units)
+    return groups
+
+
+def _jobs(action: Action) -> frozenset[str]:
+    """The units of a call that queues jobs; none for any other."""
+    program, *words = action.argv
+    plain = [word for word in words if not word.startswith("-")]
+    if program in ("invoke-rc.d", "service"):
+        plain = plain[1::-1]
+    if program not in _RESTARTERS or len(plain) < 2 or plain[0] not in _JOBS:
+        return frozenset()
+    return frozenset(unit if "." in unit else f"{unit}.service" for unit in plain[1:])
+
+
 def _call(action: Action) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """A call that may be merged: program, options and verb; and its units. Else nothing."""
-    at = _head(action)
+    at = head_of(action)
     head, units = action.argv[:at], action.argv[at:]
     options = head[1:-1]
     if head[0] not in _MERGED or not units or any(not word.startswith("-") for word in options):
@@ -124,8 +182,8 @@ def _signals_first(actions: list[Action], ending: Container[int]) -> list[Action
     return [*others[:at], *meant, *others[at:]]
 
 
-def _head(action: Action) -> int:
-    """Words of an action up to its verb."""
+def head_of(action: Action) -> int:
+    """How many words of an action there are up to its verb."""
     for at, word in enumerate(action.argv[1:], 1):
         if word in _VERBS:
             return at + 1

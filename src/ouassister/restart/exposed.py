@@ -21,11 +21,14 @@ def exposed(
     """Find the processes that run what is replaced or deleted, or was before the guest slept.
 
     A mapped file is told by its inode as well as by its path, so that a file which another mount
-    covers, or a container's, is not taken for the guest's. Directories and links are no program.
-    ``also`` are paths that packages will replace in the guest; their inodes are not known.
+    covers, or a container's, is not taken for the guest's. Directories and links are no program;
+    what only gets another time is not replaced. ``also`` are paths that packages will replace in
+    the guest; their inodes are not known.
     """
     old: dict[bytes, int] = {}
     for entry in entries:
+        if entry.same:
+            continue
         if entry.expected is not None and entry.kind in (Kind.FILE, Kind.HARDLINK, Kind.SYMLINK):
             old[entry.path] = entry.expected.inode
         elif entry.kind is Kind.DELETE:

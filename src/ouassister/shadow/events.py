@@ -30,6 +30,7 @@ _MAX_ACTIONS: Final = 4096
 _MAX_SHOWN: Final = 80
 _WORD: Final = re.compile(r"[A-Za-z0-9:_.@\\=/+-]{1,255}")  # unit names: systemd.unit(5)
 _RELOAD, _REEXECUTE = "daemon-reload", "daemon-reexec"
+_POLICY: Final = ("apparmor_parser",)
 
 
 class Outcome(StrEnum):
@@ -163,11 +164,13 @@ def actions_of(events: Iterable[Event]) -> tuple[tuple[Action, ...], tuple[str, 
     """Make what the guest shall do out of records.
 
     Returns:
-        The actions, reload of the service manager or of its program first and once, and notes on
-        what was recorded but will not be done, each with its reason.
+        The actions, reload of the service manager or of its program first and once, then policies
+        that services shall be started with; and notes on what was recorded but will not be done,
+        each with its reason.
     """
     notes: list[str] = []
     actions: list[Action] = []
+    policies: list[Action] = []
     manager = ""  # what is to be done to the service manager itself
     for event in events:
         called = f"{' '.join(event.words)[:_MAX_SHOWN]!a}"
@@ -178,14 +181,15 @@ def actions_of(events: Iterable[Event]) -> tuple[tuple[Action, ...], tuple[str, 
             case Outcome.DEFERRED if verb := _of_manager(event.words):
                 manager = manager if manager == _REEXECUTE else verb
             case Outcome.DEFERRED:
-                actions.append(Action(event.words))
+                one = policies if event.words[:1] == _POLICY else actions
+                one.append(Action(event.words))
             case Outcome.WITHHELD:
                 notes.append(f"a script asked for {called}{by}: {_shown(event)}")
             case Outcome.REFUSED | Outcome.UNKNOWN | Outcome.FOREIGN:
                 notes.append(f"a script called {called}{by} and got an error: {_shown(event)}")
             case Outcome.LOST | Outcome.EXPIRED | Outcome.LIMITED:
                 notes.append(_shown(event))
-    merged = _merge(actions)
+    merged = _merge(policies) + _merge(actions)
     if len(merged) > _MAX_ACTIONS:
         notes.append(f"{len(merged) - _MAX_ACTIONS} recorded calls over the limit are not done")
         merged = merged[:_MAX_ACTIONS]

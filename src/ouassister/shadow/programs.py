@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import selectors
 import signal
 import socket
@@ -34,6 +35,7 @@ from ouassister.shadow.servicemanager import RECORDS, Attached, Listeners
 from ouassister.shadow.syscalls.handlers import handlers
 from ouassister.shadow.syscalls.notify import serve_one
 from ouassister.shadow.syscalls.records import SYSCALLS, JsonLines
+from ouassister.shadow.syscalls.stopped import Stopped
 from ouassister.shadow.watch import Watch
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from ouassister.shadow.told import Told
 
 _MOST_DESCRIPTORS: Final = 8  # of one message
+_PROC_ENDS_S: Final = 10.0  # once nobody sees it any more
 _OUTPUT: Final = f"{sandbox.WORK}/output"
 
 
@@ -94,7 +97,9 @@ class Programs:
             SetUpError: The host does not let it start, or its stand-ins died.
         """
         if self._handlers is None:
-            self._handlers = handlers(self._told.facts, self._recorder)
+            records = f"{self._stage}/{_OUTPUT}/{RECORDS}"
+            stopped = Stopped(self._told.services.daemons, records)
+            self._handlers = handlers(self._told.facts, self._recorder, stopped)
         program = runner.Program(
             argv=tuple(request["argv"]),
             environment=dict(request["environment"]),
@@ -169,11 +174,22 @@ class Programs:
         return answer
 
     def _check_proc(self) -> None:
-        """Make sure that programs had a /proc to their end; it goes by itself after them."""
-        pid, status = os.waitpid(self._helpers[0], os.WNOHANG)
-        if pid:
-            self._helpers.pop(0)
-        if pid and status:
+        """Make sure that programs had a /proc to their end; it goes by itself after them.
+
+        The kernel ends the connection before its server has ended, so that a look without waiting
+        would miss a server that died under the last program.
+        """
+        server = self._helpers[0]
+        pidfd = os.pidfd_open(server)
+        try:
+            ended, _, _ = select.select([pidfd], [], [], _PROC_ENDS_S)
+        finally:
+            os.close(pidfd)
+        if not ended:
+            raise SetUpError("something in the shadow still holds its /proc")
+        self._helpers.pop(0)
+        _pid, status = os.waitpid(server, 0)
+        if status:
             code = os.waitstatus_to_exitcode(status)
             raise SetUpError(f"the server of /proc died: it ended with {code}")
 

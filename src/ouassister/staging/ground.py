@@ -72,6 +72,13 @@ class RealGround:
         """What processes run."""
         return self._running().uses
 
+    def out_of_reach(self) -> frozenset[str]:
+        """Units that nobody on a network reaches; none where that cannot be told."""
+        try:
+            return self._running().out_of_reach
+        except OUassisterError:  # `uses` meets it, too, and is told of
+            return frozenset()
+
     def emulate(self, request: Request) -> Ran:
         """Run the guest's updater."""
         with self._timeline.phase("emulate"):

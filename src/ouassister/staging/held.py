@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ouassister.guest_model import GuestPid, Subject
-from ouassister.restart import uses
+from ouassister.restart import reach, uses
 from ouassister.restart.uses import ProcessUse
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _UNIT: Final = re.compile(r"[A-Za-z0-9:_.@\\-]{1,200}\.service")
 _DELETED: Final = b" (deleted)"
-SUBJECTS: Final = frozenset((Subject.TASKS, Subject.MAPS, Subject.FILES))
+SUBJECTS: Final = frozenset((Subject.TASKS, Subject.MAPS, Subject.FILES, Subject.NETWORK))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +53,21 @@ class HeldFile:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What processes run and hold; ``unknown`` tells what this kernel does not say of it."""
+    """What processes run and hold; ``unknown`` tells what this kernel does not say of it.
+
+    ``out_of_reach`` has units that nobody on a network reaches (`ouassister.restart.reach`).
+    """
 
     uses: tuple[ProcessUse, ...]
     held: tuple[HeldFile, ...]
     unknown: tuple[str, ...] = ()
+    out_of_reach: frozenset[str] = frozenset()
 
 
 def running(view: GuestView) -> Running:
     """Read it from a view with `SUBJECTS`."""
     unknown = () if view.files is not None else ("which files are open cannot be told",)
-    return Running(uses.of_view(view), of_view(view), unknown)
+    return Running(uses.of_view(view), of_view(view), unknown, reach.out_of_reach(view))
 
 
 def of_view(view: GuestView) -> tuple[HeldFile, ...]:

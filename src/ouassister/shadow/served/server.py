@@ -96,3 +96,11 @@ def caller() -> tuple[int, int]:
 
     uid, gid, _ = mfusepy.fuse_get_context()
     return uid, gid
+
+
+def caller_pid() -> int:
+    """Tell who asks what is being answered: the process, as the supervisor sees it."""
+    import mfusepy
+
+    pid: int = mfusepy.fuse_get_context()[2]
+    return pid

@@ -83,6 +83,17 @@ class Mounted:
 
 
 @dataclass(frozen=True, slots=True)
+class Daemon:
+    """Where processes listen, and their units: ``/path``, ``@name`` or ``tcp:80``.
+
+    The manager's own sockets are of its own unit, init.scope, which nobody stops.
+    """
+
+    address: str
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ManagerState:
     """All that the stand-in is told of the guest. None: memory did not tell."""
 
@@ -92,6 +103,7 @@ class ManagerState:
     mounts: tuple[Mounted, ...]
     swaps: tuple[str, ...]  # names of units
     sockets: tuple[str, ...] | None  # what the manager listens on: a path, or a port
+    daemons: tuple[Daemon, ...] = ()
 
 
 def collect(view: GuestView) -> ManagerState:
@@ -126,6 +138,7 @@ def collect(view: GuestView) -> ManagerState:
         mounts=tuple(mounts.values()),
         swaps=tuple(filter(is_unit_name, swaps)),
         sockets=_sockets(view),
+        daemons=_daemons(view),
     )
 
 
@@ -217,6 +230,37 @@ def _sockets(view: GuestView) -> tuple[str, ...] | None:
                 if b"socket:[%d]" % one.inode in held
             }
         )
+    )
+
+
+def _daemons(view: GuestView) -> tuple[Daemon, ...]:
+    """Who listens where; one that a process of no unit listens at as well is left out."""
+    if view.files is None or view.sockets is None:
+        return ()
+    unit_of = {
+        task.pid: task.detail.unit
+        for task in view.tasks
+        if task.detail is not None and is_unit_name(task.detail.unit)
+    }
+    holders: dict[bytes, set[str]] = {}
+    for process in view.files:
+        for file in process.files:
+            holders.setdefault(file.path, set()).add(unit_of.get(process.pid, ""))
+    found: dict[str, set[str]] = {}
+    for one in view.sockets.bound[:_MAX_UNITS]:
+        if not one.listening:
+            continue
+        address = f"tcp:{one.port}"
+        if one.protocol.startswith("unix"):
+            address = one.address.decode("utf-8", "surrogateescape").replace("\0", "@")
+        if address.startswith("/var/run/"):
+            address = address.removeprefix("/var")
+        units = found.setdefault(address, set())
+        units |= holders.get(b"socket:[%d]" % one.inode, {""})
+    return tuple(
+        Daemon(address, tuple(sorted(units)))
+        for address, units in sorted(found.items())
+        if "" not in units
     )
 
 

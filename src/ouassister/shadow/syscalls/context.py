@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ouassister.shadow.syscalls.notify import Call, Result
 from ouassister.shadow.syscalls.standin import StandIns
+from ouassister.shadow.syscalls.stopped import Stopped
 
 if TYPE_CHECKING:
     from ouassister.shadow.syscalls.facts import GuestFacts, GuestProcess
@@ -30,11 +31,13 @@ class Context:
     Args:
         facts: The guest.
         journal: Takes what is written down.
+        stopped: Knows which daemons the scripts have stopped.
     """
 
-    def __init__(self, facts: GuestFacts, journal: Journal) -> None:
+    def __init__(self, facts: GuestFacts, journal: Journal, stopped: Stopped | None = None) -> None:
         self.facts = facts
         self.journal = journal
+        self.stopped = stopped or Stopped((), "/nonexistent")
         self.nodename = facts.uts.nodename.encode("utf-8", "surrogateescape")
         self.domainname = facts.uts.domainname.encode("utf-8", "surrogateescape")
         self.stand_ins = StandIns()

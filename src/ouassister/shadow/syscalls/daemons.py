@@ -2,7 +2,8 @@
 
 A script that asks one and goes on without an answer would leave something else than in the running
 guest. The call itself is the kernel's: who listens in the shadow (the stand-in, or what the script
-itself has started) is reached, and nobody else.
+itself has started) is reached, and nobody else. A daemon whose unit a script has stopped is asked
+by none in the running guest either (`stopped`).
 
 Source: Linux v6.1 net/unix/af_unix.c (``unix_seq_show``: ``__SO_ACCEPTCON``), net/ipv4/tcp_ipv4.c
 (``get_tcp4_sock``: state 0A is TCP_LISTEN), include/uapi/linux/un.h, in.h, in6.h.
@@ -75,7 +76,7 @@ def _connect(context: Context, listener: int, call: Call) -> Result:
     target = _target(read_memory(listener, call, call.args[1], size))
     if target not in context.facts.listeners or target.startswith(_USUAL):
         return Pass.CONTINUE
-    if target not in _own(listener, call):
+    if target not in _own(listener, call) and not context.stopped.nobody_listens(target):
         context.journal.note(call, "connect", FOREIGN, [target])
     return Pass.CONTINUE
 

@@ -24,6 +24,7 @@ from ouassister.shadow.syscalls.table import NOTIFIED, TABLE, Answer, GuestPid, 
 
 if TYPE_CHECKING:
     from ouassister.shadow.syscalls.facts import GuestFacts
+    from ouassister.shadow.syscalls.stopped import Stopped
 
 _INIT: Final = 1  # the guest's, and the shadow's, which has no filter
 
@@ -82,14 +83,15 @@ class Handlers:
         raise OSError(errno.ENOSYS, "in no table")
 
 
-def handlers(facts: GuestFacts, recorder: Recorder) -> Handlers:
+def handlers(facts: GuestFacts, recorder: Recorder, stopped: Stopped | None = None) -> Handlers:
     """Make the handlers of one shadow.
 
     Args:
         facts: The guest.
         recorder: Takes what is written down.
+        stopped: Knows which daemons the scripts have stopped; none, without it.
     """
-    return Handlers(Context(facts, Journal(recorder)))
+    return Handlers(Context(facts, Journal(recorder), stopped))
 
 
 _ANSWERERS: Final[dict[str, Answerer]] = {

@@ -7,7 +7,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import CorruptGuestError, PageAbsentError, UnsupportedGuestError
-from ouassister.kernel import rodata
+from ouassister.kernel import rodata, securityfs
 from ouassister.kernel.kernfs import Kernfs, link_text
 from ouassister.kernel.program import guest_reads
 from ouassister.shadow.served.snapshot import Node
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
     from ouassister.kernel import GuestReader
     from ouassister.kernel.kernfs import KernfsNode
+    from ouassister.kernel.securityfs import SecurityFile
 
 _MAX_READS: Final = 4 << 20  # a small server takes 30 thousand
 _MAX_LEFT_OUT: Final = 256
 _SLABS: Final = b"/kernel/slab"
 _MODULE: Final = b"/module/"
+_SECURITY: Final = b"/sys/kernel/security"
 _ADDRESSES: Final = (b"/sections", b"/notes")
 _NOWHERE: Final = b"(absent)"
 _MAX_IDS: Final = 65536  # that the user namespace has
@@ -61,13 +63,14 @@ def collect(
     kernel.symbols.learn(
         ("sysfs_root_kn", "init_net", "dmi_ident", "acpi_device_fwnode_ops", "devlist",
          "boot_cpu_data", *modules.SYMBOLS, *system.SYMBOLS,
-         *rodata.SYMBOLS)
+         *securityfs.SYMBOLS, *rodata.SYMBOLS)
     )  # fmt: skip
     with kernel.virtual.bounded(_MAX_READS):
         nodes = Kernfs(kernel).read(_is_left_out)
         collector = _Collector(reader, Look(kernel, nodes), names)
         contents = collector.look.contents
-    return [_node(nodes, index, contents) for index in range(len(nodes))], collector.left_out
+    tree = [_node(nodes, index, contents) for index in range(len(nodes))]
+    return [*tree, *collector.security], collector.left_out
 
 
 def collect_root(reader: GuestReader) -> Node:
@@ -98,15 +101,26 @@ def _node(nodes: list[KernfsNode], index: int, contents: dict[int, bytes]) -> No
                 max(one.size, 0), 0, 0, content)  # fmt: skip
 
 
+def _security_node(one: SecurityFile) -> Node:
+    content = one.content
+    if stat.S_ISLNK(one.mode):
+        content = content or _NOWHERE
+    uid, gid = (owner if owner < _MAX_IDS else _OVERFLOW_ID for owner in (one.uid, one.gid))
+    return Node(one.parent, one.name, one.mode, uid, gid, one.links, one.number, 0, one.device, 0,
+                content)  # fmt: skip
+
+
 class _Collector:
     def __init__(
         self, reader: GuestReader, look: Look, names: Mapping[tuple[bool, int, int], bytes]
     ) -> None:
         self.look = look
         self.left_out: list[str] = []
+        self.security: list[Node] = []
         self._reader = reader
         self._ask("devices", functools.partial(self._devices, names))
         self._ask("module", self._modules)
+        self._ask("kernel/security", self._security)
         made = System(look)
         for path, render in (
             (b"kernel", made.kernel),
@@ -132,6 +146,15 @@ class _Collector:
     def _leave_out(self, line: str) -> None:
         if len(self.left_out) < _MAX_LEFT_OUT:
             self.left_out.append(line)
+
+    def _security(self) -> None:
+        """A file system of its own, where programs load policies; it hangs on an empty folder."""
+        place = self.look.find(_SECURITY.removeprefix(b"/sys/"))
+        for target, sb in self._reader.security_mounts():
+            if target == _SECURITY and place is not None:
+                made = securityfs.Security(self.look.kernel)
+                found = made.read(sb.s_root.read_(), place, len(self.look.nodes))
+                self.security = [_security_node(one) for one in found]
 
     def _modules(self) -> None:
         folder = self.look.find(b"module")

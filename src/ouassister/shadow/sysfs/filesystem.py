@@ -26,6 +26,8 @@ Entry: TypeAlias = tuple[str, dict[str, int], int]
 _WRITES: Final = 0o222
 _READS: Final = 0o444
 _MAX_VALUE: Final = 4096  # a page: sysfs takes no more at once
+POLICY: Final = frozenset(f"/kernel/security/apparmor/{name}" for name in (".load", ".replace"))
+"""Where policies of AppArmor are loaded, of any size."""
 
 
 class SysFiles:
@@ -112,9 +114,9 @@ class SysFiles:
     def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
         """Take a value, as if something happened."""
         del offset, fh
-        if len(data) > _MAX_VALUE:
+        if len(data) > _MAX_VALUE and path not in POLICY:
             data = data[:_MAX_VALUE]
-        self._wrote(path, data.partition(b"\0")[0].rstrip(b"\n"))
+        self._wrote(path, data[:_MAX_VALUE].partition(b"\0")[0].rstrip(b"\n"))
         return len(data)
 
     def truncate(self, path: str, length: int, fh: int | None = None) -> int:
@@ -198,6 +200,7 @@ def _attributes(node: Node) -> dict[str, Any]:
         "st_nlink": node.links,
         "st_ino": node.number,
         "st_size": node.size,
+        "st_rdev": node.device,
         "st_blksize": 4096,
         "st_mtime": node.mtime_ns,
         "st_atime": node.mtime_ns,

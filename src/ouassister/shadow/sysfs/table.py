@@ -18,9 +18,13 @@ TABLE: Final[tuple[Row, ...]] = (
     Row("/sys/**", Shown.FULL, "names, types, modes, owners, inode numbers, sizes, links"),
     Row("/sys/kernel/slab/*, /sys/module/*/sections/*, notes/*", Shown.ABSENT,
         "the folders are empty: thousands of counters, and addresses"),
-    Row("/sys/fs/cgroup, bpf, pstore, fuse/connections; /sys/kernel/debug, tracing, security, "
-        "config; /sys/firmware/efi/efivars", Shown.ABSENT,
+    Row("/sys/fs/cgroup, bpf, pstore, fuse/connections; /sys/kernel/debug, tracing, config; "
+        "/sys/firmware/efi/efivars", Shown.ABSENT,
         "file systems of their own; the folders are empty"),
+    Row("/sys/kernel/security", Shown.PARTIAL,
+        "names, types, modes, owners; lsm, and of AppArmor features, profiles, .stacked, .ns_*; a "
+        "policy that apparmor_parser writes to .load or .replace is loaded in the guest, by the "
+        "same call, before services start; what is written elsewhere is recorded"),
     Row("/sys/devices/**/dev", Shown.FULL, ""),
     Row("/sys/devices/**/uevent", Shown.PARTIAL,
         "of PCI, virtio, platform, ACPI, SCSI, processors, block, network, input, DMI and of what "

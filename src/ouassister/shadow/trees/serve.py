@@ -58,7 +58,9 @@ class Servers:
         try:
             self._pids[SYS] = server.start(
                 "sysfs", str(stage / SYS), raw.MS_NOEXEC, root.mode & _PERMISSIONS,
-                lambda: SysFiles(root, lambda: _asked(handed), *recorders(records)),
+                lambda: SysFiles(
+                    root, lambda: _asked(handed), *recorders(records, server.caller_pid)
+                ),
             )  # fmt: skip
         finally:
             os.close(handed)

@@ -1,0 +1,82 @@
+"""The power goes in the middle of a reflection; whoever resumes the guest again finds it whole."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from tests.vm.powercut import Cut
+from tests.vm.world import with_capture
+
+from ouassister.demo.frames import count_frames
+from ouassister.provider import qemu
+from ouassister.reflect.applier_protocol import Outcome
+from ouassister.testing import guest_run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.vm.world import World
+
+    from ouassister.reflect.applier_protocol import ApplierResult
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+
+_SEEDS: Final = range(1, 1 + int(os.environ.get("OUASSISTER_CUTS", "1")))
+_HOST_CUTS: Final = 5
+_LOOK: Final = (
+    "cat /proc/sys/kernel/random/boot_id; dpkg --audit; find / -xdev -name '.ouassister-*';"
+    " ls /var/lib/ouassister | grep journal; oua-hello; if [ -e /usr/bin/oua-extra ]; then"
+    " oua-extra; fi"
+)
+
+
+def _is_applied(result: ApplierResult) -> bool:
+    """What the applier says of a cut disk: finished, or refused with nothing of it there."""
+    if result.outcome is Outcome.REFUSED:
+        assert result.code == "identity", result
+        return False
+    assert result.outcome in (Outcome.APPLIED, Outcome.ALREADY_APPLIED), result
+    return True
+
+
+@pytest.mark.parametrize("seed", _SEEDS)
+def test_power_cut_then_resume_is_before_or_after_and_nothing_between(
+    world: World, tmp_path: Path, seed: int
+) -> None:
+    capture = with_capture(world)
+    cut = Cut.prepare(world, tmp_path / "cut", seed)
+    renames = bool(seed % 2)
+    written = cut.resume_until(cut.rng.randint(5, 60), planned=renames)
+    assert world.config.save.exists() is False
+
+    for entries in [written, *(cut.rng.randint(1, written) for _ in range(_HOST_CUTS))]:
+        with cut.mounted(cut.disk(entries, "cut.raw")) as root:
+            applied = _is_applied(cut.take_up(root))
+            cut.assert_whole(root, applied=applied)
+        cut.assert_clean(cut.folder / "cut.raw")
+
+    disk = cut.disk(written, "last.raw")
+    with cut.mounted(cut.copy(disk, "cut.raw")) as root:
+        applied = _is_applied(cut.take_up(root))
+    cut.boot_from(disk)
+    capture.unlink()
+    resumed = world.run("resume")
+    with qemu.attach(world.config) as vm:
+        boot, *told = guest_run(vm, _LOOK, timeout_s=120).stdout.decode().split()
+        guest_run(vm, "sync")
+        vm.kill()
+    assert boot != cut.changeset.identity.boot_id
+    if applied:
+        assert resumed.status == 0, resumed
+        assert resumed.result["result"] in ("applied", "already-applied")
+        assert told == ["two", "extra"]
+    else:
+        assert (resumed.status, resumed.code) == (21, "stale"), resumed
+        assert "'ouassister suspend'" in resumed.value["error"]["hint"]
+        assert told == ["one"]
+        assert count_frames(capture) == 0
+    with cut.mounted(cut.flat("cut.raw")) as root:
+        cut.assert_whole(root, applied=applied)
+    cut.assert_clean(cut.folder / "cut.raw")
