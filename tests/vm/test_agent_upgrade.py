@@ -34,8 +34,8 @@ _PACK = f"""cd /; dpkg -L {AGENT} | while read -r path; do
 	[ -d "$path" ] || echo ".$path"; done >/tmp/list
 ls -d ./var/lib/dpkg/info/{AGENT}.* >>/tmp/list
 dpkg-query -s {AGENT} >/tmp/status; tar -C / -cf - -T /tmp/list tmp/status"""
-# Whoever restarts the daemon restarts the agent, with all that it has started.
-_TIED = "mkdir -p /etc/systemd/system/{0}.d; printf '[Unit]\\nPartOf=oua-daemon.service\\n' >{1}"
+# Whoever restarts that service restarts the agent, with all that it has started.
+_TIED = "mkdir -p /etc/systemd/system/{0}.d; printf '[Unit]\\nPartOf=oua-script.service\\n' >{1}"
 
 
 def _repack(raw: bytes, folder: Path, version: str) -> None:
