@@ -16,7 +16,8 @@
     │   ├── QemuLostError          20   QEMU ended while it was needed
     │   ├── QemuRefusedError       20   QEMU answered a command with an error
     │   ├── RollbackRefusedError   20   the last update cannot be taken back
-    │   └── AgentError             20   the guest agent failed or speaks nonsense
+    │   └── ChannelError           20   no program can be run in the guest, or its end is unknown
+    │       └── AgentError         20   the guest agent failed or speaks nonsense
     ├── StaleError                 21   made for another suspension of this VM
     │   └── TamperedError          21   a stored plan or change set is not what was made
     ├── LockedError                22   another run or an updater holds the lock
@@ -199,7 +200,14 @@ class RollbackRefusedError(StateError):
         self.paths = paths
 
 
-class AgentError(StateError):
+class ChannelError(StateError):
+    """No program can be run in the guest, or nobody knows what became of one."""
+
+    code = "state-channel"
+    default_hint = "check that sshd runs in the guest and takes the key for root"
+
+
+class AgentError(ChannelError):
     """The guest agent answered with an error, or not in its protocol."""
 
     code = "state-agent"

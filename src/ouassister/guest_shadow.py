@@ -47,12 +47,23 @@ _PROOF: Final = "ouassister.disk.proof"
 _NAMES: Final = "ouassister.disk.names_proof"
 _IDENTITY: Final = "ouassister.disk.identity"
 _TMPFS: Final = "ouassister.shadow.tmpfs_fill"
+_SMALL: Final = "ouassister.disk.small_files"
 EXTRACT: Final = "ouassister.changeset.extract"
 KEEP: Final = "ouassister.shadow.keep"
 _FILL: Final = {"folder": sandbox.MEMORY, "mounts": sandbox.TMPFS}
 _WANT: Final = frozenset((Subject.LOCKS, Subject.TMPFS_CONTENT))
 _SERVICES: Final = frozenset((Subject.TASKS, Subject.FILES, Subject.NETWORK, Subject.SWAP))
-_MODULES: Final = (_COHERENT, _PROOF, _NAMES, _IDENTITY, EXTRACT, KEEP, _TMPFS, restart_plan.TREE)
+_MODULES: Final = (
+    _COHERENT,
+    _PROOF,
+    _NAMES,
+    _IDENTITY,
+    EXTRACT,
+    KEEP,
+    _TMPFS,
+    restart_plan.TREE,
+    _SMALL,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from ouassister.access import Access as Access
 from ouassister.guest_model import BlockDevice as BlockDevice
 from ouassister.guest_model import Cgroup as Cgroup
 from ouassister.guest_model import GuestPid as GuestPid
@@ -230,9 +231,7 @@ class Plan:
     left_out: tuple[LeftOut, ...]
     download_bytes: int
     predicted: tuple[PackageMode, ...] = ()
-
-
-# --- changeset -----------------------------------------------------------------------------
+    channel: str = ""  # that the resume will use
 
 
 class Kind(StrEnum):
@@ -371,10 +370,8 @@ class Changeset:
     staged: tuple[Staged, ...] = field(default=())
     staged_steps: tuple[StagedStep, ...] = field(default=())  # in the order of the guest's apt
     staging_folder: bytes = b""
+    access: Access = field(default=Access())
     out_of_reach: tuple[str, ...] = ()
-
-
-# --- reports -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,6 +407,7 @@ class UpdateReport:
     offline_s: float
     download_s: float
     modes: tuple[PackageMode, ...] = ()  # of each change
+    channel: str = ""  # that the resume will use
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from ouassister.model import (
 )
 from ouassister.packages import apt, update
 from ouassister.packages.owners import files_of, owners
+from ouassister.reaching.choose import choose, refuse_too_large
 from ouassister.restart import plan as restart_plan
 from ouassister.restart import reach
 from ouassister.restart.actions import coalesce
@@ -35,6 +36,7 @@ from ouassister.state.fence import check_fence
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ouassister.access import Access
     from ouassister.guest_shadow import Guest, Options
     from ouassister.model import PackageChange
     from ouassister.packages.update import Prepared
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 _REFRESH: Final = "refresh lists"
 _FETCH: Final = "plan and download"
+CHOOSE: Final = "choose channel"
 
 
 def run(
@@ -62,18 +65,21 @@ def run(
         OUassisterError: Nothing of the VM was written, whichever error it is.
     """
     sleeping = guest.sleeping
+    with timeline.phase(CHOOSE):
+        access = choose(guest)
 
     def look() -> Running:
         return held.running(sleeping.memory.look(sleeping.view, held.SUBJECTS))
 
     with ThreadPoolExecutor(1) as beside:  # memory is read while archives are fetched
         running = beside.submit(look)
-        return _update_with(guest, wish, store, timeline, options, running.result)
+        return _update_with(guest, wish, access, store, timeline, options, running.result)
 
 
 def _update_with(
     guest: Guest,
     wish: Plan | Request,
+    access: Access,
     store: Store,
     timeline: Timeline,
     options: Options,
@@ -88,7 +94,9 @@ def _update_with(
         simulated = tool.plan(request, fetch=True)
         if stored is not None:
             update.check_same(stored, simulated.changes)
-        made = stored or update.make_plan(vm, guest.sleeping.fence, request, simulated, left_out)
+        made = stored or update.make_plan(
+            vm, guest.sleeping.fence, request, simulated, left_out, channel=access.channel
+        )
         prepared = update.complete(tool, made)
     guest.prove(timeline)
     store.add_plan(prepared.plan)
@@ -103,7 +111,7 @@ def _update_with(
         tell=timeline.say,
     )
     guest.settle()
-    changeset = _keep(guest, prepared, ground, settled.staged, store, timeline)
+    changeset = _keep(guest, prepared, access, ground, settled.staged, store, timeline)
     for change, reason in settled.staged.items():
         store.log(vm, "update", predict.STAGED, predict.remember(change, reason))
     modes = tuple(
@@ -118,6 +126,7 @@ def _update_with(
 def _keep(
     guest: Guest,
     prepared: Prepared,
+    access: Access,
     ground: RealGround,
     staged: dict[PackageChange, str],
     store: Store,
@@ -126,6 +135,7 @@ def _keep(
     """Make a change set of what was settled, and store it."""
     vm, extraction = prepared.plan.vm, ground.extraction
     check_fence(guest.sleeping.fence)
+    refuse_too_large(vm, access, extraction.layer_size)
     with timeline.phase("plan restarts"):
         due = restart_plan.make_plan(
             ground.uses,
@@ -158,6 +168,7 @@ def _keep(
             staged=ground.staged,
             staged_steps=ground.steps,
             staging_folder=ground.folder if ground.staged else b"",
+            access=access,
             out_of_reach=reach.of_actions(actions, ground.out_of_reach()),
         )
         layer = guest.shadow.output_path("layer.tar")
@@ -222,4 +233,5 @@ def _report(
         phases=timeline.phases,
         offline_s=0.0,
         download_s=round(download_s, 4),
+        channel=changeset.access.channel if changeset is not None else made.channel,
     )

@@ -31,6 +31,7 @@ from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
 from ouassister.model import Gate, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
+from ouassister.reaching.choose import choose
 from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
 from ouassister.reflect.rollback import forget, roll_back
@@ -62,6 +63,8 @@ def plan(config: Vm, request: Request, store: Store, timeline: Timeline, options
     """
     apt.check_request(request)
     with _named(config, store), open_guest(config, store, timeline, options) as guest:
+        with timeline.phase(offline.CHOOSE):
+            access = choose(guest)
         tool = offline.apt_of(guest, timeline, options)
         left_out = offline.refresh(tool, timeline)
         with timeline.phase("plan"):
@@ -69,7 +72,13 @@ def plan(config: Vm, request: Request, store: Store, timeline: Timeline, options
             predicted = offline.predicted(guest, simulated.changes, store)
         guest.prove(timeline)
         made = update.make_plan(
-            config.name, guest.sleeping.fence, request, simulated, left_out, predicted
+            config.name,
+            guest.sleeping.fence,
+            request,
+            simulated,
+            left_out,
+            predicted,
+            access.channel,
         )
         store.add_plan(made)
         return made

@@ -27,13 +27,16 @@ SOURCE: Final = ROOT / "src" / "ouassister"
 MODULES: Final = sorted(SOURCE.rglob("*.py"))
 MAX_LINES: Final = 500
 
-BASE: Final = frozenset(("errors", "guest_model", "restart_model", "model", "text", "codec"))
+BASE: Final = frozenset(
+    ("access", "errors", "guest_model", "restart_model", "model", "text", "codec")
+)
 ALLOWED: Final[dict[str, frozenset[str]]] = {
+    "access": frozenset(),
     "errors": frozenset(),
     "text": frozenset(),
     "guest_model": frozenset(),
     "restart_model": frozenset(("guest_model",)),
-    "model": frozenset(("guest_model", "restart_model")),
+    "model": frozenset(("access", "guest_model", "restart_model")),
     "codec": frozenset(("text",)),
     "timeline": BASE,
     "interrupts": BASE,
@@ -65,15 +68,17 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
         "state",
     }
     | {"store", "timeline"},
+    "reaching": BASE | {"guest_shadow", "provider", "shadow"},
     "staging": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "restart", "shadow"}
     | {"timeline"},
     "offline": BASE
-    | {"changeset", "guest_shadow", "packages", "restart", "shadow", "staging", "state", "store"}
-    | {"timeline"},
+    | {"changeset", "guest_shadow", "packages", "reaching", "restart", "shadow", "staging", "state"}
+    | {"store", "timeline"},
     "pipeline": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
-    | {"offline", "restart", "shadow", "sleeping", "snapshots", "state", "store", "timeline"},
+    | {"offline", "reaching", "restart", "shadow", "sleeping", "snapshots", "state", "store"}
+    | {"timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},
     "demo": BASE

@@ -34,6 +34,17 @@ def test_each_guest_gets_randomness_of_its_own_that_no_process_there_can_read() 
     assert bootstrap.apply_command(b"stub", "oua-1", INFO, 5)[-2:] == ["--seed", "stdin"]
 
 
+def test_applier_is_taken_from_a_medium_that_the_channel_brought() -> None:
+    path = "/var/lib/.ouassister-medium-oua-1"
+    command = bootstrap.apply_command(b"stub", "oua-1", INFO, 5, carried=True)
+    assert command[:2] == ["/bin/sh", "-c"]
+    assert "oua-1" not in command[2]
+    program = "/var/lib/.ouassister-applier"
+    assert command[3:9] == ["ouassister-reflect", path, "25", program, "apply", path]
+    assert command[9:] == bootstrap.apply_command(b"stub", "oua-1", INFO, 5)[9:]
+    assert bootstrap.uncarry_command("oua-1") == ["/bin/rm", "-f", path, program]
+
+
 def test_actions_are_quoted_and_silent() -> None:
     actions = (
         Action(("systemctl", "daemon-reload")),

@@ -107,7 +107,7 @@ def test_command_whose_answer_is_late_is_not_sent_twice() -> None:
     [
         (lambda agent: agent.start(["/bin/true"]), "returned no pid"),
         (lambda agent: agent.status(1), "is malformed"),
-        (lambda agent: agent.write_file("/a", b"x"), "returned no handle"),
+        (lambda agent: agent.write_file("/a", b"x"), "returned no pid"),
         (lambda agent: agent.execute("guest-exec", arg="x" * (128 << 10)), "too long for virsh"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ouassister.errors import UsageError
+from ouassister.errors import UnsupportedGuestError, UsageError
 from ouassister.provider import cmdline, vmtoml
 
 if TYPE_CHECKING:
@@ -184,3 +184,61 @@ def test_scsi_bus_is_told_from_a_pci_bus() -> None:
     assert cmdline.is_scsi_bus(command, "scsi0.0")
     assert not cmdline.is_scsi_bus(command, "p.0")
     assert not cmdline.is_scsi_bus(command, "pci.0")
+
+
+MANAGED = GOOD.replace(
+    """    "-chardev",""",
+    """    "-netdev", "user,id=mgmt,restrict=on,hostfwd=tcp:127.0.0.1:0-:22",
+    "-device", "virtio-net-pci,netdev=mgmt,id=mgmt0",
+    "-chardev",""",
+)
+SSH = """
+[ssh]
+device = "mgmt0"
+identity = "key"
+"""
+
+
+def test_management_network_is_read_and_written(folder: Path) -> None:
+    (folder / "key").touch()
+    config = _load(folder, MANAGED + SSH)
+    assert config.channels == ("qemu-ga", "ssh")
+    assert config.management is not None
+    assert config.management.identity == folder / "key"
+    assert _load(folder, vmtoml.dump(config)) == config
+    assert _load(folder, MANAGED).channels == ("qemu-ga",)
+    alone = _load(folder, (MANAGED + SSH).replace('agent = "qga.sock"', ""))
+    assert alone.channels == ("ssh",)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("restrict=on,", "", "ssh.device 'mgmt0' has a back end without restrict=on"),
+        ('device = "mgmt0"', 'device = "nic0"', "ssh.device 'nic0' has a back end without"),
+        ('device = "mgmt0"', "", "ssh.device is missing"),
+        ('identity = "key"', 'identity = "none"', "which is no file"),
+        ('identity = "key"', 'user = "me"', "ssh.user is not a known key"),
+        ('device = "nic0"', 'device = "mgmt0"', "ssh.device is 'mgmt0', which"),
+    ],
+)
+def test_management_network_that_is_off_is_refused(
+    folder: Path, old: str, new: str, words: str
+) -> None:
+    (folder / "key").touch()
+    with pytest.raises(UsageError) as caught:
+        _load(folder, (MANAGED + SSH).replace(old, new))
+    assert words in caught.value.message
+
+
+def test_medium_comes_by_a_disk_that_has_a_place_or_by_the_channel(folder: Path) -> None:
+    machine = '"qemu-system-x86_64",\n    "-machine", "q35",'
+    without = GOOD.replace('"qemu-system-x86_64",', machine)
+    _load(folder, GOOD).refuse_unresumable()
+    with pytest.raises(UnsupportedGuestError, match="lacks a pcie-root-port"):
+        _load(folder, without).refuse_unresumable()
+    carried = _load(folder, without.replace('bus = "pci.0"', 'by = "channel"'))
+    carried.refuse_unresumable()
+    assert _load(folder, vmtoml.dump(carried)) == carried
+    with pytest.raises(UsageError, match=r"medium\.by is 'post'"):
+        _load(folder, GOOD.replace('bus = "pci.0"', 'by = "post"'))

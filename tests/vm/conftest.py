@@ -32,7 +32,7 @@ def clones(suspended: Path, tmp_path: Path) -> Iterator[Callable[[], Path]]:
 
     yield one
     for path in made:
-        _kill(vmtoml.load(path))
+        kill(vmtoml.load(path))
 
 
 @pytest.fixture
@@ -88,10 +88,10 @@ def world(prepared: Path, tmp_path: Path) -> Iterator[World]:
     """A fresh twin of the prepared guest, with its own home."""
     toml = make_clone(prepared, tmp_path / "sleeper")
     yield World(toml, tmp_path / "home")
-    _kill(vmtoml.load(toml))
+    kill(vmtoml.load(toml))
 
 
-def _kill(config: vmtoml.VmConfig) -> None:
+def kill(config: vmtoml.VmConfig) -> None:
     try:
         with sockets.connect(config.qmp) as sock:
             os.kill(sockets.peer_pid(sock), signal.SIGKILL)

@@ -19,6 +19,7 @@ from ouassister.errors import AgentError
 from ouassister.provider.virsh_agent import VirshAgent
 from ouassister.store.database import ChangesetState, Store
 from ouassister.testing import build_image, overlay
+from ouassister.testing.channel import check_channel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,6 +145,7 @@ def test_gate_lets_nothing_through_until_it_is_opened_for_links_that_were_up(
     assert count_frames(frames) == 0
     with pytest.raises(AgentError, match="refused guest-exec"):
         VirshAgent(sleeper.virsh, "web1").run(["/no/such/program"], timeout_s=60)
+    check_channel(VirshAgent(sleeper.virsh, "web1"))
     sleeper.python(
         "from ouassister.provider import libvirt\n"
         "libvirt.find('web1').attach().set_links(up=True)\n"

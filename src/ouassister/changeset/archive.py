@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ouassister import codec
+from ouassister.access import BY_AGENT
 from ouassister.changeset.layer import sync_directory
 from ouassister.errors import InternalError, TamperedError, WorkDiskFullError
 from ouassister.model import Changeset, Kind, StepKind
@@ -27,6 +28,7 @@ from ouassister.text import plain, to_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ouassister.access import Access
     from ouassister.changeset.extract import Extraction
     from ouassister.model import (
         Action,
@@ -71,6 +73,7 @@ def build(
     staged: tuple[Staged, ...] = (),
     staged_steps: tuple[StagedStep, ...] = (),
     staging_folder: bytes = b"",
+    access: Access = BY_AGENT,
     out_of_reach: tuple[str, ...] = (),
 ) -> Changeset:
     """Make the record of a change set; its id follows from all the rest.
@@ -98,6 +101,7 @@ def build(
         staged=staged,
         staged_steps=staged_steps,
         staging_folder=staging_folder,
+        access=access,
         out_of_reach=out_of_reach,
     )
     for defect in _defects(draft):

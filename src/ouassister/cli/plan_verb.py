@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
         f"  will perhaps be staged (a prediction): {one.name}: {one.reason}"
         for one in plan.predicted
     ]
+    lines.append(f"the resume will reach the guest by {plan.channel}")
     if plan.changes:
         lines.append(f"to carry it out: ouassister update {arguments.vm} --plan {plan.plan_id}")
     status = 0 if plan.changes else common.NOTHING_TO_DO

@@ -37,9 +37,9 @@ def run(arguments: argparse.Namespace) -> common.Result:
 
 
 def _sync(vm: Running) -> bool:
-    """Ask the guest to flush; a guest without an agent is suspended all the same."""
+    """Ask the guest to flush; a guest without a channel is suspended all the same."""
     try:
-        return vm.qga().run(["/bin/sync"], timeout_s=60).exit_status == 0
+        return vm.channel().run(["/bin/sync"], timeout_s=60).exit_status == 0
     except OUassisterError as error:
         common.warn(f"note: the guest could not be asked to flush: {error.message}")
         return False

@@ -83,6 +83,7 @@ def _lines(report: UpdateReport, vm: str) -> list[str]:
             f"  {report.files} files and {report.deletions} deletions,"
             f" {size(report.layer_bytes)}; {len(report.actions)} actions",
         ]
+        lines.append(f"  the resume will reach the guest by {report.channel}")
         lines += [f"  {line}" for line in mode_lines(report.modes)]
         lines += [f"  then: {' '.join(action.argv)}" for action in report.actions]
         lines += [f"  {line}" for line in restart_lines(report.restarts)]

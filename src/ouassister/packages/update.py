@@ -29,6 +29,7 @@ def make_plan(
     simulated: Simulation,
     left_out: tuple[LeftOut, ...] = (),
     predicted: tuple[PackageMode, ...] = (),
+    channel: str = "",
 ) -> Plan:
     """Freeze what apt simulated; the id hashes everything else."""
     plan = Plan(
@@ -41,6 +42,7 @@ def make_plan(
         left_out=left_out + simulated.kept_back,
         download_bytes=sum(archive.size for archive in simulated.archives),
         predicted=predicted,
+        channel=channel,
     )
     return replace(plan, plan_id=codec.digest(plan, without="plan_id"))
 
@@ -87,7 +89,7 @@ def complete(apt: Apt, plan: Plan) -> Prepared:
         for change in lost:
             if change in simulated.changes:  # else this loop would not end
                 raise UpdaterError(f"apt-get plans {change.name} again, which cannot be fetched")
-        plan = make_plan(plan.vm, plan.fence, request, simulated, left_out)
+        plan = make_plan(plan.vm, plan.fence, request, simulated, left_out, channel=plan.channel)
         gone = before - {change.name for change in plan.changes}
         gone -= {item.package for item in left_out}
         left_out += tuple(

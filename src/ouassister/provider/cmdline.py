@@ -32,7 +32,14 @@ _RESERVED = frozenset(
     )
 )
 # The name of the first, key-less value (qemu-options.hx).
-_IMPLIED = {"chardev": "backend", "device": "driver", "netdev": "type", "blockdev": "driver"}
+_IMPLIED = {
+    "chardev": "backend",
+    "device": "driver",
+    "netdev": "type",
+    "blockdev": "driver",
+    "machine": "type",
+    "M": "type",
+}
 _COMMAS = re.compile(r"((?:,,|[^,])*)(?:,|$)")
 
 
@@ -46,10 +53,22 @@ def reserved_option(command: Sequence[str]) -> str | None:
 
 def words(command: Sequence[str]) -> list[tuple[str, Options]]:
     """Pair each option with its parsed value; an option without one gets no values."""
-    pairs = zip(command[1:], [*command[2:], "-"], strict=True)
+    pairs = zip(command[1:], [*command[2:], "-"], strict=False)
     return [
         (name, {} if value.startswith("-") else parse(value, _IMPLIED.get(name, "")))
         for name, value in ((word.lstrip("-"), value) for word, value in pairs if word[:1] == "-")
+    ]
+
+
+def repeated(command: Sequence[str], option: str) -> list[list[tuple[str, str]]]:
+    """The pairs of each such option, in their order: a key may be there more than once.
+
+    Values in JSON have none.
+    """
+    return [
+        _pairs(value, _IMPLIED.get(option, ""))
+        for word, value in zip(command[1:], [*command[2:], "-"], strict=False)
+        if word in (f"-{option}", f"--{option}") and not value.startswith(("-", "{"))
     ]
 
 
@@ -60,14 +79,18 @@ def parse(value: str, implied: str = "") -> Options:
             return dict(_flat(json.loads(value), ""))
         except (ValueError, RecursionError):
             return {}
-    options: Options = {}
+    return dict(_pairs(value, implied))
+
+
+def _pairs(value: str, implied: str) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
     for index, match in enumerate(_COMMAS.finditer(value)):
         key, equals, text = match[1].replace(",,", ",").partition("=")
         if equals:
-            options[key] = text
+            pairs.append((key, text))
         elif key and index == 0 and implied:
-            options[implied] = key
-    return options
+            pairs.append((implied, key))
+    return pairs
 
 
 def quote(value: str) -> str:

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ouassister.provider.agent import Agent
+    from ouassister.access import Access
+    from ouassister.provider.channel import Channel
     from ouassister.provider.disks import Disk
+    from ouassister.provider.management import Management
 
 
 class Running(Protocol):
@@ -24,8 +26,15 @@ class Running(Protocol):
     def __exit__(self, *_error: object) -> None:
         """Close."""
 
-    def qga(self) -> Agent:
-        """The guest agent's channel, connected once."""
+    def reach(self, access: Access) -> None:
+        """Say by which channel programs are run in the guest; else it is the guest agent.
+
+        Raises:
+            UsageError: The VM has none of that name.
+        """
+
+    def channel(self) -> Channel:
+        """The way to run programs in the guest, opened once; before `cont`, to lose no time."""
 
     def runs(self) -> bool:
         """Tell whether the guest runs; it is paused otherwise."""
@@ -87,6 +96,18 @@ class Vm(Protocol):
     @property
     def local_mirrors(self) -> tuple[tuple[str, int], ...]:
         """Package mirrors on this host that may be reached."""
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels that the description has, the preferred one first."""
+
+    @property
+    def carried(self) -> bool:
+        """The change set is brought in by the channel: no disk is to be plugged in."""
+
+    @property
+    def management(self) -> Management | None:
+        """The network that ssh needs behind the closed gate."""
 
     def is_running(self) -> bool:
         """Tell whether it runs, or a process has one of its disks open for writing."""

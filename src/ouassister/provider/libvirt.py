@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs, urlencode
 
+from ouassister.access import AGENT
 from ouassister.errors import (
     DeadlineError,
     NotSuspendedError,
@@ -40,7 +41,9 @@ from ouassister.state.libvirt_save import read_header
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ouassister.access import Access
     from ouassister.provider.disks import Disk
+    from ouassister.provider.management import Management
 
 SCHEME: Final = "libvirt:"
 _SAVE_S: Final = 600.0  # for what reads or writes the whole memory
@@ -85,6 +88,21 @@ class Domain:
     def disks(self) -> tuple[Disk, ...]:
         """By the XML."""
         return self.hardware.disks
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Libvirt's own alone."""
+        return (AGENT,)
+
+    @property
+    def carried(self) -> bool:
+        """No: what a domain has not is refused (`refuse_unresumable`)."""
+        return False
+
+    @property
+    def management(self) -> Management | None:
+        """Libvirt has no user network that is proved to be closed."""
+        return None
 
     def state(self) -> str:
         """The domain's state, as libvirt says it: ``running``, ``paused``, ``shut off``..."""
@@ -197,6 +215,15 @@ class RunningDomain:
 
     def __exit__(self, *_error: object) -> None:
         """Nothing is held."""
+
+    def reach(self, access: Access) -> None:
+        """See `Running`."""
+        if access.channel != AGENT:
+            raise UsageError(f"a domain of libvirt is not reached by {access.channel}")
+
+    def channel(self) -> VirshAgent:
+        """See `Running`."""
+        return self.qga()
 
     def qga(self) -> VirshAgent:
         """The agent, through libvirt, which is connected to its channel all the time."""

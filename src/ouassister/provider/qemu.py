@@ -14,6 +14,7 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
+from ouassister.access import AGENT, SSH, Access
 from ouassister.errors import (
     DeadlineError,
     HostNotReadyError,
@@ -26,14 +27,17 @@ from ouassister.errors import (
     UsageError,
 )
 from ouassister.provider.cmdline import is_scsi_bus, quote
+from ouassister.provider.management import forwarded_port
 from ouassister.provider.qga import Qga
 from ouassister.provider.qmp import Qmp
 from ouassister.provider.running import is_running as is_running
+from ouassister.provider.ssh import SshChannel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from ouassister.provider.channel import Channel
     from ouassister.provider.vmtoml import VmConfig
 
 _MEDIUM = "ouassister-medium"
@@ -160,6 +164,8 @@ class RunningVM:
         self.qmp = qmp
         self.pid = qmp.pid
         self._agent: Qga | None = None
+        self._access = Access()
+        self._ssh: SshChannel | None = None
 
     def __enter__(self) -> RunningVM:
         """Close at the end of the block."""
@@ -174,7 +180,34 @@ class RunningVM:
         if self._agent is not None:
             self._agent.close()
             self._agent = None
+        if self._ssh is not None:
+            self._ssh.close()
+            self._ssh = None
         self.qmp.close()
+
+    def reach(self, access: Access) -> None:
+        """See `interface.Running`."""
+        if access.channel not in self.config.channels:
+            raise UsageError(
+                f"{self.config.source} has no channel {access.channel}",
+                hint="docs/reference/vm-toml.md tells how to give it one",
+            )
+        self._access = access
+
+    def channel(self) -> Channel:
+        """See `interface.Running`."""
+        if self._access.channel == AGENT:
+            return self.qga()
+        management = self.config.management
+        if self._ssh is None and management is not None:
+            table = self.qmp.execute_with("human-monitor-command", {"command-line": "info usernet"})
+            port = forwarded_port(str(table), management)
+            if port is None:
+                raise StateError(f"QEMU forwards no port to {management.device}")
+            self._ssh = SshChannel(port, management.identity, self._access.host_keys)
+        if self._ssh is None:
+            raise UsageError(f"{self.config.source}: [{SSH}] is missing")
+        return self._ssh
 
     def qga(self) -> Qga:
         """The guest agent's channel, connected once.

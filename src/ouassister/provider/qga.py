@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ouassister.errors import AgentError, DeadlineError
 from ouassister.provider import sockets
 from ouassister.provider.agent import Agent
-from ouassister.provider.agent import ExecResult as ExecResult
+from ouassister.provider.channel import ExecResult as ExecResult
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +24,7 @@ _DELIMITER = b"\xff"
 # qemu-ga keeps up to 16 MiB of each output stream (GUEST_EXEC_MAX_OUTPUT, qga/commands.c); in
 # base64, twice, with room for the envelope.
 _REPLY_LIMIT = 46 << 20
+_SYNC_S = 5.0  # for the first answer
 
 
 class Qga(Agent):
@@ -61,21 +62,35 @@ class Qga(Agent):
             DeadlineError: The agent did not answer.
         """
         end = time.monotonic() + timeout_s
+        patience = _SYNC_S
+        while not self._sync(min(time.monotonic() + patience, end)):
+            if time.monotonic() >= end:
+                raise DeadlineError("the guest agent did not answer in time")
+            patience *= 2
+        self._synced = True
+
+    def _sync(self, end: float) -> bool:
+        """Ask once; an agent that ends takes the question with it, and the next one must be asked.
+
+        An answer to an earlier question is stale, too.
+        """
         token = secrets.randbits(53)
         # The leading 0xFF makes the agent's parser drop a request that an earlier client left
         # half written.
         request = {"execute": "guest-sync-delimited", "arguments": {"id": token}}
-        self._send(_DELIMITER + json.dumps(request).encode() + b"\n", end)
-        self._buffer.clear()
-        while True:
-            self._until(_DELIMITER, end, keep=False)
-            line = self._until(b"\n", end, keep=True)
-            try:
-                if json.loads(line) == {"return": token}:
-                    break
-            except (ValueError, RecursionError):
-                continue  # the tail of a stale reply
-        self._synced = True
+        try:
+            self._send(_DELIMITER + json.dumps(request).encode() + b"\n", end)
+            self._buffer.clear()
+            while True:
+                self._until(_DELIMITER, end, keep=False)
+                line = self._until(b"\n", end, keep=True)
+                try:
+                    if json.loads(line) == {"return": token}:
+                        return True
+                except (ValueError, RecursionError):
+                    continue  # the tail of a stale reply
+        except DeadlineError:
+            return False
 
     def execute(self, command: str, *, timeout_s: float = 30.0, **arguments: object) -> Any:  # noqa: ANN401 - a JSON value
         """Run one command; an underscore in an argument's name stands for a hyphen.

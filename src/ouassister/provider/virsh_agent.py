@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
+import shlex
 import time
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -16,10 +18,15 @@ from ouassister.errors import AgentError, DeadlineError
 from ouassister.provider.agent import Agent
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ouassister.provider.channel import ExecResult
     from ouassister.provider.virsh import Answer, Virsh
 
 # execve(2): one argument has 128 KiB at most (MAX_ARG_STRLEN).
 _REQUEST_LIMIT: Final = (128 << 10) - 1
+_WORDS_LIMIT: Final = 42 << 10  # that go with a command, before they are written as JSON
+_LONG: Final = """exec <"$1.input"; . "$1\""""
 _SILENT: Final = "Guest agent is not responding"  # VIR_ERR_AGENT_UNRESPONSIVE
 _ABSENT: Final = "QEMU guest agent is not connected"  # so nothing was sent
 _PAUSE_S: Final = 0.1
@@ -29,7 +36,7 @@ _GRACE_S: Final = 15.0  # libvirt's own syncs before the command's time begins
 class VirshAgent(Agent):
     """One session with a domain's guest agent."""
 
-    write_chunk: ClassVar[int] = 64 << 10
+    write_chunk: ClassVar[int] = 40 << 10
 
     def __init__(self, virsh: Virsh, uuid: str) -> None:
         self._virsh = virsh
@@ -60,6 +67,25 @@ class VirshAgent(Agent):
             return json.loads(answer.output)["return"]
         except (ValueError, RecursionError, TypeError, KeyError) as error:
             raise AgentError(f"the guest agent's reply to {command} is no reply") from error
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float,
+        most_s: float = 0.1,
+    ) -> ExecResult:
+        """See `Channel`; what is too long for one command is put into files of the guest first."""
+        words = shlex.join(argv)
+        if len(words.encode()) + len(stdin) <= _WORDS_LIMIT:
+            return super().run(argv, stdin=stdin, timeout_s=timeout_s, most_s=most_s)
+        place = f"/run/ouassister-words-{secrets.token_hex(8)}"
+        script = f"rm -f {place} {place}.input; exec {words}\n"
+        for path, content in ((f"{place}.input", stdin), (place, script.encode())):
+            self.write_file(path, content, timeout_s=timeout_s)
+        command = ["/bin/sh", "-c", _LONG, "ouassister", place]
+        return super().run(command, timeout_s=timeout_s, most_s=most_s)
 
     def _sync(self, end: float) -> None:
         """Wait until the agent answers."""

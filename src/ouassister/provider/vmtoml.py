@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ouassister.errors import UsageError
+from ouassister.access import AGENT, SSH
+from ouassister.errors import UnsupportedGuestError, UsageError
+from ouassister.provider import management
 from ouassister.provider.cmdline import (
     Options,
     devices,
@@ -22,6 +24,8 @@ from ouassister.provider.cmdline import (
     words,
 )
 from ouassister.provider.disks import Disk as Disk
+from ouassister.provider.hotplug import lacking
+from ouassister.provider.management import Management
 from ouassister.state.formats import QEMU_STREAM
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
 _REFERENCE = "docs/reference/vm-toml.md lists the fields"
 _FORMATS = ("qcow2", "raw")
+_DISK, _CHANNEL = "disk", "channel"  # what brings a change set in
 _SUN_PATH = 107  # unix(7): sun_path holds 108 bytes with its terminator
 
 
@@ -56,6 +61,8 @@ class VmConfig:
             nothing else reads.
         local_mirrors: Package mirrors, host and port, that may be reached though they are on
             this host.
+        carried: No disk is plugged in at resume: the channel brings what it would bring.
+        management: The network of ``[ssh]``; None without one.
     """
 
     source: Path
@@ -70,6 +77,8 @@ class VmConfig:
     medium_bus: str = ""
     host_kernel_mounts: bool = False
     local_mirrors: tuple[tuple[str, int], ...] = ()
+    management: Management | None = None
+    carried: bool = False
 
     def short(self, path: Path) -> str:
         """Spell a path as QEMU gets it: relative where it lies in the folder."""
@@ -81,6 +90,12 @@ class VmConfig:
     def formats(self) -> frozenset[str]:
         """What `restore` loads."""
         return frozenset((QEMU_STREAM.name,))
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """See `Vm`: the agent is told of memory more than sshd is, and answers sooner."""
+        agent = (AGENT,) if self.agent is not None else ()
+        return agent + ((SSH,) if self.management is not None else ())
 
     def is_running(self) -> bool:
         """Tell whether its QEMU listens, or a process has one of its disks open for writing."""
@@ -95,7 +110,12 @@ class VmConfig:
         return lambda: has_writer(self.disks)
 
     def refuse_unresumable(self) -> None:
-        """See `Vm`; what a command lacks, QEMU says."""
+        """See `Vm`: the medium has a place; of machines that are not known, QEMU says it."""
+        if not self.carried and (missing := lacking(self.command, self.medium_bus)):
+            raise UnsupportedGuestError(
+                f"{self.name} cannot be resumed with an update: it lacks {missing}",
+                hint="docs/how-to/channels.md tells what brings an update into a guest",
+            )
 
     def medium_place(self) -> Path | None:
         """See `Vm`: QEMU runs as the caller."""
@@ -222,18 +242,25 @@ def load(path: Path) -> VmConfig:
     if not disks:
         raise root.error("disk", "is missing: a VM has at least one [[disk]]")
     nets = tuple(_net(table, options) for table in root.tables("net"))
-    bus = ""
+    bus, carried = "", False
     if "medium" in root.values:
         medium = _Table(source, "medium", root.values.pop("medium"))
         bus = medium.text("bus", default="")
+        by = medium.text("by", default=_DISK)
         medium.end()
+        if by not in (_DISK, _CHANNEL):
+            raise medium.error("by", f"is {by!r}; known are {_DISK} and {_CHANNEL}")
+        carried = by == _CHANNEL
+    ssh = _ssh(root, folder, command) if SSH in root.values else None
     root.end()
+    if ssh is not None and ssh.device in (net.device for net in nets):
+        raise root.error(f"{SSH}.device", f"is {ssh.device!r}, which [[net]] closes")
     _unique(root, "disk", "node", (disk.node for disk in disks))
     _unique(root, "disk", "path", (str(disk.path) for disk in disks))
     _unique(root, "net", "device", (net.device for net in nets))
     return VmConfig(
         source, folder, name, save, command, qmp, agent, disks, nets, bus, host_kernel_mounts,
-        local_mirrors,
+        local_mirrors, ssh, carried,
     )  # fmt: skip
 
 
@@ -266,9 +293,29 @@ def dump(config: VmConfig) -> str:
     for net in config.nets:
         lines += ["", "[[net]]", f"device = {quote(net.device)}"]
         lines += ["stays_down = true"] if net.stays_down else []
-    if config.medium_bus:
-        lines += ["", "[medium]", f"bus = {quote(config.medium_bus)}"]
+    if config.management is not None:
+        lines += ["", f"[{SSH}]", f"device = {quote(config.management.device)}"]
+        if config.management.identity is not None:
+            lines.append(f"identity = {quote(config.short(config.management.identity))}")
+    if config.medium_bus or config.carried:
+        lines += ["", "[medium]"]
+        lines += [f"bus = {quote(config.medium_bus)}"] if config.medium_bus else []
+        lines += [f"by = {quote(_CHANNEL)}"] if config.carried else []
     return "\n".join(lines) + "\n"
+
+
+def _ssh(root: _Table, folder: Path, command: tuple[str, ...]) -> Management:
+    table = _Table(root.source, SSH, root.values.pop(SSH))
+    device = table.text("device")
+    word = table.text("identity", default="")
+    table.end()
+    identity = folder / word if word else None
+    if identity is not None and not identity.is_file():
+        raise table.error("identity", f"is {identity}, which is no file")
+    try:
+        return management.find(command, device, identity)
+    except ValueError as error:
+        raise table.error("device", f"{device!r} {error}") from error
 
 
 def _socket(table: _Table, key: str, folder: Path) -> Path:

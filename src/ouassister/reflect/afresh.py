@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from ouassister.errors import AgentError, DeadlineError, GateClosedError
+from ouassister.errors import ChannelError, DeadlineError, GateClosedError
 from ouassister.reflect import gate
 
 if TYPE_CHECKING:
+    from ouassister.access import Access
     from ouassister.provider.interface import Running, Vm
 
 _BOOT_S: Final = 600.0
@@ -23,18 +24,19 @@ UNDONE_HINT: Final = (
 )
 
 
-def boot(config: Vm) -> Running:
-    """Boot it with every link down, and wait for its agent.
+def boot(config: Vm, access: Access) -> Running:
+    """Boot it with every link down, and wait until it answers.
 
     Raises:
-        GateClosedError: The agent does not answer.
+        GateClosedError: It does not.
     """
     vm = config.boot()
     try:
-        vm.qga()
+        vm.reach(access)
+        vm.channel()
         vm.cont()
-        vm.qga().ping(timeout_s=_BOOT_S)
-    except (AgentError, DeadlineError) as error:
+        vm.channel().ping(timeout_s=_BOOT_S)
+    except (ChannelError, DeadlineError) as error:
         message = f"{config.name} was booted to finish what was begun: {error.message}"
         raise GateClosedError(message, hint=gate.HINT) from error
     return vm

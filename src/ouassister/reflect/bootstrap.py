@@ -1,6 +1,6 @@
 """How the applier gets into the guest and is started; and how recorded actions are carried out.
 
-One command of the guest agent does it: the shell writes a stub of 2 kB, which the command itself
+One command does it: the shell writes a stub of 2 kB, which the command itself
 carries, and becomes it; the stub takes the applier from the medium (guest/stub.c). Each program
 that a guest starts under TCG right after it was restored costs 0.2 s or more, most of it for
 translating its code, so the short way is the one with the fewest programs. From the first
@@ -27,34 +27,47 @@ if TYPE_CHECKING:
 _FILE: Final = "/var/lib/.ouassister-stub"
 
 
+# Of a medium that the channel brought; followed by its serial.
+_CARRIED: Final = "/var/lib/.ouassister-medium-"
+_CARRIED_APPLIER: Final = "/var/lib/.ouassister-applier"
+_TAKE: Final = """umask 077; dd if="$1" of="$3" bs=4096 skip=1 count="$2" 2>/dev/null || exit 74
+chmod 700 "$3" && shift 2 && exec "$@\""""
 _SEED_BYTES: Final = 64  # guest/guest.c, guest_seed
 # Every shell of ours has this name, and the applier the medium's serial; see `await_command`.
 OURS: Final = "ouassister-reflect"
 
 
-def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> list[str]:
-    """Arguments for the guest agent.
+def apply_command(
+    stub: bytes, serial: str, medium: MediumInfo, now_ns: int, *, carried: bool = False
+) -> list[str]:
+    """A command for the guest.
 
     Args:
         stub: The program of guest/stub.c.
         serial: The medium's; the stub and the applier wait for that disk.
         medium: What binds the applier to the medium.
         now_ns: The host's time, which the applier sets.
+        carried: The medium is no disk but a file there, which the channel has brought; no stub is
+            needed then.
     """
     # printf(1p): octal escapes, since NUL and others cannot stand in an argument.
     octal = "".join(f"\\{byte:03o}" for byte in stub)
     script = f"umask 077; printf '{octal}' >{_FILE} && chmod 700 {_FILE} && exec {_FILE} \"$@\""
+    path = carried_path(serial)
+    source, program, device = (
+        (path, _CARRIED_APPLIER, path) if carried else (serial, _FILE, f"serial:{serial}")
+    )
     seconds, nanoseconds = divmod(now_ns, 1_000_000_000)
     return [
         "/bin/sh",
         "-c",
-        script,
+        _TAKE if carried else script,
         OURS,
-        serial,
+        source,
         str(medium.applier_blocks),
-        _FILE,
+        program,
         "apply",
-        f"serial:{serial}",
+        device,
         "--medium-sha256",
         medium.header_sha256,
         "--set-time",
@@ -64,22 +77,33 @@ def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> 
     ]
 
 
+def carried_path(serial: str) -> str:
+    """Where the channel puts a medium in the guest."""
+    return f"{_CARRIED}{serial}"
+
+
+def uncarry_command(serial: str) -> list[str]:
+    """A command for the guest: remove a medium that the channel has brought."""
+    return ["/bin/rm", "-f", carried_path(serial), _CARRIED_APPLIER]
+
+
 def seed() -> bytes:
     """What the applier's standard input has: bytes for the guest's random numbers."""
     return secrets.token_bytes(_SEED_BYTES)
 
 
 def await_command() -> list[str]:
-    """Arguments for the guest agent: wait until nothing that an earlier resume began runs.
+    """A command for the guest: wait until nothing that an earlier resume began runs.
 
     The patterns match no word of this command itself.
     """
-    look = "grep -lszx -e '[o]uassister-reflect' -e 's[e]rial:oua-[0-9a-f]*' /proc/[0-9]*/cmdline"
+    look = "grep -lszx -e '[o]uassister-reflect' -e 's[e]rial:oua-[0-9a-f]*'"
+    look += f" -e '[/]{_CARRIED[1:]}oua-[0-9a-f]*' /proc/[0-9]*/cmdline"
     return ["/bin/sh", "-c", f"while {look} >/dev/null; do sleep 0.1; done"]
 
 
 def actions_command(actions: Sequence[Action]) -> list[str]:
-    """Arguments for the guest agent: do each action, print its index and exit status.
+    """A command for the guest: do each action, print its index and exit status.
 
     Of a call for several units that failed, the service manager is asked for the state of each.
     """

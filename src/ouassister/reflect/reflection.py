@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.medium import MediumInfo, write_medium
 from ouassister.errors import (
-    AgentError,
+    ChannelError,
     DeadlineError,
     GateClosedError,
     GateOpenedError,
@@ -25,7 +25,15 @@ from ouassister.errors import (
     StaleError,
 )
 from ouassister.model import Action, Gate, Phase, ResumeReport, StagedState
-from ouassister.reflect import afresh, applier_protocol, bootstrap, gate, staged, verify
+from ouassister.reflect import (
+    afresh,
+    applier_protocol,
+    bootstrap,
+    gate,
+    second_look,
+    staged,
+    verify,
+)
 from ouassister.reflect.verify import Verification
 from ouassister.restart import reach
 from ouassister.state.fence import check_fence
@@ -45,6 +53,7 @@ STUB: Final = Path(__file__).parent / "bin" / "stub-x86_64"
 APPLY_S: Final = 900.0
 _POLL_S: Final = 0.02  # between two looks at the applier
 _ACTIONS_S: Final = 600.0
+_DETACH_S: Final = 30.0
 # What each of the applier's phases proves; one that takes up an earlier run lacks some.
 _OF_APPLIER: Final = (
     ("stage", "every byte of the change set by its SHA-256, in the guest"),
@@ -61,6 +70,7 @@ class Medium:
     path: Path
     info: MediumInfo
     serial: str
+    carried: bool  # by the channel: it is no disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +129,9 @@ def reflect(
             raise
     with vm:
         try:
-            vm.qga()  # connected before the guest runs: its agent wakes at once
-            vm.attach_medium(medium.path, medium.serial)
+            vm.reach(changeset.access)
+            vm.channel()  # connected before the guest runs: its agent wakes at once
+            attach(vm, medium)
             on_retire()
             config.retire_save()
         except BaseException:
@@ -153,7 +164,7 @@ def reflect(
             raise GateOpenedError(message) from error
         settled_s = time.monotonic() - start
         on_state(ChangesetState.APPLIED)
-        notes = detach(vm, timeline)
+        notes = detach(vm, medium, timeline)
     report = _report(changeset, result, done, timeline, online_s, notes)
     return replace(report, gate=extent, settled_s=round(settled_s, 4))
 
@@ -164,19 +175,38 @@ def make_medium(changeset: Changeset, layer: Path | None, folder: Path) -> Mediu
         raise HostNotReadyError(f"the applier {APPLIER} is not built", hint="run 'make applier'")
     path = folder / "medium.img"
     info = write_medium(changeset, layer, APPLIER, path)
-    return Medium(path, info, f"oua-{changeset.changeset_id[:16]}")
+    serial = f"oua-{changeset.changeset_id[:16]}"
+    return Medium(path, info, serial, changeset.access.carried)
+
+
+def attach(vm: Running, medium: Medium) -> None:
+    """Plug the medium in; one that the channel carries waits for the guest to run."""
+    if not medium.carried:
+        vm.attach_medium(medium.path, medium.serial)
+
+
+def bring(vm: Running, medium: Medium) -> None:
+    """Have the channel bring the medium, if that is how it comes; the guest runs.
+
+    Raises:
+        ChannelError: It is not there as a whole.
+    """
+    if medium.carried:
+        path = bootstrap.carried_path(medium.serial)
+        vm.channel().write_file(path, medium.path.read_bytes(), timeout_s=APPLY_S)
 
 
 def _wake(config: Vm, changeset: Changeset) -> Running:
     """The VM, as an earlier resume left it."""
     if config.is_running():
         return _find(config, changeset)
-    return config.restore() if config.save.exists() else afresh.boot(config)
+    return config.restore() if config.save.exists() else afresh.boot(config, changeset.access)
 
 
 def _find(config: Vm, changeset: Changeset) -> Running:
     """Take over the VM as an earlier resume left it, which may have been killed at any moment."""
     vm = config.attach()
+    vm.reach(changeset.access)
     if config.save.exists() and not vm.runs():  # see `Vm.retire_save`: it never ran
         vm.kill()
         check_fence(changeset.fence)
@@ -184,11 +214,10 @@ def _find(config: Vm, changeset: Changeset) -> Running:
     vm.set_links(up=False)
     vm.cont()
     try:
-        # The medium must not go while somebody reads it, nor may things be done twice at once.
-        vm.qga().run(bootstrap.await_command(), timeout_s=APPLY_S)
+        second_look.await_end(vm, time.monotonic() + APPLY_S)
         with contextlib.suppress(QemuRefusedError):  # it has none
             vm.detach_medium()
-    except (AgentError, DeadlineError) as error:
+    except (ChannelError, DeadlineError) as error:
         message = f"what an earlier resume began in the guest does not end: {error.message}"
         raise GateClosedError(message, hint=gate.HINT) from error
     return vm
@@ -196,10 +225,13 @@ def _find(config: Vm, changeset: Changeset) -> Running:
 
 def _apply(vm: Running, medium: Medium) -> ApplierResult:
     stub = STUB.read_bytes()
-    command = bootstrap.apply_command(stub, medium.serial, medium.info, time.time_ns())
     try:
+        bring(vm, medium)
+        command = bootstrap.apply_command(
+            stub, medium.serial, medium.info, time.time_ns(), carried=medium.carried
+        )
         seed = bootstrap.seed()
-        done = vm.qga().run(command, stdin=seed, timeout_s=APPLY_S, most_s=_POLL_S)
+        done = second_look.run(vm, command, stdin=seed, timeout_s=APPLY_S, most_s=_POLL_S)
     except DeadlineError as error:
         raise GateClosedError(f"the guest: {error.message}", hint=gate.HINT) from error
     try:
@@ -263,7 +295,7 @@ def _act_and_verify(
     left: tuple[Action, ...] = (),
 ) -> _Finished:
     command = verify.command(changeset, actions, left)
-    done = vm.qga().run(command, timeout_s=_ACTIONS_S, most_s=_POLL_S)
+    done = second_look.run(vm, command, timeout_s=_ACTIONS_S, most_s=_POLL_S)
     failed = bootstrap.failed_actions(actions, done.stdout)
     since_ms = result.ended_ms - sum(milliseconds for _name, milliseconds in result.phases_ms)
     verification = verify.judge(changeset, since_ms, done.stdout, left)
@@ -278,17 +310,20 @@ def act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:
     if not actions:
         return ()
     command = bootstrap.actions_command(actions)
-    done = vm.qga().run(command, timeout_s=_ACTIONS_S)
+    done = second_look.run(vm, command, timeout_s=_ACTIONS_S)
     return bootstrap.failed_actions(actions, done.stdout)
 
 
-def detach(vm: Running, timeline: Timeline) -> tuple[str, ...]:
+def detach(vm: Running, medium: Medium, timeline: Timeline) -> tuple[str, ...]:
     """Take the medium away; a guest that will not let go of it is told of, no more."""
     try:
         with timeline.phase("detach medium"):
-            vm.detach_medium()
+            if medium.carried:
+                vm.channel().run(bootstrap.uncarry_command(medium.serial), timeout_s=_DETACH_S)
+            else:
+                vm.detach_medium()
     except OUassisterError as error:
-        return (f"the change set's disk is still attached: {error.message}",)
+        return (f"the change set's medium is still in the guest: {error.message}",)
     return ()
 
 

@@ -22,7 +22,7 @@ from ouassister.errors import (
     StateError,
 )
 from ouassister.model import Action, Diverged, Phase, RollbackReport
-from ouassister.reflect import applier_protocol, bootstrap, reflection
+from ouassister.reflect import applier_protocol, bootstrap, reflection, second_look
 from ouassister.reflect.applier_protocol import Outcome
 from ouassister.restart.back import actions_back, stopped_for_good
 from ouassister.store.database import ChangesetState
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ouassister.reflect.applier_protocol import ApplierResult
     from ouassister.timeline import Timeline
 
-_AGENT_S: Final = 30.0
+_CHANNEL_S: Final = 30.0
 _POLL_S: Final = 0.05
 _BEFORE: Final = ("diverged", "no-undo")
 _MOST_TOLD: Final = 1000  # guest/rollback.c tells no more
@@ -83,13 +83,14 @@ def roll_back(
     with timeline.phase("write medium"):
         medium = reflection.make_medium(changeset, None, folder)
     with config.attach() as vm:
-        with timeline.phase("ask the agent"):
-            vm.qga().ping(timeout_s=_AGENT_S)
+        vm.reach(changeset.access)
+        with timeline.phase("ask the guest"):
+            vm.channel().ping(timeout_s=_CHANNEL_S)
             if changeset.reboot_needed and not again:
                 _refuse_new_kernel(vm, changeset)
         with contextlib.suppress(OUassisterError):  # of an earlier run; there may be none
             vm.detach_medium(timeout_s=5)
-        vm.attach_medium(medium.path, medium.serial)
+        reflection.attach(vm, medium)
         on_state(ChangesetState.ROLLING_BACK)
         start = time.monotonic()
         vm.set_links(up=False)
@@ -101,7 +102,7 @@ def roll_back(
         except (RollbackRefusedError, LockedError, ApplyError):  # the guest is as it was before
             on_state(ChangesetState.APPLIED)
             vm.set_links(up=True)
-            _detach(vm, timeline)
+            _detach(vm, medium, timeline)
             raise
         except (DeadlineError, StateError) as error:
             raise GateClosedError(f"the guest: {error.message}", hint=_HINT) from error
@@ -109,7 +110,7 @@ def roll_back(
         with timeline.phase("open gate"):
             vm.set_links(up=True)
         closed_s = time.monotonic() - start
-        _detach(vm, timeline)
+        _detach(vm, medium, timeline)
     report = _report(changeset, result, timeline)
     return replace(
         report,
@@ -132,14 +133,15 @@ def forget(config: Vm, changeset: Changeset, folder: Path, timeline: Timeline) -
     with timeline.phase("write medium"):
         medium = reflection.make_medium(changeset, None, folder)
     with config.attach() as vm:
+        vm.reach(changeset.access)
         with contextlib.suppress(OUassisterError):
             vm.detach_medium(timeout_s=5)
-        vm.attach_medium(medium.path, medium.serial)
+        reflection.attach(vm, medium)
         try:
             with timeline.phase("forget"):
                 result, _ = _run(vm, medium, mode="forget", leave_diverged=False, again=False)
         finally:
-            _detach(vm, timeline)
+            _detach(vm, medium, timeline)
     return _report(changeset, result, timeline)
 
 
@@ -150,9 +152,10 @@ def rollback_command(
     *,
     leave_diverged: bool,
     mode: str = "rollback",
+    carried: bool = False,
 ) -> list[str]:
-    """Arguments for the guest agent: those of `bootstrap.apply_command` for the way back."""
-    command = bootstrap.apply_command(stub, serial, medium, now_ns=0)
+    """A command for the guest: that of `bootstrap.apply_command` for the way back."""
+    command = bootstrap.apply_command(stub, serial, medium, now_ns=0, carried=carried)
     command[command.index("apply", 3)] = mode
     del command[command.index("--set-time") :]
     return [*command, "--leave-diverged", "yes"] if leave_diverged else command
@@ -189,9 +192,15 @@ def _run(
 ) -> tuple[ApplierResult, tuple[Diverged, ...]]:
     stub = reflection.STUB.read_bytes()
     command = rollback_command(
-        stub, medium.serial, medium.info, leave_diverged=leave_diverged, mode=mode
+        stub,
+        medium.serial,
+        medium.info,
+        leave_diverged=leave_diverged,
+        mode=mode,
+        carried=medium.carried,
     )
-    done = vm.qga().run(command, timeout_s=reflection.APPLY_S, most_s=_POLL_S)
+    reflection.bring(vm, medium)
+    done = second_look.run(vm, command, timeout_s=reflection.APPLY_S, most_s=_POLL_S)
     try:
         result = applier_protocol.parse_output(done.stdout)
         left = diverged(done.stdout)
@@ -226,8 +235,8 @@ def error_for(
     return RollbackRefusedError(message)
 
 
-def _detach(vm: Running, timeline: Timeline) -> None:
-    for note in reflection.detach(vm, timeline):
+def _detach(vm: Running, medium: reflection.Medium, timeline: Timeline) -> None:
+    for note in reflection.detach(vm, medium, timeline):
         timeline.say(note)
 
 
@@ -242,7 +251,7 @@ def _refuse_staged(changeset: Changeset) -> None:
 
 def _refuse_new_kernel(vm: Running, changeset: Changeset) -> None:
     """Its modules would be taken from under the kernel that runs."""
-    done = vm.qga().run(["cat", "/proc/sys/kernel/random/boot_id"], timeout_s=_AGENT_S)
+    done = vm.channel().run(["cat", "/proc/sys/kernel/random/boot_id"], timeout_s=_CHANNEL_S)
     if done.stdout.decode("ascii", "replace").strip() != changeset.identity.boot_id:
         raise RollbackRefusedError(
             f"{changeset.vm} was booted since the update, which brought a kernel: it may be the "

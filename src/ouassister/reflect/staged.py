@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ouassister.errors import AgentError, DeadlineError, GateClosedError
+from ouassister.errors import ChannelError, DeadlineError, GateClosedError
 from ouassister.model import Action, StagedState, StepKind, Verdict
 
 if TYPE_CHECKING:
@@ -84,10 +84,10 @@ def install(vm: Running, changeset: Changeset, hint: str) -> Installed:
     state = f"/run/{name}"
     unit = f"{name}.service"
     try:
-        vm.qga().write_file(f"{state}.sh", script(changeset, state).encode("ascii"))
+        vm.channel().write_file(f"{state}.sh", script(changeset, state).encode("ascii"))
         start = ["/bin/sh", "-c", _START, "ouassister", state, f"{state}.sh", unit]
-        done = vm.qga().run(start, timeout_s=_ASK_S * 2)
-    except (AgentError, DeadlineError) as error:
+        done = vm.channel().run(start, timeout_s=_ASK_S * 2)
+    except (ChannelError, DeadlineError) as error:
         raise GateClosedError(f"staged packages: {error.message}", hint=hint) from error
     if done.exit_status != 0:
         words = done.stderr.decode("utf-8", "backslashreplace").strip()[:_MAX_WORDS]
@@ -229,8 +229,8 @@ def _await(vm: Running, state: str, hint: str) -> bytes:
     last = "no answer"
     while time.monotonic() < end:
         try:
-            done = vm.qga().run(["/bin/sh", "-c", _ASK, "ouassister", state], timeout_s=_ASK_S)
-        except (AgentError, DeadlineError) as error:
+            done = vm.channel().run(["/bin/sh", "-c", _ASK, "ouassister", state], timeout_s=_ASK_S)
+        except (ChannelError, DeadlineError) as error:
             last = error.message
             time.sleep(_PAUSE_S)  # it is being restarted, which nothing tells
             continue

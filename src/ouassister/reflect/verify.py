@@ -45,7 +45,7 @@ class Verification:
 def command(
     changeset: Changeset, actions: Sequence[Action], left: Sequence[Action] = ()
 ) -> list[str]:
-    """Arguments for the guest agent: do each action, verify, attest; ``left`` follow later.
+    """A command for the guest: do each action, verify, attest; ``left`` follow later.
 
     The actions' answers are those of `bootstrap.actions_command`.
     """

@@ -1,0 +1,1 @@
+"""How the guest will be reached at its resume, told while it sleeps."""
