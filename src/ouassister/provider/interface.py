@@ -36,6 +36,9 @@ class Running(Protocol):
     def set_links(self, *, up: bool) -> None:
         """Open or close every link of the gate."""
 
+    def open_quarantine(self) -> None:
+        """Open the links of the quarantine alone; the others are left as they are."""
+
     def attach_medium(self, path: Path, serial: str) -> None:
         """Plug a raw image in as a read-only disk; a paused guest sees it at `cont`."""
 
@@ -87,6 +90,10 @@ class Vm(Protocol):
     @property
     def local_mirrors(self) -> tuple[tuple[str, int], ...]:
         """Package mirrors on this host that may be reached."""
+
+    @property
+    def quarantine(self) -> tuple[str, ...]:
+        """Network devices whose links go up after a failure, when that is the policy."""
 
     def is_running(self) -> bool:
         """Tell whether it runs, or a process has one of its disks open for writing."""

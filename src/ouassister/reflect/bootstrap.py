@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _FILE: Final = "/var/lib/.ouassister-stub"
 
 
+# What the shell ends with when it could not write the stub: the guest is as it was. EX_TEMPFAIL of
+# sysexits.h; neither the stub nor the applier ends with it.
+NO_STUB: Final = 75
 _SEED_BYTES: Final = 64  # guest/guest.c, guest_seed
 # Every shell of ours has this name, and the applier the medium's serial; see `await_command`.
 OURS: Final = "ouassister-reflect"
@@ -42,6 +45,7 @@ def apply_command(stub: bytes, serial: str, medium: MediumInfo, now_ns: int) -> 
     # printf(1p): octal escapes, since NUL and others cannot stand in an argument.
     octal = "".join(f"\\{byte:03o}" for byte in stub)
     script = f"umask 077; printf '{octal}' >{_FILE} && chmod 700 {_FILE} && exec {_FILE} \"$@\""
+    script += f"; rm -f {_FILE}; exit {NO_STUB}"
     seconds, nanoseconds = divmod(now_ns, 1_000_000_000)
     return [
         "/bin/sh",
