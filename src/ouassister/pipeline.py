@@ -25,6 +25,7 @@ from ouassister.errors import (
     RollbackRefusedError,
     RunningVMError,
     StaleError,
+    UsageError,
     WorkDiskFullError,
 )
 from ouassister.guest_shadow import Options as Options
@@ -167,6 +168,7 @@ def resume(
         keep_snapshots: Take a snapshot before, and keep so many; 0 takes none.
 
     Raises:
+        UsageError: The policy is a quarantine, and the VM has none.
         WorkDiskFullError: There is no room for a snapshot; the VM sleeps on.
         NothingPendingError: There is no change set.
         StaleError: It was made for another suspension, or is not what was made.
@@ -175,6 +177,11 @@ def resume(
         GateOpenedError: It may be partly applied; ``on_failure`` has opened the gate, or it was
             open by then.
     """
+    if on_failure.quarantine and not config.quarantine:
+        raise UsageError(
+            f"{config.name} has no network device for a quarantine",
+            hint="declare one: 'quarantine = true' below [[net]], or in the domain's metadata",
+        )
     with _named(config, store):
         row = store.pending(config.name)
         if row is None:

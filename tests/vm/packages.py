@@ -141,6 +141,7 @@ AFTER: Final = (
     ),
     Package("oua-library", "1.0", files={"/usr/share/oua-library/data": "library\n"}),
     Package("oua-extra", "1.0", files={"/usr/bin/oua-extra": "#!/bin/sh\necho extra\n"}),
+    Package("oua-kernel", "1.0", files={"/boot/vmlinuz-9.9.9-1-cloud-amd64": "no kernel\n"}),
     Package("oua-gone", "1.0", files={"/usr/bin/oua-gone": "#!/bin/sh\necho gone\n"}),
     Package(
         "oua-service",

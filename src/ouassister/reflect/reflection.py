@@ -143,7 +143,7 @@ def reflect(
         try:
             vm.cont()
             with timeline.phase("apply"):
-                result = _apply(vm, medium)
+                result = _apply(vm, medium, again=again)
             done = _finish(vm, changeset, result, timeline, extent)
             with timeline.phase("open gate"):
                 vm.set_links(up=True)
@@ -223,7 +223,7 @@ def _find(config: Vm, changeset: Changeset) -> Running:
     return vm
 
 
-def _apply(vm: Running, medium: Medium) -> ApplierResult:
+def _apply(vm: Running, medium: Medium, *, again: bool) -> ApplierResult:
     stub = STUB.read_bytes()
     try:
         bring(vm, medium)
@@ -238,7 +238,7 @@ def _apply(vm: Running, medium: Medium) -> ApplierResult:
         result = applier_protocol.parse_output(done.stdout)
     except applier_protocol.ProtocolError as error:
         detail = done.stderr.decode("utf-8", "replace").strip()[:500] or str(error)
-        raise applier_protocol.error_for_silence(done.exit_status, detail) from error
+        raise applier_protocol.error_for_silence(done.exit_status, detail, again=again) from error
     failure = applier_protocol.error_for(result)
     if failure is not None:
         raise failure
