@@ -199,8 +199,9 @@ int check(struct change *change)
             return -1;
         count_room(change, &change->items[i]);
     }
-    change->file_systems[change->state_fs].bytes += JOURNAL_ROOM + 8 * (uint64_t)change->n_items;
-    change->file_systems[change->state_fs].inodes += 2; /* journal and marker */
+    change->file_systems[change->state_fs].bytes +=
+        JOURNAL_ROOM + 8 * (uint64_t)change->n_items + boot_room(change);
+    change->file_systems[change->state_fs].inodes += 8; /* journal, marker, what boot.c leaves */
     return 0;
 }
 

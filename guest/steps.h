@@ -10,6 +10,9 @@
 #define STEPS_H
 
 #define STEPS(X)                                  \
+    X(BOOT_LEAVE, "boot-leave")                   \
+    X(BOOT_SYNC, "boot-sync")                     \
+    X(BOOT_REMOVE, "boot-remove")                 \
     X(JOURNAL_CREATE, "journal-create")           \
     X(STAGE_CREATE, "stage-create")               \
     X(STAGE_WRITE, "stage-write")                 \

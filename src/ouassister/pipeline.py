@@ -37,7 +37,7 @@ from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
 from ouassister.reflect.rollback import forget, roll_back
 from ouassister.sleeping import refuse_running
-from ouassister.state.fence import check_fence
+from ouassister.state.fence import check_fence, refuse_other
 from ouassister.store.database import ChangesetState, Store
 
 if TYPE_CHECKING:
@@ -188,6 +188,7 @@ def resume(
             raise NothingPendingError(f"{config.name} has no change set to apply")
         changeset, layer = archive.load(store.changesets(config.name), row.changeset_id)
         archive.verify_layer(changeset, layer)
+        refuse_other(changeset.fence, config.save, (disk.path for disk in config.disks))
         again = row.state is ChangesetState.APPLYING
         if not again:
             refuse_running(config)

@@ -64,7 +64,8 @@ def test_every_kind_is_applied_and_a_replay_does_nothing(
     assert result.files == len(world.entries)
     assert result.size_bytes == sum(entry.size for entry in world.entries if not entry.same)
     assert [name for name, _ in result.phases_ms] == [
-        "medium", "lock", "check", "stage", "sync", "commit", "verify", "marker", "cleanup"
+        "medium", "lock", "check", "boot-unit", "stage", "sync", "commit", "verify",
+        "marker", "cleanup",
     ]  # fmt: skip
     assert snapshot(world.root, world.timed) == after
     marker = (world.root / "var/lib/ouassister/applied").read_bytes().split()
