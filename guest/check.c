@@ -200,7 +200,8 @@ int check(struct change *change)
         count_room(change, &change->items[i]);
     }
     change->file_systems[change->state_fs].bytes += JOURNAL_ROOM + 8 * (uint64_t)change->n_items;
-    change->file_systems[change->state_fs].inodes += 2; /* journal and marker */
+    change->file_systems[change->state_fs].bytes += change->medium.counts->attestation;
+    change->file_systems[change->state_fs].inodes += 3; /* journal, marker and attestation */
     return 0;
 }
 
