@@ -51,6 +51,7 @@ def test_scripts_calls_are_one_the_guest_is_verified_and_has_it_in_writing(world
         "every byte of the change set by its SHA-256, in the guest",
         "every replaced or deleted path was as planned",
         "every path in place: inode, size and mode",
+        "what only got another time by inode, size and times, not by its bytes",
         "completion marker of this change set",
         "dpkg --audit names no package of this change set",
         "no restarted unit has failed",

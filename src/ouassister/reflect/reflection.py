@@ -257,6 +257,7 @@ def _report(
     notes: tuple[str, ...],
 ) -> ResumeReport:
     done_phases = {name for name, _milliseconds in result.phases_ms}
+    same = "stage" in done_phases and any(entry.same for entry in changeset.entries)
     return ResumeReport(
         vm=changeset.vm,
         changeset_id=changeset.changeset_id,
@@ -266,7 +267,7 @@ def _report(
         failed_actions=done.failed_actions,
         verified=(
             *(words for phase, words in _OF_APPLIER if phase in done_phases),
-            *((_OF_SAME,) if any(entry.same for entry in changeset.entries) else ()),
+            *((_OF_SAME,) if same else ()),
             *(("version and state of every staged package",) if changeset.staged else ()),
             *done.verification.verified,
         ),
