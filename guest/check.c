@@ -200,8 +200,9 @@ int check(struct change *change)
         count_room(change, &change->items[i]);
     }
     change->file_systems[change->state_fs].bytes +=
-        JOURNAL_ROOM + 8 * (uint64_t)change->n_items + boot_room(change);
-    change->file_systems[change->state_fs].inodes += 8; /* journal, marker, what boot.c leaves */
+        JOURNAL_ROOM + 8 * (uint64_t)change->n_items + boot_room(change) +
+        change->medium.counts->attestation;
+    change->file_systems[change->state_fs].inodes += 9; /* journal, marker, attestation, what boot.c leaves */
     return 0;
 }
 

@@ -21,6 +21,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 static const char usage[] =
@@ -138,16 +139,26 @@ static int clean_up(void)
 
 static int go_forward(bool recovering)
 {
+    time_t now = time(NULL);
+    /* A run that takes up another one has not seen every byte. */
+    bool attests = attestation(&change.medium) && !recovering;
+
     phase("commit");
     if (commit(&change, recovering) < 0)
         return go_back(false);
     phase("verify");
     if (verify(&change, recovering) < 0)
         return go_back(false);
+    if (attests) {
+        phase("attest");
+        if (attestation_draft(&change, now) < 0)
+            return go_back(false);
+    }
     phase("marker");
-    if (marker_write(&change, MARKER_APPLIED) < 0)
+    if (marker_write(&change, MARKER_APPLIED, now) < 0)
         return go_back(false);
-    if (step(MARKER_SYNC) || syncfs(change.state) < 0) {
+    if ((attests && attestation_set(&change) < 0) || step(MARKER_SYNC) ||
+        syncfs(change.state) < 0) {
         fail_errno(STATE_DIR, "writing the marker out");
         return needs_person("io", "the marker could not be written out");
     }
@@ -283,7 +294,7 @@ static int go_back_whole(bool recovering)
     if (verify_back(&change, recovering) < 0)
         return stay(false);
     phase("marker");
-    if (marker_write(&change, MARKER_ROLLED_BACK) < 0)
+    if (marker_write(&change, MARKER_ROLLED_BACK, time(NULL)) < 0)
         return stay(false);
     if (step(MARKER_SYNC) || syncfs(change.state) < 0) {
         fail_errno(STATE_DIR, "writing the marker out");

@@ -24,8 +24,10 @@
     X(COMMIT_DIRECTORY, "commit-directory")       \
     X(COMMIT_TIME, "commit-time")                 \
     X(VERIFY, "verify")                           \
+    X(ATTEST_WRITE, "attest-write")               \
     X(MARKER_WRITE, "marker-write")               \
     X(MARKER_RENAME, "marker-rename")             \
+    X(ATTEST_RENAME, "attest-rename")             \
     X(MARKER_SYNC, "marker-sync")                 \
     X(KEEP_FOLDER, "keep-folder")                 \
     X(KEEP_RENAME, "keep-rename")                 \

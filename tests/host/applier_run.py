@@ -35,6 +35,7 @@ EXIT_STATUS = {
     Outcome.FORGOTTEN: 0,
 }
 DEADLINE_S = 60
+ATTESTATION = '{"schema":1,"entries":3,'
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class Bench:
         """Write the world's change set to a medium."""
         layer, medium = folder / f"layer{number}", folder / f"medium{number}"
         layer.write_bytes(world.layer)
-        info = write_medium(world.changeset(number), layer, appliers.shipped, medium)
+        info = write_medium(
+            world.changeset(number), layer, appliers.shipped, medium, attestation=ATTESTATION
+        )
         return cls(appliers, medium, info, world.root)
 
     def command(self, program: Path | None = None, sha256: str = "") -> list[str]:
