@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_MOST_NAMES = 4096  # of a directory in which the former name of a file is looked for
 ENTRY_LIMIT = 1_000_000  # of all paths named, deleted ones included; a hostile guest stops here
 
 _KINDS = {
@@ -195,7 +196,13 @@ class Walk:
             copied_up = _is_copied_up(node, lower)
             if copied_up:
                 entry = self._give_back(entry, lower, expected, changed)
-        elif below is not None and stat.S_ISDIR(below.st_mode):
+        if (
+            regular
+            and "origin" in node.overlay
+            and (lower is None or status.st_mtime_ns != lower.status.st_mtime_ns)
+        ):
+            entry = self._renamed(entry, node)
+        if lower is None and below is not None and stat.S_ISDIR(below.st_mode):
             entry = dataclasses.replace(entry, below=self._below(path, below))
         return Found(
             entry,
@@ -237,6 +244,33 @@ class Walk:
             entry, xattrs=tuple(sorted((xattrs | dict(entry.xattrs)).items()))
         )
 
+    def _renamed(self, entry: Entry, node: Node) -> Entry:
+        """Undo the same of a file that had another name in its directory, if one had.
+
+        overlayfs says that it is a copy, and not of what: it is the one with the same content, size
+        and time, unless there are several.
+        """
+        folder = entry.path.rpartition(b"/")[0]
+        if self.lower.status(folder or b"/") is None:
+            return entry
+        names = self.lower.names(folder or b"/")
+        found: list[tuple[bytes, os.stat_result]] = []
+        for name in names if len(names) <= _MOST_NAMES else ():
+            path = checked_path(folder or b"/", name)
+            status = self.lower.status(path)
+            if (
+                status is not None
+                and stat.S_ISREG(status.st_mode)
+                and (status.st_size, status.st_mtime_ns)
+                == (node.status.st_size, node.status.st_mtime_ns)
+                and self._same_content(entry.path, path)
+            ):
+                found.append((path, status))
+        if len(found) != 1:
+            return entry
+        (path, status) = found[0]
+        return self._give_back(entry, self.lower.look(path), self._expected(status), changed=True)
+
     def _same(self, path: bytes, node: Node, lower: Node) -> bool:
         """Whether an object stands in the upper tree without a change that travels."""
         ours, theirs = node.status, lower.status
@@ -256,12 +290,12 @@ class Walk:
             return False
         if not stat.S_ISREG(ours.st_mode):
             return True
-        return ours.st_size == theirs.st_size and self._same_content(path)
+        return ours.st_size == theirs.st_size and self._same_content(path, path)
 
-    def _same_content(self, path: bytes) -> bool:
+    def _same_content(self, path: bytes, lower: bytes) -> bool:
         with (
             os.fdopen(self.upper.open(path), "rb") as ours,
-            os.fdopen(self.lower.open(path), "rb") as theirs,
+            os.fdopen(self.lower.open(lower), "rb") as theirs,
         ):
             while chunk := ours.read(1 << 20):
                 if chunk != theirs.read(len(chunk)):
