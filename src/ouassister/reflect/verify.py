@@ -62,7 +62,7 @@ def for_applier(changeset: Changeset) -> str:
     """
     if changeset.staged or changeset.actions:
         return ""
-    return _attestation(changeset)
+    return _attestation(changeset, ())
 
 
 def is_attested(result: ApplierResult) -> bool:
