@@ -6,6 +6,7 @@
 # make staging-test        real packages whose scripts need the live guest: a database that runs
 # make powercut-test CUTS=20   power cuts in the middle of a reflection, each followed by a boot
 # make cgroup-test         control groups of version 2, in a guest that has them
+# make arm64-test          the applier for arm64, its whole host tier under QEMU's user mode
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [INSTALLED="c"] [GUEST=trixie]   an update asleep against the same awake
 # make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep, and its resume
@@ -101,13 +102,25 @@ $(APPLIER): build/deps $(wildcard guest/*.c guest/*.h guest/Makefile)
 	install -D -m 755 build/guest/stub-x86_64 $(@D)/stub-x86_64
 	install -D -m 755 build/guest/applier-x86_64 $@
 
+# For guests of arm64, which nothing reads yet: built and tested where a cross compiler is.
+applier-arm64: $(APPLIER) build/deps-arm64
+	$(MAKE) -C guest arm64
+	install -D -m 755 build/guest/stub-aarch64 $(dir $(APPLIER))/stub-aarch64
+	install -D -m 755 build/guest/applier-aarch64 $(dir $(APPLIER))/applier-aarch64
+
+arm64-test: .venv/ready applier-arm64
+	$(ROOT) env OUASSISTER_ARCH=aarch64 $(BIN)/python -m pytest -q -p no:cacheprovider -m "" \
+	    tests/host/test_applier*.py $(PYTEST)
+
 guest-tests: build/deps
 	$(MAKE) -C guest tests
 
 deps: build/deps
 
-build/deps: Makefile
-	@missing=; for package in $(DEBIAN); do \
+build/deps-arm64: WANTED = gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static
+build/deps: WANTED = $(DEBIAN)
+build/deps build/deps-arm64: Makefile
+	@missing=; for package in $(WANTED); do \
 	    dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q ' installed$$' \
 	        || missing="$$missing $$package"; \
 	done; \
@@ -137,5 +150,5 @@ lock:
 clean:
 	rm -rf --one-file-system build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test staging-test powercut-test case-test cgroup-test fidelity fuzz bench sleeper-bench applier guest-tests \
+.PHONY: demo test check view-test kernel-test staging-test powercut-test case-test cgroup-test fidelity fuzz bench sleeper-bench applier guest-tests applier-arm64 arm64-test \
         deps lock clean

@@ -135,6 +135,12 @@ int check(struct change *change);
 /* After check. */
 int check_space(const struct change *change);
 
+/* boot.c: a unit that ends what a power cut interrupts; without one the next resume does. */
+void boot_leave(const struct change *change);
+int boot_remove(const struct change *change);
+/* Bytes that boot_leave needs. */
+uint64_t boot_room(const struct change *change);
+
 /* stage.c */
 int stage(struct change *change);
 enum staged_by {

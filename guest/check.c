@@ -199,8 +199,10 @@ int check(struct change *change)
             return -1;
         count_room(change, &change->items[i]);
     }
-    change->file_systems[change->state_fs].bytes += JOURNAL_ROOM + 8 * (uint64_t)change->n_items;
-    change->file_systems[change->state_fs].inodes += 2; /* journal and marker */
+    change->file_systems[change->state_fs].bytes +=
+        JOURNAL_ROOM + 8 * (uint64_t)change->n_items + boot_room(change) +
+        change->medium.counts->attestation;
+    change->file_systems[change->state_fs].inodes += 9; /* journal, marker, attestation, what boot.c leaves */
     return 0;
 }
 

@@ -4,6 +4,8 @@
 
 #include "change.h"
 
+#include <time.h>
+
 enum journal_state {
     JOURNAL_NONE,
     JOURNAL_STAGING, /* reserved names may be there; no rename was done */
@@ -41,6 +43,11 @@ enum marker {
 
 int marker_read(const struct change *change, enum marker *marker);
 /* By rename; durable with the next syncfs of STATE_DIR's file system. */
-int marker_write(const struct change *change, enum marker marker);
+int marker_write(const struct change *change, enum marker marker, time_t now);
+
+/* What the medium has of an attestation, with what this run has done; under another name first.
+ * Its own comes after the marker's, and is durable with it. */
+int attestation_draft(const struct change *change, time_t now);
+int attestation_set(const struct change *change);
 
 #endif

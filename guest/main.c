@@ -2,10 +2,12 @@
  *               [--seed stdin]
  * applier rollback DEVICE --medium-sha256 HEX [--root DIR] [--leave-diverged yes]
  * applier forget DEVICE --medium-sha256 HEX [--root DIR]
+ * applier finish DEVICE --medium-sha256 HEX [--root DIR]
  *
  * Makes the guest's tree what the change set on the medium says, or leaves it as it was; or takes
- * that back; or removes what was kept for that. What it promises, the medium and the output are in docs/design/0003-applier.md and
- * 0020-rollback.md.
+ * that back; or removes what was kept for that; or ends, while the guest boots, what of these a
+ * power cut has interrupted. What it promises, the medium and the output are in
+ * docs/design/0003-applier.md, 0020-rollback.md and 0022-power-cuts.md.
  */
 #include "change.h"
 #include "journal.h"
@@ -19,16 +21,17 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 static const char usage[] =
     "usage: applier apply DEVICE --medium-sha256 HEX [--root DIR] [--set-time SECONDS.NANOS]\n"
     "                     [--seed stdin]\n"
     "       applier rollback DEVICE --medium-sha256 HEX [--root DIR] [--leave-diverged yes]\n"
-    "       applier forget DEVICE --medium-sha256 HEX [--root DIR]\n"
+    "       applier forget|finish DEVICE --medium-sha256 HEX [--root DIR]\n"
     "DEVICE is a path, or serial:TEXT to wait for that disk\n";
 
-enum mode { APPLY, ROLLBACK, FORGET };
+enum mode { APPLY, ROLLBACK, FORGET, FINISH };
 
 struct options {
     const char *device;
@@ -67,6 +70,16 @@ static int needs_person(const char *code, const char *what)
     return conclude("needs-person", EXIT_NEEDS_PERSON);
 }
 
+/* Nothing is left to be ended at a boot once the journal has gone. */
+static int journal_ends(int (*way)(const struct change *))
+{
+    int result = way(&change);
+
+    if (!result)
+        boot_remove(&change);
+    return result;
+}
+
 /* The tree never changed but for reserved names: they go, and it is a refusal. */
 static int give_up_staging(void)
 {
@@ -76,7 +89,7 @@ static int give_up_staging(void)
     result = unstage(&change, STAGED_HERE);
     if (set_directory_times(&change, true) < 0 || result < 0)
         return needs_person("undo", "what was staged could not be removed");
-    if (journal_remove(&change) < 0)
+    if (journal_ends(journal_remove) < 0)
         return needs_person("undo", "the journal could not be removed");
     return refused();
 }
@@ -93,7 +106,7 @@ static int go_back(bool marked)
         return needs_person("undo", "what was staged could not be removed");
     if (step(UNDO_SYNC) || sync_file_systems(&change, true) < 0)
         return needs_person("undo", "what was put back could not be written out");
-    if (journal_remove(&change) < 0)
+    if (journal_ends(journal_remove) < 0)
         return needs_person("undo", "the journal could not be removed");
     return conclude("undone", EXIT_UNDONE);
 }
@@ -110,7 +123,7 @@ static int put_away(void)
             result = -1;
     }
     if (set_directory_times(&change, false) < 0 || sync_file_systems(&change, false) < 0 ||
-        result < 0 || (kept ? journal_keep : journal_remove)(&change) < 0)
+        result < 0 || journal_ends(kept ? journal_keep : journal_remove) < 0)
         return -1;
     return 0;
 }
@@ -126,16 +139,26 @@ static int clean_up(void)
 
 static int go_forward(bool recovering)
 {
+    time_t now = time(NULL);
+    /* A run that takes up another one has not seen every byte. */
+    bool attests = attestation(&change.medium) && !recovering;
+
     phase("commit");
     if (commit(&change, recovering) < 0)
         return go_back(false);
     phase("verify");
     if (verify(&change, recovering) < 0)
         return go_back(false);
+    if (attests) {
+        phase("attest");
+        if (attestation_draft(&change, now) < 0)
+            return go_back(false);
+    }
     phase("marker");
-    if (marker_write(&change, MARKER_APPLIED) < 0)
+    if (marker_write(&change, MARKER_APPLIED, now) < 0)
         return go_back(false);
-    if (step(MARKER_SYNC) || syncfs(change.state) < 0) {
+    if ((attests && attestation_set(&change) < 0) || step(MARKER_SYNC) ||
+        syncfs(change.state) < 0) {
         fail_errno(STATE_DIR, "writing the marker out");
         return needs_person("io", "the marker could not be written out");
     }
@@ -162,7 +185,7 @@ static int recover(enum journal_state state)
     } else if (unstage(&change, STAGED_BEFORE_KILL) < 0) {
         return needs_person("undo", "what was staged could not be removed");
     }
-    if (journal_remove(&change) < 0)
+    if (journal_ends(journal_remove) < 0)
         return needs_person("undo", "the journal could not be removed");
     return -1;
 }
@@ -198,8 +221,10 @@ static int apply(const struct options *options)
         return refused();
     }
     ours = marker == MARKER_APPLIED;
-    if (ours && journal == JOURNAL_NONE)
+    if (ours && journal == JOURNAL_NONE) {
+        boot_remove(&change);
         return conclude("already-applied", EXIT_APPLIED);
+    }
     /* A journal of this change set proves the guest; a power cut changes its boot id. */
     if ((journal == JOURNAL_NONE && guest_is_boot(&change) < 0) || guest_lock(&change) < 0)
         return refused();
@@ -221,6 +246,8 @@ static int apply(const struct options *options)
     prune(&change); /* what stays is in the way of nothing but room */
     if (check_space(&change) < 0 || (options->set_time && guest_set_time(options->set_time) < 0))
         return refused();
+    phase("boot-unit");
+    boot_leave(&change);
     phase("stage");
     if (stage(&change) < 0 || journal_write_plan(&change) < 0)
         return give_up_staging();
@@ -252,7 +279,7 @@ static int clean_up_back(void)
     phase("cleanup");
     result = remove_new(&change);
     if (prune(&change) < 0 || set_directory_times(&change, true) < 0 ||
-        sync_file_systems(&change, false) < 0 || result < 0 || journal_remove(&change) < 0 ||
+        sync_file_systems(&change, false) < 0 || result < 0 || journal_ends(journal_remove) < 0 ||
         step(END))
         fail("leftover", STATE_DIR, "new files or the journal are still there");
     return conclude("rolled-back", EXIT_APPLIED);
@@ -267,7 +294,7 @@ static int go_back_whole(bool recovering)
     if (verify_back(&change, recovering) < 0)
         return stay(false);
     phase("marker");
-    if (marker_write(&change, MARKER_ROLLED_BACK) < 0)
+    if (marker_write(&change, MARKER_ROLLED_BACK, time(NULL)) < 0)
         return stay(false);
     if (step(MARKER_SYNC) || syncfs(change.state) < 0) {
         fail_errno(STATE_DIR, "writing the marker out");
@@ -290,6 +317,35 @@ static int find_update(enum marker marker, enum journal_state journal)
     return found ? 0 : fail("no-undo", STATE_DIR, "nothing was kept of what it replaced");
 }
 
+/* With the locks held. */
+static int take_back(enum marker marker, enum journal_state journal, bool leave_diverged)
+{
+    bool recovering = journal == JOURNAL_ROLLING || journal == JOURNAL_STAYING;
+
+    phase("check");
+    if (change_open_dirs(&change) < 0 ||
+        (!recovering && find_update(marker, journal) < 0))
+        return refused();
+    if (kept_open(&change) < 0) {
+        fail_errno(STATE_DIR, "opening the old files");
+        return refused();
+    }
+    if (marker == MARKER_ROLLED_BACK)
+        return clean_up_back();
+    if (journal == JOURNAL_STAYING)
+        return stay(true);
+    if (check_back(&change, recovering, leave_diverged) < 0)
+        return recovering ? stay(false) : refused();
+    if (!recovering) {
+        boot_leave(&change);
+        if (journal_begin_rollback(&change) < 0) {
+            boot_remove(&change);
+            return refused();
+        }
+    }
+    return go_back_whole(recovering);
+}
+
 static int rollback(const struct options *options)
 {
     enum journal_state journal;
@@ -306,25 +362,8 @@ static int rollback(const struct options *options)
         fail("unfinished", STATE_DIR, "the change set is half applied");
         return refused();
     }
-    if (guest_lock(&change) < 0)
-        return refused();
-    phase("check");
-    if (change_open_dirs(&change) < 0 ||
-        (!recovering && find_update(marker, journal) < 0))
-        return refused();
-    if (kept_open(&change) < 0) {
-        fail_errno(STATE_DIR, "opening the old files");
-        return refused();
-    }
-    if (marker == MARKER_ROLLED_BACK)
-        return clean_up_back();
-    if (journal == JOURNAL_STAYING)
-        return stay(true);
-    if (check_back(&change, recovering, options->leave_diverged) < 0)
-        return recovering ? stay(false) : refused();
-    if (!recovering && journal_begin_rollback(&change) < 0)
-        return refused();
-    return go_back_whole(recovering);
+    return guest_lock(&change) < 0 ? refused()
+                                   : take_back(marker, journal, options->leave_diverged);
 }
 
 /* What was kept goes, of whichever change set. */
@@ -345,6 +384,40 @@ static int forget(const struct options *options)
         return refused();
     }
     return conclude("forgotten", EXIT_APPLIED);
+}
+
+static int nothing_of_it(void)
+{
+    fail("interrupted", "", "it was interrupted before anything was in its place");
+    return conclude("undone", EXIT_UNDONE);
+}
+
+/* What the unit of boot.c does. There is no layer any more, so nothing is begun. */
+static int finish(const struct options *options)
+{
+    enum journal_state journal;
+    enum marker marker;
+    int status;
+
+    if (begin(options, &marker, &journal) < 0)
+        return refused();
+    if (journal == JOURNAL_NONE) {
+        boot_remove(&change);
+        return marker == MARKER_APPLIED       ? conclude("already-applied", EXIT_APPLIED)
+               : marker == MARKER_ROLLED_BACK ? conclude("already-rolled-back", EXIT_APPLIED)
+                                              : nothing_of_it();
+    }
+    if (guest_lock(&change) < 0)
+        return refused();
+    if (journal == JOURNAL_ROLLING || journal == JOURNAL_STAYING)
+        return take_back(marker, journal, false);
+    phase("check");
+    if (change_open_dirs(&change) < 0)
+        return refused();
+    if (marker == MARKER_APPLIED)
+        return clean_up();
+    status = recover(journal);
+    return status >= 0 ? status : nothing_of_it();
 }
 
 static int hex_digit(char c)
@@ -370,7 +443,7 @@ static const struct {
     const char *name;
     int (*run)(const struct options *options);
 } modes[] = {[APPLY] = {"apply", apply}, [ROLLBACK] = {"rollback", rollback},
-             [FORGET] = {"forget", forget}};
+             [FORGET] = {"forget", forget}, [FINISH] = {"finish", finish}};
 
 static bool parse(int argc, char **argv, struct options *options)
 {
@@ -379,7 +452,7 @@ static bool parse(int argc, char **argv, struct options *options)
     if (argc < 3)
         return false;
     for (options->mode = APPLY; strcmp(argv[1], modes[options->mode].name); options->mode++)
-        if (options->mode == FORGET)
+        if (options->mode == FINISH)
             return false;
     options->device = argv[2];
     options->root = "/";

@@ -18,6 +18,7 @@
 #define MAX_APPLIER (16u << 20)
 #define MAX_TABLE (512u << 20)
 #define MAX_RECORDS (1u << 20)
+#define MAX_ATTESTATION (4u << 20)
 #define MAX_XATTR (64u << 10) /* XATTR_SIZE_MAX, uapi/linux/limits.h */
 
 struct medium_header {
@@ -51,7 +52,7 @@ struct table_header {
     uint32_t xattrs;
     uint32_t below;
     uint32_t locks;
-    uint32_t zero;
+    uint32_t attestation; /* length of its beginning, the first string; 0: there is none */
     uint64_t strings;
 };
 
@@ -145,6 +146,11 @@ struct medium {
 static inline const char *text(const struct medium *medium, struct text ref)
 {
     return medium->strings + ref.offset;
+}
+
+static inline const char *attestation(const struct medium *medium)
+{
+    return medium->counts->attestation ? medium->strings : 0;
 }
 
 /* Opens the device and checks header, applier area and table.

@@ -10,6 +10,9 @@
 #define STEPS_H
 
 #define STEPS(X)                                  \
+    X(BOOT_LEAVE, "boot-leave")                   \
+    X(BOOT_SYNC, "boot-sync")                     \
+    X(BOOT_REMOVE, "boot-remove")                 \
     X(JOURNAL_CREATE, "journal-create")           \
     X(STAGE_CREATE, "stage-create")               \
     X(STAGE_WRITE, "stage-write")                 \
@@ -21,8 +24,10 @@
     X(COMMIT_DIRECTORY, "commit-directory")       \
     X(COMMIT_TIME, "commit-time")                 \
     X(VERIFY, "verify")                           \
+    X(ATTEST_WRITE, "attest-write")               \
     X(MARKER_WRITE, "marker-write")               \
     X(MARKER_RENAME, "marker-rename")             \
+    X(ATTEST_RENAME, "attest-rename")             \
     X(MARKER_SYNC, "marker-sync")                 \
     X(KEEP_FOLDER, "keep-folder")                 \
     X(KEEP_RENAME, "keep-rename")                 \

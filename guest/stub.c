@@ -5,8 +5,9 @@
  * noexec), removes FILE, its own, and executes the copy with ARGUMENTs. The applier checks itself
  * against the header's hash (guest/medium.c).
  *
- * No libc: x86-64 system calls by number (Linux arch/x86/entry/syscalls/syscall_64.tbl). Exit
- * status 69: no such disk within 30 s; 74: it could not be read or executed.
+ * No libc: system calls by number (Linux arch/x86/entry/syscalls/syscall_64.tbl; for arm64
+ * include/uapi/asm-generic/unistd.h, which has no open(2) and no unlink(2)). Exit status 69: no such
+ * disk within 30 s; 74: it could not be read or executed.
  */
 #include <fcntl.h>
 #include <linux/memfd.h>
@@ -27,6 +28,10 @@ struct entry { /* struct linux_dirent64 */
 
 static char buffer[16 * BLOCK] __attribute__((aligned(8)));
 
+#if defined(__x86_64__)
+
+__asm__(".globl _start\n_start:\n  mov %rsp, %rdi\n  and $-16, %rsp\n  call start\n");
+
 static long call(long number, long a, long b, long c, long d, long e)
 {
     register long r10 __asm__("r10") = d;
@@ -38,6 +43,33 @@ static long call(long number, long a, long b, long c, long d, long e)
                      : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
                      : "rcx", "r11", "memory");
     return result;
+}
+
+#elif defined(__aarch64__)
+
+__asm__(".globl _start\n_start:\n  mov x0, sp\n  bl start\n"); /* sp is aligned, AAPCS64 6.4.5.1 */
+
+static long call(long number, long a, long b, long c, long d, long e)
+{
+    register long x8 __asm__("x8") = number;
+    register long x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b;
+    register long x2 __asm__("x2") = c;
+    register long x3 __asm__("x3") = d;
+    register long x4 __asm__("x4") = e;
+
+    __asm__ volatile("svc 0"
+                     : "+r"(x0)
+                     : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
+                     : "memory");
+    return x0;
+}
+
+#endif
+
+static long open_at(const char *path, int flags)
+{
+    return call(SYS_openat, AT_FDCWD, (long)path, flags, 0, 0);
 }
 
 static void leave(int status)
@@ -60,7 +92,7 @@ static int has_serial(const char *name, const char *serial)
     long fd, size, i;
 
     append(append(at, name, path + 300), "/serial", path + 319);
-    fd = call(SYS_open, (long)path, O_RDONLY, 0, 0, 0);
+    fd = open_at(path, O_RDONLY);
     if (fd < 0)
         return 0;
     size = call(SYS_read, fd, (long)found, sizeof found - 1, 0, 0);
@@ -72,7 +104,7 @@ static int has_serial(const char *name, const char *serial)
 
 static long look(const char *serial)
 {
-    long blocks = call(SYS_open, (long)"/sys/block", O_RDONLY | O_DIRECTORY, 0, 0, 0), size;
+    long blocks = open_at("/sys/block", O_RDONLY | O_DIRECTORY), size;
     long device = -1;
 
     while (device < 0 && (size = call(SYS_getdents64, blocks, (long)buffer, BLOCK, 0, 0)) > 0)
@@ -82,7 +114,7 @@ static long look(const char *serial)
 
             if (entry->name[0] != '.' && has_serial(entry->name, serial)) {
                 append(append(path, "/dev/", path + 300), entry->name, path + 319);
-                device = call(SYS_open, (long)path, O_RDONLY, 0, 0, 0);
+                device = open_at(path, O_RDONLY);
             }
             at += entry->length;
         }
@@ -106,7 +138,7 @@ static long copy(long device, long blocks)
         offset += size;
         left -= size;
     }
-    call(SYS_close, device, 0, 0, 0, 0);
+    /* The device stays open: its last close would drop what was read from memory (block/bdev.c). */
     return memory;
 }
 
@@ -127,7 +159,7 @@ __attribute__((used)) void start(long *stack)
 
     if (argc < 4)
         leave(2);
-    call(SYS_unlink, (long)argv[3], 0, 0, 0, 0);
+    call(SYS_unlinkat, AT_FDCWD, (long)argv[3], 0, 0, 0);
     for (int i = 0; i < TRIES && (device = look(argv[1])) < 0; i++)
         call(SYS_nanosleep, (long)&pause, 0, 0, 0, 0);
     if (device < 0)
@@ -137,5 +169,3 @@ __attribute__((used)) void start(long *stack)
         call(SYS_execveat, memory, (long)"", (long)(argv + 3), (long)environment, AT_EMPTY_PATH);
     leave(NO_APPLIER);
 }
-
-__asm__(".globl _start\n_start:\n  mov %rsp, %rdi\n  and $-16, %rsp\n  call start\n");

@@ -192,6 +192,9 @@ static int check_rest(const struct medium *medium)
     for (uint32_t i = 0; i < counts->locks; i++)
         if (!path_ok(medium, medium->locks[i].path))
             return bad("a lock's path is not plain", i);
+    if (counts->attestation && (!text_ok(medium, (struct text){0, counts->attestation}) ||
+                                strlen(medium->strings) != counts->attestation))
+        return bad("the attestation is no text", 0);
     return 0;
 }
 
@@ -204,7 +207,7 @@ int table_check(struct medium *medium)
 
     if (counts->dirs > MAX_RECORDS || counts->entries > MAX_RECORDS ||
         counts->xattrs > MAX_RECORDS || counts->below > MAX_RECORDS ||
-        counts->locks > MAX_LOCKS || counts->strings > MAX_TABLE || counts->zero)
+        counts->locks > MAX_LOCKS || counts->strings > MAX_TABLE || counts->attestation > MAX_ATTESTATION)
         return fail("medium", "", "the table counts more than can be");
     size = sizeof *counts + counts->dirs * sizeof(struct dir_record) +
            counts->entries * sizeof(struct entry_record) +

@@ -25,6 +25,7 @@ from ouassister.errors import (
     RollbackRefusedError,
     RunningVMError,
     StaleError,
+    UsageError,
     WorkDiskFullError,
 )
 from ouassister.guest_shadow import Options as Options
@@ -36,7 +37,7 @@ from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
 from ouassister.reflect.rollback import forget, roll_back
 from ouassister.sleeping import refuse_running
-from ouassister.state.fence import check_fence
+from ouassister.state.fence import check_fence, refuse_other
 from ouassister.store.database import ChangesetState, Store
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def resume(
         keep_snapshots: Take a snapshot before, and keep so many; 0 takes none.
 
     Raises:
+        UsageError: The policy is a quarantine, and the VM has none.
         WorkDiskFullError: There is no room for a snapshot; the VM sleeps on.
         NothingPendingError: There is no change set.
         StaleError: It was made for another suspension, or is not what was made.
@@ -175,12 +177,18 @@ def resume(
         GateOpenedError: It may be partly applied; ``on_failure`` has opened the gate, or it was
             open by then.
     """
+    if on_failure.quarantine and not config.quarantine:
+        raise UsageError(
+            f"{config.name} has no network device for a quarantine",
+            hint="declare one: 'quarantine = true' below [[net]], or in the domain's metadata",
+        )
     with _named(config, store):
         row = store.pending(config.name)
         if row is None:
             raise NothingPendingError(f"{config.name} has no change set to apply")
         changeset, layer = archive.load(store.changesets(config.name), row.changeset_id)
         archive.verify_layer(changeset, layer)
+        refuse_other(changeset.fence, config.save, (disk.path for disk in config.disks))
         again = row.state is ChangesetState.APPLYING
         if not again:
             refuse_running(config)

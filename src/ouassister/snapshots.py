@@ -115,7 +115,8 @@ def known(folder: Path) -> tuple[Snapshot, ...]:
         return ()
     except (ValueError, TypeError, RecursionError) as error:
         raise TamperedError(
-            f"the record of snapshots in {folder} is unreadable: {error}"
+            f"the record of snapshots in {folder} is unreadable: {error}",
+            hint=f"remove {folder / _RECORD}; the copies are called NAME.ouassister-ID",
         ) from error
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LIST: Final = Path(__file__).parent / "allowed.toml"
 # Another moment, another order of allocation: of no file the same in two guests.
 _IGNORED: Final = frozenset(("ctime", "inode"))
+_TWIN: Final = "the twin"  # the one that updated itself, as a rule names it
 _COLUMNS: Final = frozenset(Node._fields) - _IGNORED
 
 
@@ -34,11 +35,21 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class LineRule:
+    """The same of lines in a table. ``of_twin``: of the guest that updated itself alone."""
+
+    table: str
+    line: re.Pattern[str]
+    reason: str
+    of_twin: bool
+
+
+@dataclass(frozen=True)
 class Allowed:
     """The reviewed list."""
 
     rules: tuple[Rule, ...]
-    lines: tuple[tuple[str, re.Pattern[str], str], ...]  # table, line, reason
+    lines: tuple[LineRule, ...]
 
 
 def load(path: Path = LIST) -> Allowed:
@@ -62,13 +73,19 @@ def parse(text: str) -> Allowed:
         )
         for one in raw["path"]
     ]
-    lines = [(one["table"], re.compile(one["line"]), one["reason"]) for one in raw.get("line", ())]
+    lines = [
+        LineRule(one["table"], re.compile(one["line"]), one["reason"], one.get("only") == _TWIN)
+        for one in raw.get("line", ())
+    ]
     for rule in rules:
         if not rule.reason.strip() or rule.columns - _COLUMNS:
             raise ValueError(f"the rule for {rule.paths} has no reason, or no such column")
-    for table, pattern, reason in lines:
-        if not reason.strip() or table not in QUESTIONS:
-            raise ValueError(f"the rule for {pattern.pattern!r} has no reason, or no such table")
+    for one in raw.get("line", ()):
+        if one.get("only", _TWIN) != _TWIN:
+            raise ValueError(f"the rule for {one['line']!r} is for nobody")
+    for line in lines:
+        if not line.reason.strip() or line.table not in QUESTIONS:
+            raise ValueError(f"the rule for {line.line.pattern!r} has no reason, or no such table")
     return Allowed(tuple(rules), tuple(lines))
 
 
@@ -97,8 +114,9 @@ def differences(
         one, other = theirs.tables[name], ours.tables[name]
         for line in sorted(one ^ other):
             reason = next(
-                (why for table, pattern, why in allowed.lines
-                 if table == name and pattern.search(line)), None,
+                (rule.reason for rule in allowed.lines
+                 if rule.table == name and rule.line.search(line)
+                 and (line in one or not rule.of_twin)), None,
             )  # fmt: skip
             if reason is None:
                 where = "the twin" if line in one else "ours"

@@ -54,7 +54,9 @@ QUESTIONS: Final[dict[str, str]] = {
     "session": ssh_session.ask("after"),  # one that was open when they fell asleep
     "profiles": "cat /sys/kernel/security/apparmor/profiles || :",
     "modules": "awk '{{print $1}}' /proc/modules",
-    "replaced files in use": "grep -ls ' /usr/.* (deleted)$' /proc/[0-9]*/maps"
+    # The applier gives them another name, where it keeps them for a rollback.
+    "replaced files in use": "grep -lsE ' (/usr/.* .deleted.|/var/lib/ouassister/old-.*)$'"
+    " /proc/[0-9]*/maps"
     " | sed 's|maps$|comm|' | xargs -r cat | sort -u",
 }
 _MARK: Final = "oua-table"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from tests.conftest import need
 
 from ouassister.changeset.medium import MediumInfo, write_medium
@@ -33,6 +35,7 @@ EXIT_STATUS = {
     Outcome.FORGOTTEN: 0,
 }
 DEADLINE_S = 60
+ATTESTATION = '{"schema":1,"entries":3,'
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,31 @@ def build() -> Appliers:
     )
     assert done.returncode == 0, done.stderr
     out = TOP / "build" / "guest"
+    if os.environ.get("OUASSISTER_ARCH") == "aarch64":
+        return build_arm64()
     return Appliers(out / "applier-x86_64", out / "applier-faults", out / "applier-asan")
+
+
+def build_arm64() -> Appliers:
+    """The same for arm64, each behind a script that has QEMU's user mode run it."""
+    for tool in ("aarch64-linux-gnu-gcc", "qemu-aarch64-static"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed ('make applier-arm64' installs it)")
+    done = subprocess.run(
+        ["make", "-C", str(TOP / "guest"), "arm64-tests"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    out = TOP / "build" / "guest"
+    made = []
+    for name in ("applier", "applier-faults"):
+        script = out / f"run-{name}-aarch64"
+        script.write_text(f'#!/bin/sh\nexec qemu-aarch64-static {out / name}-aarch64 "$@"\n')
+        script.chmod(0o755)
+        made.append(script)
+    return Appliers(made[0], made[1], made[1])
 
 
 @dataclass
@@ -83,7 +110,9 @@ class Bench:
         """Write the world's change set to a medium."""
         layer, medium = folder / f"layer{number}", folder / f"medium{number}"
         layer.write_bytes(world.layer)
-        info = write_medium(world.changeset(number), layer, appliers.shipped, medium)
+        info = write_medium(
+            world.changeset(number), layer, appliers.shipped, medium, attestation=ATTESTATION
+        )
         return cls(appliers, medium, info, world.root)
 
     def command(self, program: Path | None = None, sha256: str = "") -> list[str]:

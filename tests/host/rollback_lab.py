@@ -79,6 +79,10 @@ def state(world: World) -> Path:
 
 def assert_nothing_kept(root: Path) -> None:
     """Neither a journal nor an old file, nor a folder of them."""
-    assert sorted(p.name for p in (root / "var/lib/ouassister").iterdir()) == ["applied", "lock"]
+    assert sorted(p.name for p in (root / "var/lib/ouassister").iterdir()) == [
+        "applied",
+        "attestation.json",
+        "lock",
+    ]
     for _, folders, files in os.walk(root):
         assert not [name for name in (*folders, *files) if RESERVED in os.fsencode(name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import resource
 import signal
@@ -23,6 +24,7 @@ from tests.host.applier_world import (
     snapshot,
 )
 
+from ouassister.changeset.medium import write_medium
 from ouassister.model import Kind
 from ouassister.reflect.applier_protocol import Outcome
 
@@ -64,7 +66,8 @@ def test_every_kind_is_applied_and_a_replay_does_nothing(
     assert result.files == len(world.entries)
     assert result.size_bytes == sum(entry.size for entry in world.entries if not entry.same)
     assert [name for name, _ in result.phases_ms] == [
-        "medium", "lock", "check", "stage", "sync", "commit", "verify", "marker", "cleanup"
+        "medium", "lock", "check", "boot-unit", "stage", "sync", "commit", "verify", "attest",
+        "marker", "cleanup",
     ]  # fmt: skip
     assert snapshot(world.root, world.timed) == after
     marker = (world.root / "var/lib/ouassister/applied").read_bytes().split()
@@ -72,6 +75,43 @@ def test_every_kind_is_applied_and_a_replay_does_nothing(
     again = inodes(world.root)
     assert bench.run().outcome is Outcome.ALREADY_APPLIED
     assert inodes(world.root) == again
+
+
+def test_attestation_says_what_was_done_and_when(
+    appliers: Appliers, world: World, tmp_path: Path
+) -> None:
+    """The same words as verify.sh has: test_reflect_scripts.py."""
+    everything(world)
+    assert Bench.make(appliers, world, tmp_path).run().outcome is Outcome.APPLIED
+    state = world.host(b"/var/lib/ouassister")
+    attestation = state / "attestation.json"
+    assert attestation.stat().st_mode & 0o7777 == 0o600
+    assert json.loads(attestation.read_text()) == {
+        "schema": 1,
+        "entries": 3,
+        "applied_at_s": int((state / "applied").read_text().split()[1]),
+        "checks": {
+            "files": "clean",
+            "marker": "clean",
+            "package_database": "clean",
+            "units": "not asked",
+        },
+        "result": "verified",
+    }
+    assert not (state / "attestation.new").exists()
+
+
+def test_medium_without_an_attestation_leaves_none(
+    appliers: Appliers, world: World, tmp_path: Path
+) -> None:
+    world.add(b"/new", Kind.FILE, b"new")
+    bench = Bench.make(appliers, world, tmp_path)
+    layer = tmp_path / "layer1"
+    info = write_medium(world.changeset(), layer, appliers.shipped, bench.medium)
+    result = dataclasses.replace(bench, info=info).run()
+    assert result.outcome is Outcome.APPLIED
+    assert "attest" not in dict(result.phases_ms)
+    assert not world.host(b"/var/lib/ouassister/attestation.json").exists()
 
 
 def test_kernel_without_openat2_is_applied(

@@ -40,9 +40,10 @@ STAGING = (
     "journal-plan",
     "stage-sync",
 )
-COMMITTING = ("commit-rename", "commit-directory", "commit-time", "verify", "marker-write",
-              "marker-rename")  # fmt: skip
+COMMITTING = ("commit-rename", "commit-directory", "commit-time", "verify", "attest-write",
+              "marker-write", "marker-rename")  # fmt: skip
 AFTER_MARKER = (
+    "attest-rename",
     "marker-sync",
     "keep-folder",
     "keep-rename",
@@ -118,7 +119,8 @@ def test_every_step_of_success_is_listed(lab: Lab) -> None:
     listed = subprocess.run(
         [lab.appliers.faults, "steps"], capture_output=True, text=True, check=True
     ).stdout.split()
-    known = {*STAGING, *COMMITTING, *AFTER_MARKER, *DROPPING, *UNDOING, *ROLLBACK, *STAYING}
+    boot = {"boot-leave", "boot-sync", "boot-remove"}  # of test_applier_boot.py
+    known = {*boot, *STAGING, *COMMITTING, *AFTER_MARKER, *DROPPING, *UNDOING, *ROLLBACK, *STAYING}
     assert set(listed) == known
     assert {name_of(step) for step in lab.steps()} == {*STAGING, *COMMITTING, *AFTER_MARKER}
 
@@ -357,13 +359,31 @@ def test_failure_after_the_marker_leaves_work_for_the_next_run(lab: Lab) -> None
         assert bench.run().outcome is Outcome.ALREADY_APPLIED
 
 
-def test_marker_that_cannot_be_written_out_needs_a_person(lab: Lab) -> None:
+@pytest.mark.parametrize("name", ["attest-rename", "marker-sync"])
+def test_marker_that_cannot_be_written_out_needs_a_person(lab: Lab, name: str) -> None:
     world, bench = lab.fresh()
     after = world.after()
-    result = bench.run(OUA_FAIL_AT=f"marker-sync:{errno.EIO}")
+    result = bench.run(OUA_FAIL_AT=f"{name}:{errno.EIO}")
     assert result.outcome is Outcome.NEEDS_PERSON
-    assert bench.run().outcome is Outcome.APPLIED
+    result = bench.run()
+    assert result.outcome is Outcome.APPLIED
+    assert "attest" not in dict(result.phases_ms)
     assert snapshot(world.root, world.timed) == after
+
+
+def test_attestation_is_never_there_before_the_marker(lab: Lab) -> None:
+    """Who takes up a run that was killed attests nothing: it has not seen every byte."""
+    for step in lab.steps():
+        world, bench = lab.fresh()
+        folder = world.root / "var/lib/ouassister"
+        bench.killed_at(step)
+        attested = (folder / "attestation.json").exists()
+        assert not attested or (folder / "applied").exists(), step
+        assert attested == (step.partition(":")[0] in AFTER_MARKER[1:]), step
+        result = bench.run()
+        fresh = "stage" in dict(result.phases_ms)
+        assert ("attest" in dict(result.phases_ms)) == fresh, step
+        assert (folder / "attestation.json").exists() == (attested or fresh), step
 
 
 def test_package_database_is_committed_last(lab: Lab) -> None:
@@ -429,7 +449,7 @@ class Disks:
             shutil.copyfile(self.empty, image)
         with self.mounted(self.images) as root:
             world = self.world(root)
-            self.after = world.after()
+            self.before, self.after = snapshot(root, world.timed), world.after()
             bench = Bench.make(self.lab.appliers, world, self.here)
             for top in (root, root / "boot"):
                 subprocess.run(["sync", "-f", str(top)], check=True)

@@ -9,7 +9,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.host.applier_run import Appliers, Bench, build
+from tests.host.applier_run import ATTESTATION, Appliers, Bench, build
 from tests.host.applier_world import World, below, everything, expected, inodes
 
 from ouassister.model import Entry, Expected, Kind
@@ -187,6 +187,20 @@ def test_hard_link_to_a_later_entry_is_refused(
     for index in (1, 2, 0xFFFFFFFF):
         image[link : link + 4] = struct.pack("<I", index)
         assert seal(bench, image).run().code == "medium"
+
+
+def test_attestation_that_is_no_text_is_refused(
+    appliers: Appliers, world: World, tmp_path: Path
+) -> None:
+    world.add(b"/a", Kind.FILE, b"a")
+    bench = Bench.make(appliers, world, tmp_path)
+    image = bytearray(bench.medium.read_bytes())
+    place = number(image, TABLE_OFFSET) + 20
+    length = struct.unpack_from("<I", image, place)[0]
+    assert length == len(ATTESTATION)
+    for wrong in (length - 1, length + 1, 1 << 22, (1 << 22) + 1, 0xFFFFFFFF):
+        image[place : place + 4] = struct.pack("<I", wrong)
+        assert seal(bench, image).run().code == "medium", wrong
 
 
 def interesting(rng: random.Random) -> int:

@@ -64,11 +64,16 @@ def test_inode_stays_and_nothing_is_staged_or_kept(
         assert os.fstat(running.fileno()).st_ino == world.host(FILE).stat().st_ino
     assert snapshot(world.root) == after
     assert {p: i[0] for p, i in inodes(world.root).items()} == {p: i[0] for p, i in before.items()}
-    assert [name.partition("-")[0] for name in _state(world)] == ["applied", "lock", "undo"]
+    assert [name.partition("-")[0] for name in _state(world)] == [
+        "applied",
+        "attestation.json",
+        "lock",
+        "undo",
+    ]
     back = back_of(bench)
     assert back.run().outcome is Outcome.ROLLED_BACK
     assert inodes(world.root) == before
-    assert _state(world) == ["applied", "lock"]
+    assert _state(world) == ["applied", "attestation.json", "lock"]
 
 
 def _appends(world: World) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import stat
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from tests.conftest import need
@@ -96,6 +96,32 @@ HIDDEN = (
     "os.mkdir('kernel/inherit')",
     "os.setxattr('kernel/inherit', 'system.posix_acl_default', ACL)",
 )
+
+
+TWICE: Final = ("one", "two")
+RENAMED: Final = (
+    "os.utime('kernel/guarded', ns=(5, 1_600_000_000_123_456_789))",
+    *(f"open('kernel/{name}', 'w').write('same')" for name in TWICE),
+    *(f"os.utime('kernel/{name}', ns=(5, 1_600_000_001_{nines}))"
+      for name, nines in zip(TWICE, ("111_111_111", "222_222_222"), strict=True)),
+)  # fmt: skip
+
+
+def test_extract_file_that_was_only_renamed_keeps_its_time_and_acl(rig: Rig) -> None:
+    rig.build_image(0, (*HIDDEN, *RENAMED))
+    result = rig.update(
+        (
+            "os.rename('merged/guarded', 'merged/guarded.old')",
+            "open('merged/guarded', 'w').write('new')",
+            # Which of two that are alike it was, nobody can tell.
+            "os.rename('merged/one', 'merged/three')",
+        )
+    )
+    entries = by_path(result)
+    assert entries[b"/guarded.old"].mtime_ns == 1_600_000_000_123_456_789
+    assert "system.posix_acl_access" in dict(entries[b"/guarded.old"].xattrs)
+    assert "system.posix_acl_access" not in dict(entries[b"/guarded"].xattrs)
+    assert entries[b"/three"].mtime_ns == 1_600_000_001_000_000_000
 
 
 def test_extract_attributes_hidden_by_fuse_survive_a_copy_up(rig: Rig) -> None:

@@ -15,6 +15,7 @@ from ouassister.reflect.applier_protocol import (
     error_for_silence,
     parse_output,
 )
+from ouassister.reflect.bootstrap import NO_STUB
 
 GOOD: dict[str, object] = {
     "event": "result",
@@ -121,6 +122,12 @@ def test_result_becomes_the_error_that_a_caller_acts_on(
 
 @pytest.mark.parametrize("status", [None, 0, 41, 137])
 def test_silence_keeps_the_gate_closed(status: int | None) -> None:
-    error = error_for_silence(status, "no line")
+    error = error_for_silence(status, "no line", again=False)
     assert error.exit_status == 41
     assert error.impact == "unknown"
+
+
+def test_applier_that_was_never_there_has_touched_nothing_but_an_earlier_one_may_have() -> None:
+    error = error_for_silence(NO_STUB, "No space left on device", again=False)
+    assert (error.exit_status, error.impact) == (40, "untouched")
+    assert error_for_silence(NO_STUB, "No space left on device", again=True).exit_status == 41

@@ -9,7 +9,15 @@ import pytest
 
 from ouassister.errors import UnsupportedGuestError
 from ouassister.provider.disks import Disk
-from ouassister.provider.domain_xml import Link, closed, has_medium, medium, parse, settings
+from ouassister.provider.domain_xml import (
+    Link,
+    closed,
+    has_medium,
+    medium,
+    parse,
+    quarantine,
+    settings,
+)
 
 DISK = """
 <disk type='file' device='disk'>
@@ -185,3 +193,17 @@ def test_settings_come_from_our_own_metadata() -> None:
     assert settings(xml()) == ((), False)
     with pytest.raises(UnsupportedGuestError, match="'nowhere' where host:port belongs"):
         settings(xml(more=told.replace("127.0.0.1:80", "nowhere")))
+
+
+def test_quarantine_is_an_interface_and_its_link_says_nothing_of_the_gate() -> None:
+    words = "<metadata><o:vm xmlns:o='urn:ouassister:vm:1' quarantine='{}'/></metadata>"
+    told = xml(DISK + UP + DOWN, more=words.format("52:54:00:00:00:02"))
+    assert quarantine(told, parse(told)) == ("52:54:00:00:00:02",)
+    assert quarantine(xml(), parse(xml())) == ()
+    opened = closed(told).replace(b'<link state="down" /></interface><channel', b"<X", 1)
+    assert b"<X" in opened
+    opened = opened.replace(b"<X", b'<link state="up" /></interface><channel')
+    assert parse(opened).links == parse(told).links
+    other = xml(more=words.format("52:54:00:00:00:0f"))
+    with pytest.raises(UnsupportedGuestError, match="which no interface has"):
+        quarantine(other, parse(other))

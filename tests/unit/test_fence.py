@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ouassister.errors import NotSuspendedError, StaleError, StateError
-from ouassister.state.fence import check_fence, fence, stamp
+from ouassister.state.fence import check_fence, fence, refuse_other, stamp
 from ouassister.state.running import writer_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,17 @@ def test_fence_untouched_holds(files: tuple[Path, Path]) -> None:
     check_fence(binding)
     files[1].read_bytes()  # reading changes nothing
     check_fence(binding)
+
+
+def test_fence_of_other_files_is_refused_though_nothing_changed(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    save, disk = files
+    binding = fence(save, [disk])
+    refuse_other(binding, save, [disk])
+    for other in ((tmp_path / "other", [disk]), (save, [disk, tmp_path / "other"])):
+        with pytest.raises(StaleError, match=f"made for other files than {tmp_path / 'other'}"):
+            refuse_other(binding, *other)
 
 
 def test_stamp_of_small_and_empty_files(tmp_path: Path) -> None:

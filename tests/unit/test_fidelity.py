@@ -118,10 +118,21 @@ line = [{table = "users", line = "^postfix", reason = "known"}]
     assert used == {"a log": 1, "known": 1}
 
 
+def test_line_that_one_twin_alone_may_have_is_none_of_the_other() -> None:
+    rules = 'path = []\nline = [{table = "users", line = ".", only = "the twin", reason = "known"}]'
+    some, none = ({"users": frozenset(one)} for one in ({"root"}, set[str]()))
+    allowed = compare.parse(rules)
+    theirs, ours = _facts(tables=some), _facts(tables=none)
+    assert compare.differences(theirs, ours, SINCE, allowed) == ([], {"known": 1})
+    found, used = compare.differences(ours, theirs, SINCE, allowed)
+    assert (found, used) == (["users: only in ours: root"], {})
+
+
 @pytest.mark.parametrize(
     "rules",
     [
         'path = [{paths = ["./x"], reason = " "}]',
+        'path = []\nline = [{table = "users", line = "x", only = "mine", reason = "who?"}]',
         'path = []\nline = [{table = "users", line = "x", reason = ""}]',
         'path = [{paths = ["./x"], columns = ["colour"], reason = "no such column"}]',
         'path = []\nline = [{table = "colours", line = "x", reason = "no such table"}]',

@@ -27,19 +27,25 @@ if TYPE_CHECKING:
     from ouassister.provider.qemu import RunningVM
 
 NOW = OnFailure(0.0)
+APART = OnFailure(quarantine=True)
 
 
 class Links:
     """Links that somebody may open."""
 
     def __init__(self, error: OUassisterError | None = None) -> None:
-        self.up = False
+        self.up = self.apart = False
         self.error = error
 
     def set_links(self, *, up: bool) -> None:
         if self.error:
             raise self.error
         self.up = up
+
+    def open_quarantine(self) -> None:
+        if self.error:
+            raise self.error
+        self.apart = True
 
 
 def after(links: Links, failure: OUassisterError, policy: OnFailure) -> OUassisterError:
@@ -84,6 +90,23 @@ def test_signal_while_waiting_leaves_the_gate_closed(monkeypatch: pytest.MonkeyP
     assert not links.up
 
 
+@pytest.mark.parametrize("failure", [ApplyError("x"), GateClosedError("x")])
+def test_quarantine_opens_alone_and_the_error_says_so(failure: OUassisterError) -> None:
+    links = Links()
+    told = after(links, failure, APART)
+    assert type(told) is type(failure)
+    assert (links.up, links.apart) == (False, True)
+    assert "x; the VM is in quarantine" in told.message
+    told = after(Links(QemuLostError("gone")), failure, APART)
+    assert isinstance(told, GateClosedError)
+    assert "the quarantine could not be opened: gone" in told.message
+    links = Links(InterruptedRunError("ended by SIGTERM"))
+    assert "SIGTERM: the gate stays closed" in after(links, failure, APART).message
+    links = Links()
+    assert after(links, LockedError("x"), APART).message == "x"
+    assert not links.apart
+
+
 def test_links_that_cannot_be_opened_are_told() -> None:
     told = after(Links(QemuLostError("gone")), ApplyError("x"), NOW)
     assert isinstance(told, GateClosedError)
@@ -103,14 +126,15 @@ def test_policy_is_read_or_refused_in_words() -> None:
         ("closed", OnFailure()),
         ("open-after=0", NOW),
         ("open-after=90", OnFailure(90.0)),
+        ("quarantine", APART),
     ):
         assert parser.parse_args(["--on-failure", word, "vm"]).on_failure == policy
     assert parser.parse_args(["vm"]).on_failure == OnFailure()
     for word, why in (
-        ("quarantine=br0", "a quarantine network is not supported"),
-        ("open-after=-1", "neither closed nor"),
-        ("open-after=1.5", "neither closed nor"),
-        ("open", "neither closed nor"),
+        ("quarantine=br0", "say quarantine alone"),
+        ("open-after=-1", "none of closed"),
+        ("open-after=1.5", "none of closed"),
+        ("open", "none of closed"),
     ):
         with pytest.raises(argparse.ArgumentError, match=why):
             parser.parse_args(["--on-failure", word, "vm"])

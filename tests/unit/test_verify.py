@@ -8,8 +8,8 @@ import json
 import pytest
 from tests.unit.test_changeset_archive import build
 
-from ouassister.model import Action, Changeset, PackageChange, Restart, Verdict
-from ouassister.reflect import verify
+from ouassister.model import Action, Changeset, PackageChange, Restart, Staged, Verdict
+from ouassister.reflect import applier_protocol, verify
 
 SINCE_MS = 50_000.0
 
@@ -155,6 +155,33 @@ def test_attestation_begins_as_an_object_and_is_cut_into_words_that_fit() -> Non
     assert "package-7" not in script
     assert script.startswith(f"id={made.changeset_id}\nserviced=yes\nunits=nginx.service\n")
     assert script.endswith("\nfinish")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "phases", "attested"),
+    [
+        ("applied", {"attest": 1.0, "marker": 1.0}, True),
+        ("applied", {"marker": 1.0}, False),  # it took up another run
+        ("already-applied", {}, False),
+        ("already-applied", {"attest": 1.0}, False),
+    ],
+)
+def test_applier_that_saw_every_byte_and_attested_is_enough(
+    outcome: str, phases: dict[str, float], attested: bool
+) -> None:
+    said = {"event": "result", "result": outcome, "code": "", "path": "", "reason": "",
+            "files": 1, "bytes": 1, "phases": phases, "ms": 1.0}  # fmt: skip
+    result = applier_protocol.parse_output(json.dumps(said).encode() + b"\n")
+    assert verify.is_attested(result) is attested
+
+
+def test_applier_attests_only_where_nothing_is_done_after_it() -> None:
+    alone = dataclasses.replace(changeset(), actions=())
+    begun = verify.for_applier(alone)
+    assert json.loads(begun + '"result":"verified"}')["changeset"] == alone.changeset_id
+    assert verify.for_applier(changeset()) == ""
+    staged = (Staged("x", "amd64", "", "1", "", 0, "", False, "x"),)
+    assert verify.for_applier(dataclasses.replace(changeset(), actions=(), staged=staged)) == ""
 
 
 def test_nothing_is_asked_of_the_service_manager_when_nothing_was_done() -> None:

@@ -168,6 +168,18 @@ def test_link_that_was_down_is_said_to_stay_so(folder: Path) -> None:
     assert _load(folder, vmtoml.dump(config)).nets == config.nets
 
 
+def test_link_of_the_quarantine_is_told_and_does_not_stay_down(folder: Path) -> None:
+    text = GOOD.replace('device = "nic0"', 'device = "nic0"\nquarantine = true')
+    config = _load(folder, text)
+    assert config.nets == (vmtoml.Net("nic0", "net0", quarantine=True),)
+    assert config.quarantine == ("nic0",)
+    assert _load(folder, vmtoml.dump(config)).nets == config.nets
+    assert _load(folder, GOOD).quarantine == ()
+    both = text.replace("quarantine", "stays_down = true\nquarantine")
+    with pytest.raises(UsageError, match=r"net\[0\].quarantine contradicts stays_down"):
+        _load(folder, both)
+
+
 def test_doubled_commas_are_one_comma() -> None:
     options = cmdline.parse("driver=file,filename=a,,b=c,node-name=n")
     assert options == {"driver": "file", "filename": "a,b=c", "node-name": "n"}

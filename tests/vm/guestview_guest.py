@@ -5,7 +5,39 @@ Perl is essential in Debian, so every guest has it.
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from ouassister.guest_model import TmpfsContent
+from ouassister.kernel.process_memory import PageState
+from ouassister.model import GuestView
+
+if TYPE_CHECKING:
+    from ouassister.model import Task
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The sleeping guest as we see it, and what it says itself when it is awake."""
+
+    view: GuestView
+    probe: int
+    environment: tuple[bytes, ...]
+    states: set[PageState]
+    content: TmpfsContent
+    sections: dict[str, list[str]]
+    found: list[list[bytes]]
+    run: list[list[bytes]]
+    sums: dict[bytes, str]
+
+    def task(self, pid: int) -> Task:
+        return next(task for task in self.view.tasks if task.pid == pid)
+
+    @property
+    def agents(self) -> set[int]:
+        """Processes of the agent that asks."""
+        return {task.pid for task in self.view.tasks if b"qemu-ga" in (task.exe or b"")}
+
 
 PREPARE: Final = r"""set -e
 modprobe loop; modprobe dm_mod

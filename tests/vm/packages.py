@@ -30,8 +30,10 @@ _DAEMONS: Final = {
 _RULE: Final = {
     "/etc/needrestart/needrestart.conf": "$nrconf{override_rc} = { qr(^oua-kept) => 0 };\n"
 }
+# The same program in other bytes: what has the same ones keeps its inode, and nobody is restarted.
 _PLACE: Final = (
-    f"mkdir -p /usr/lib/oua-daemon; cp /bin/sleep {_SLEEPER}.new; mv {_SLEEPER}.new {_SLEEPER}"
+    f"mkdir -p /usr/lib/oua-daemon; cp /bin/sleep {_SLEEPER}.new; echo $DPKG_MAINTSCRIPT_NAME $2"
+    f" >>{_SLEEPER}.new; mv {_SLEEPER}.new {_SLEEPER}"
 )
 
 _CONNECT: Final = (
@@ -58,6 +60,7 @@ def store(version: str) -> Package:
         },
         scripts={
             "preinst": "mkdir -p /usr/lib/oua-store; cp /bin/sleep /usr/lib/oua-store/keeper.new\n"
+            f"echo {version} >>/usr/lib/oua-store/keeper.new\n"
             "mv /usr/lib/oua-store/keeper.new /usr/lib/oua-store/keeper",
             "postinst": f"echo {version} >>/srv/oua-store\nsystemctl daemon-reload\n"
             "systemctl restart oua-store.service",
@@ -141,6 +144,7 @@ AFTER: Final = (
     ),
     Package("oua-library", "1.0", files={"/usr/share/oua-library/data": "library\n"}),
     Package("oua-extra", "1.0", files={"/usr/bin/oua-extra": "#!/bin/sh\necho extra\n"}),
+    Package("oua-kernel", "1.0", files={"/boot/vmlinuz-9.9.9-1-cloud-amd64": "no kernel\n"}),
     Package("oua-gone", "1.0", files={"/usr/bin/oua-gone": "#!/bin/sh\necho gone\n"}),
     Package(
         "oua-service",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.conftest import need
+from tests.host import boot_unit
 from tests.host.applier_run import mounted, wait_until_gone
 from tests.view import manifest
 from tests.vm import writelog
@@ -132,11 +133,16 @@ class Cut:
             yield root
         wait_until_gone(disk)
 
-    def take_up(self, root: Path) -> ApplierResult:
-        """What the next resume does, by the host's processor."""
+    def take_up(self, root: Path, *, boot: bool) -> ApplierResult:
+        """What the next resume does, or with ``boot`` the guest alone when it boots.
+
+        It is done by the host's processor.
+        """
         medium = self.medium
         command = [str(reflection.APPLIER), "apply", str(medium.path), "--medium-sha256"]
         command += [medium.info.header_sha256, "--root", str(root)]
+        if boot and boot_unit.is_left(root):
+            command = boot_unit.command(root)
         done = subprocess.run(command, capture_output=True, check=False, timeout=120)
         return parse_output(done.stdout)
 
@@ -173,10 +179,12 @@ class Cut:
         tree = self.manifest(root)
         assert not [path for path in tree if "/.ouassister-" in path]
         assert not [path for path in tree if path.startswith("./var/lib/ouassister/journal-")]
+        boot_unit.assert_nothing_left(root)
         ours = {os.fsdecode(b"." + entry.path) for entry in self.changeset.entries}
         for entry in self.changeset.entries:
             ours |= {os.fsdecode(b"." + path) for path, _ in entry.below}
-        assert others(self.tree, ours) == others(tree, ours)
+        differ = others(self.tree, ours) ^ others(tree, ours)
+        assert not differ, sorted(differ)[:8]
         installed = {change.name for change in self.changeset.changes if applied or change.old}
         database = f"--admindir={root}/var/lib/dpkg"
         audit = subprocess.run(["dpkg", database, "--audit"], capture_output=True, check=True)

@@ -51,6 +51,7 @@ def test_scripts_calls_are_one_the_guest_is_verified_and_has_it_in_writing(world
         "every byte of the change set by its SHA-256, in the guest",
         "every replaced or deleted path was as planned",
         "every path in place: inode, size and mode",
+        "what only got another time by inode, size and times, not by its bytes",
         "completion marker of this change set",
         "dpkg --audit names no package of this change set",
         "no restarted unit has failed",
@@ -79,6 +80,42 @@ def test_scripts_calls_are_one_the_guest_is_verified_and_has_it_in_writing(world
         shown = _out(vm, f"stat -c %a:%U {ATTESTATION}; ls /var/lib/ouassister")
         kept = [f"{kind}-{marker[:12]}" for kind in ("old", "undo")]  # for a rollback
         assert shown.split() == ["600:root", "applied", "attestation.json", "lock", *kept]
+
+
+def test_update_that_asks_nothing_of_the_guest_is_verified_and_attested_by_the_applier(
+    world: World,
+) -> None:
+    update = world.run("update", "--install", "oua-hello")
+    assert (update.status, update.result["actions"]) == (0, []), update
+    resumed = world.run("resume")
+    assert resumed.status == 0, resumed
+    assert "actions and verification" not in [one["name"] for one in resumed.result["phases"]]
+    assert resumed.result["verified"][-2:] == [
+        "completion marker of this change set",
+        "what is new in the package database, byte for byte what dpkg --audit found clean",
+    ]
+    with qemu.attach(world.config) as vm:
+        assert _out(vm, "oua-hello; dpkg --audit") == "two"
+        attested = _attestation(vm)
+        marker, stamp = _out(vm, "cat /var/lib/ouassister/applied").split()
+        assert marker == attested["changeset"] == update.result["changeset_id"]
+        assert attested == {
+            "schema": 1,
+            "changeset": marker,
+            "packages": update.result["changes"],
+            "staged": [],
+            "entries": attested["entries"],
+            "applied_at_s": int(stamp),
+            "checks": {
+                "files": "clean",
+                "marker": "clean",
+                "package_database": "clean",
+                "units": "not asked",
+            },
+            "result": "verified",
+        }
+        assert _out(vm, f"stat -c %a:%U {ATTESTATION}") == "600:root"
+        assert "attestation.new" not in _out(vm, "ls /var/lib/ouassister")
 
 
 def _knock(world: World) -> None:

@@ -11,17 +11,17 @@ import os
 import re
 import socket
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.vm import guestview_guest
+from tests.vm.guestview_guest import Seen
 
-from ouassister.guest_model import Subject, TmpfsContent
+from ouassister.guest_model import Subject
 from ouassister.kernel import GuestReader, introspect, open_guest
 from ouassister.kernel.process_memory import PageState
 from ouassister.memory import open_save
-from ouassister.model import GuestView
 from ouassister.provider import qemu, vmtoml
 from ouassister.testing import clone as make_clone
 from ouassister.testing import guest_run
@@ -29,7 +29,6 @@ from ouassister.testing import guest_run
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ouassister.model import Task
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
@@ -38,29 +37,6 @@ FILES = tuple(
     for name in ("locks", "1/mountinfo", "partitions", "swaps", "modules", "net/tcp", "net/tcp6",
                  "net/udp", "net/udp6", "net/unix", "net/if_inet6")
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The sleeping guest as we see it, and what it says itself when it is awake."""
-
-    view: GuestView
-    probe: int
-    environment: tuple[bytes, ...]
-    states: set[PageState]
-    content: TmpfsContent
-    sections: dict[str, list[str]]
-    found: list[list[bytes]]
-    run: list[list[bytes]]
-    sums: dict[bytes, str]
-
-    def task(self, pid: int) -> Task:
-        return next(task for task in self.view.tasks if task.pid == pid)
-
-    @property
-    def agents(self) -> set[int]:
-        """Processes of the agent that asks."""
-        return {task.pid for task in self.view.tasks if b"qemu-ga" in (task.exe or b"")}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from tests.vm.world import with_capture
@@ -136,3 +137,59 @@ def test_update_is_taken_back_in_the_running_guest(
         )
     status = world.run("status").result[0]
     assert [row["state"] for row in status["changesets"]] == ["rolled-back"]
+
+
+# A boot that is over as soon as the agent answers: the same kernel and disk, no service.
+_INIT: Final = """#!/bin/sh
+mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev
+mount -o remount,rw /; mount -t tmpfs tmpfs /run; modprobe virtio_console
+for port in /sys/class/virtio-ports/*; do
+    grep -qx org.qemu.guest_agent.0 $port/name && exec qemu-ga -p /dev/${port##*/}
+done
+"""
+
+
+def test_what_diverged_is_left_what_is_kept_is_forgotten_and_a_booted_kernel_refused(
+    world: World,
+) -> None:
+    new = "/usr/share/oua-hello/new"
+    assert world.run("update", "--install", "oua-hello").status == 0
+    assert world.run("resume").status == 0
+    with qemu.attach(world.config) as vm:
+        guest_run(vm, f"echo more >>{new}")
+    left = world.run("rollback", "--leave-diverged")
+    assert (left.status, left.result["result"]) == (11, "rolled-back"), left
+    assert left.result["left"] == [{"path": new, "reason": "it was written"}]
+    with qemu.attach(world.config) as vm:
+        assert _out(vm, f"oua-hello; cat {new}; dpkg --audit") == "one\nadded by 2.0\nmore"
+        assert _out(vm, "dpkg-query -W -f '${Version}' oua-hello") == "1.0"
+        vm.qga().write_file("/root/init", _INIT.encode())
+        guest_run(vm, f"rm {new}; chmod 755 /root/init")
+
+    assert world.run("suspend").status == 0
+    assert world.run("update", "--install", "oua-kernel").status == 0
+    resumed = world.run("resume")
+    assert (resumed.status, resumed.result["reboot_needed"]) == (12, True), resumed
+    kept = "ls -d /var/lib/ouassister/old-* /var/lib/ouassister/undo-* 2>/dev/null | wc -l"
+    with qemu.attach(world.config) as vm:
+        assert _out(vm, kept) == "2"
+    forgotten = world.run("rollback", "--forget")
+    assert (forgotten.status, forgotten.result["result"]) == (0, "forgotten"), forgotten
+    refused = world.run("rollback")
+    assert (refused.status, refused.code) == (20, "rollback-refused"), refused
+    assert "[no-undo]" in refused.value["error"]["message"]
+    with qemu.attach(world.config) as vm:
+        assert _out(vm, kept) == "0"
+        assert _out(vm, "dpkg-query -W -f '${Version}' oua-kernel; sync") == "1.0"
+        vm.kill()
+
+    command = [f"{w} init=/root/init" if "root=" in w else w for w in world.config.command]
+    with qemu.start(replace(world.config, command=tuple(command))) as vm:
+        vm.qga().ping(timeout_s=120)
+    refused = world.run("rollback")
+    assert (refused.status, refused.code) == (20, "rollback-refused"), refused
+    assert (
+        "was booted since the update, which brought a kernel" in refused.value["error"]["message"]
+    )
+    with qemu.attach(world.config) as vm:
+        assert _out(vm, "test -e /boot/vmlinuz-9.9.9-1-cloud-amd64; echo $?") == "0"

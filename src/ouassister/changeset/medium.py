@@ -62,7 +62,9 @@ class MediumInfo:
     size: int
 
 
-def write_medium(changeset: Changeset, layer: Path | None, applier: Path, out: Path) -> MediumInfo:
+def write_medium(
+    changeset: Changeset, layer: Path | None, applier: Path, out: Path, *, attestation: str = ""
+) -> MediumInfo:
     """Write a change set, its layer and the applier as one disk image.
 
     Args:
@@ -70,6 +72,7 @@ def write_medium(changeset: Changeset, layer: Path | None, applier: Path, out: P
         layer: Its layer, an uncompressed tar; None leaves a hole there, for a rollback.
         applier: The static program for the guest's architecture.
         out: The image; replaced when it exists.
+        attestation: The beginning of what the applier leaves of its work; "" for nothing.
 
     Returns:
         What starts the applier and binds it to this very image.
@@ -78,7 +81,7 @@ def write_medium(changeset: Changeset, layer: Path | None, applier: Path, out: P
         TamperedError: The layer has another size than the change set says.
         InternalError: The change set cannot be put into a table.
     """
-    table = compile_table(changeset)
+    table = compile_table(changeset, attestation)
     program = applier.read_bytes()
     applier_blocks = -(-len(program) // BLOCK)
     table_offset = BLOCK * (1 + applier_blocks)
@@ -122,7 +125,7 @@ def write_medium(changeset: Changeset, layer: Path | None, applier: Path, out: P
     return MediumInfo(applier_blocks, hashlib.sha256(header).hexdigest(), size)
 
 
-def compile_table(changeset: Changeset) -> bytes:
+def compile_table(changeset: Changeset, attestation: str = "") -> bytes:
     """Turn entries and locks into the applier's table.
 
     Parents come before what is in them, and a hard link's target before the link.
@@ -131,7 +134,7 @@ def compile_table(changeset: Changeset) -> bytes:
         InternalError: An entry names what the change set does not have, or a field is too large.
     """
     try:
-        return _Table(changeset).encode()
+        return _Table(changeset, attestation.encode("ascii")).encode()
     except struct.error as error:
         raise InternalError(f"the change set does not fit the medium's table: {error}") from error
 
@@ -186,12 +189,13 @@ def _state(expected: Expected) -> bytes:
 class _Table:
     """Collects the sections; strings are shared."""
 
-    def __init__(self, changeset: Changeset) -> None:
+    def __init__(self, changeset: Changeset, attestation: bytes) -> None:
         self._entries = _ordered(changeset.entries)
         self._locks = changeset.lock_paths
         self._dirs = sorted({_parent(entry.path) for entry in self._entries})
         self._index = {entry.path: i for i, entry in enumerate(self._entries)}
-        self._strings = bytearray()
+        self._attestation = len(attestation)
+        self._strings = bytearray(attestation + b"\0" if attestation else b"")
         self._texts: dict[bytes, bytes] = {}
         self._xattrs: list[bytes] = []
         self._below: list[bytes] = []
@@ -206,7 +210,7 @@ class _Table:
             self._below,
             [self._text(path) for path in self._locks],
         )
-        counts = _COUNTS.pack(*map(len, sections), 0, len(self._strings))
+        counts = _COUNTS.pack(*map(len, sections), self._attestation, len(self._strings))
         return counts + b"".join(map(b"".join, sections)) + self._strings
 
     def _text(self, text: bytes) -> bytes:

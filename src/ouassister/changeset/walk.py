@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_MOST_NAMES = 4096  # of a directory in which the former name of a file is looked for
 ENTRY_LIMIT = 1_000_000  # of all paths named, deleted ones included; a hostile guest stops here
 
 _KINDS = {
@@ -199,7 +200,15 @@ class Walk:
             copied_up = _is_copied_up(node, lower)
             if copied_up:
                 entry = self._give_back(entry, lower, expected, changed)
-        elif below is not None and stat.S_ISDIR(below.st_mode):
+        if (
+            regular
+            and "origin" in node.overlay
+            and (lower is None or status.st_mtime_ns != lower.status.st_mtime_ns)
+        ):
+            renamed = self._renamed(entry, node)
+            same = entry.same and renamed.xattrs == entry.xattrs
+            entry = dataclasses.replace(renamed, same=same)
+        if lower is None and below is not None and stat.S_ISDIR(below.st_mode):
             entry = dataclasses.replace(entry, below=self._below(path, below))
         return Found(
             entry,
@@ -241,6 +250,33 @@ class Walk:
             entry, xattrs=tuple(sorted((xattrs | dict(entry.xattrs)).items()))
         )
 
+    def _renamed(self, entry: Entry, node: Node) -> Entry:
+        """Undo the same of a file that had another name in its directory, if one had.
+
+        overlayfs says that it is a copy, and not of what: it is the one with the same content, size
+        and time, unless there are several.
+        """
+        folder = entry.path.rpartition(b"/")[0]
+        if self.lower.status(folder or b"/") is None:
+            return entry
+        names = self.lower.names(folder or b"/")
+        found: list[tuple[bytes, os.stat_result]] = []
+        for name in names if len(names) <= _MOST_NAMES else ():
+            path = checked_path(folder or b"/", name)
+            status = self.lower.status(path)
+            if (
+                status is not None
+                and stat.S_ISREG(status.st_mode)
+                and (status.st_size, status.st_mtime_ns)
+                == (node.status.st_size, node.status.st_mtime_ns)
+                and self._same_content(entry.path, path) is not None
+            ):
+                found.append((path, status))
+        if len(found) != 1:
+            return entry
+        (path, status) = found[0]
+        return self._give_back(entry, self.lower.look(path), self._expected(status), changed=True)
+
     def _same(self, path: bytes, node: Node, lower: Node) -> bool:
         """Whether an object stands in the upper tree without a change that travels."""
         if not _alike(node, lower):
@@ -251,7 +287,7 @@ class Walk:
             return False
         if not stat.S_ISREG(node.status.st_mode):
             return node.status.st_rdev == lower.status.st_rdev and node.target == lower.target
-        return self._same_content(path, node, lower) is not None
+        return self._same_content(path, path) is not None
 
     def _only_time(self, entry: Entry, node: Node, lower: Node, expected: Expected) -> Entry:
         """Mark what the guest has but for its time, under one name and with nothing hidden."""
@@ -267,18 +303,18 @@ class Walk:
             return dataclasses.replace(entry, same=True)
         if entry.kind is not Kind.FILE:
             return entry
-        sha256 = self._same_content(entry.path, node, lower)
+        sha256 = self._same_content(entry.path, entry.path)
         return entry if sha256 is None else dataclasses.replace(entry, sha256=sha256, same=True)
 
-    def _same_content(self, path: bytes, node: Node, lower: Node) -> str | None:
+    def _same_content(self, path: bytes, lower: bytes) -> str | None:
         """The SHA-256 of a file that both trees have with the same bytes, else None."""
-        if node.status.st_size != lower.status.st_size:
-            return None
         digest = hashlib.sha256()
         with (
             os.fdopen(self.upper.open(path), "rb") as ours,
-            os.fdopen(self.lower.open(path), "rb") as theirs,
+            os.fdopen(self.lower.open(lower), "rb") as theirs,
         ):
+            if os.fstat(ours.fileno()).st_size != os.fstat(theirs.fileno()).st_size:
+                return None
             while chunk := ours.read(1 << 20):
                 if chunk != theirs.read(len(chunk)):
                     return None

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_on_failure,
         default=pipeline.OnFailure(),
         metavar="POLICY",
-        help="closed (default), or open-after=SECONDS: the links go up although it failed",
+        help="closed (default); open-after=SECONDS: the links go up although it failed;"
+        " quarantine: those of the VM's quarantine do",
     )
     parser.add_argument(
         "--snapshot",
@@ -57,11 +58,15 @@ def _on_failure(word: str) -> pipeline.OnFailure:
         return pipeline.OnFailure()
     if match := _OPEN_AFTER.fullmatch(word):
         return pipeline.OnFailure(float(match[1]))
-    if word.startswith("quarantine"):
+    if word == "quarantine":
+        return pipeline.OnFailure(quarantine=True)
+    if word.startswith("quarantine="):
         raise argparse.ArgumentTypeError(
-            "a quarantine network is not supported: say closed or open-after=SECONDS"
+            "the VM's description says which device is its quarantine: say quarantine alone"
         )
-    raise argparse.ArgumentTypeError(f"{word!r} is neither closed nor open-after=SECONDS")
+    raise argparse.ArgumentTypeError(
+        f"{word!r} is none of closed, open-after=SECONDS and quarantine"
+    )
 
 
 def _count(word: str) -> int:

@@ -99,6 +99,21 @@ def settings(xml: bytes) -> tuple[tuple[tuple[str, int], ...], bool]:
     return _settings(root, root.findtext("name", ""))
 
 
+def quarantine(xml: bytes, hardware: Hardware) -> tuple[str, ...]:
+    """Addresses of the interfaces that our own metadata keeps for the quarantine.
+
+    Raises:
+        UnsupportedGuestError: The domain has no such interface.
+    """
+    macs = _quarantine(_root(xml))
+    for mac in macs:
+        if all(link.mac.lower() != mac for link in hardware.links):
+            raise UnsupportedGuestError(
+                f"{hardware.name}: quarantine holds {mac!r}, which no interface has as its address"
+            )
+    return macs
+
+
 def closed(xml: bytes) -> bytes:
     """Change a saved domain's XML so that it wakes up with every link down.
 
@@ -222,7 +237,8 @@ def _links(root: ElementTree.Element, domain: str) -> tuple[Link, ...]:
             raise UnsupportedGuestError(f"{domain} has two interfaces with the address {mac!r}")
         found.append(Link(mac, state is None or state.get("state") != "down"))
     gate = root.find(f"metadata/{{{GATE}}}gate")
-    if gate is None or any(link.up for link in found):
+    apart = _quarantine(root)  # opened after a failure, which says nothing of the others
+    if gate is None or any(link.up for link in found if link.mac.lower() not in apart):
         return tuple(found)  # nobody closed them, or somebody opened one since
     opened = {one.get("mac") for one in gate}
     return tuple(Link(link.mac, link.mac in opened) for link in found)
@@ -251,6 +267,11 @@ def _lacking(root: ElementTree.Element, target: str) -> str:
         if controller.get("model") in _BRIDGES or (controller.get("model") in _PORTS and free):
             return ""
     return "a free pcie-root-port"
+
+
+def _quarantine(root: ElementTree.Element) -> tuple[str, ...]:
+    found = root.find(f"metadata/{{{SETTINGS}}}vm")
+    return () if found is None else tuple(found.get("quarantine", "").lower().split())
 
 
 def _settings(root: ElementTree.Element, domain: str) -> tuple[tuple[tuple[str, int], ...], bool]:

@@ -45,6 +45,9 @@ class Running(Protocol):
     def set_links(self, *, up: bool) -> None:
         """Open or close every link of the gate."""
 
+    def open_quarantine(self) -> None:
+        """Open the links of the quarantine alone; the others are left as they are."""
+
     def attach_medium(self, path: Path, serial: str) -> None:
         """Plug a raw image in as a read-only disk; a paused guest sees it at `cont`."""
 
@@ -108,6 +111,10 @@ class Vm(Protocol):
     @property
     def management(self) -> Management | None:
         """The network that ssh needs behind the closed gate."""
+
+    @property
+    def quarantine(self) -> tuple[str, ...]:
+        """Network devices whose links go up after a failure, when that is the policy."""
 
     def is_running(self) -> bool:
         """Tell whether it runs, or a process has one of its disks open for writing."""

@@ -63,6 +63,7 @@ class Domain:
     managed: bool  # the save is libvirt's own, by the domain's name
     local_mirrors: tuple[tuple[str, int], ...]
     host_kernel_mounts: bool
+    quarantine: tuple[str, ...] = ()  # addresses of interfaces; see `Vm`
 
     @property
     def name(self) -> str:
@@ -250,7 +251,7 @@ class RunningDomain:
         links = self.domain.hardware.links
         if up:
             for link in links:
-                if link.up:
+                if link.up and link.mac.lower() not in self.domain.quarantine:
                     self._link(link.mac, "up")
             with contextlib.suppress(OUassisterError):  # it says what is true while all are down
                 self._virsh.run("metadata", self._uuid, domain_xml.GATE, "--live", "--remove")
@@ -263,6 +264,11 @@ class RunningDomain:
             self._link(link.mac, "down")
         if runs:
             self._virsh.run("resume", self._uuid)
+
+    def open_quarantine(self) -> None:
+        """See `Running`."""
+        for mac in self.domain.quarantine:
+            self._link(mac, "up")
 
     def _link(self, mac: str, state: str) -> None:
         self._virsh.run("domif-setlink", self._uuid, mac, state)
@@ -347,7 +353,8 @@ def find(word: str, uri: str = DEFAULT, save: Path | None = None) -> Domain:
     if hardware.uuid != uuid if known.ok else word not in (hardware.name, hardware.uuid):
         raise UsageError(f"{path} is the saved image of {hardware.name} ({hardware.uuid})")
     mirrors, mounts = domain_xml.settings(own or xml)
-    return Domain(virsh, hardware, path, save is None, mirrors, mounts)
+    apart = domain_xml.quarantine(own or xml, hardware)
+    return Domain(virsh, hardware, path, save is None, mirrors, mounts, apart)
 
 
 def load(source: str, save: Path | None = None) -> Domain:

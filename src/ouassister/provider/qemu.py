@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ouassister.provider.channel import Channel
-    from ouassister.provider.vmtoml import VmConfig
+    from ouassister.provider.vmtoml import Net, VmConfig
 
 _MEDIUM = "ouassister-medium"
 _POLL_S = 0.002
@@ -239,17 +239,27 @@ class RunningVM:
         self.qmp.execute("cont")
 
     def set_links(self, *, up: bool) -> None:
-        """Open or close every link of the gate; one that stays down is not opened.
+        """Open or close every link of the gate.
+
+        One that stays down, or is of the quarantine, is closed and never opened.
 
         Both ends are set: a link that is down at the NIC alone still passes frames of the back
         end to a netdev's filters (net/net.c, qemu_send_packet_async_with_flags).
         """
         for net in self.config.nets:
-            if up and net.stays_down:
-                continue
-            ends = (net.netdev, net.device) if up else (net.device, net.netdev)
-            for end in filter(None, ends):
-                self.qmp.execute("set_link", name=end, up=up)
+            if not up or not (net.stays_down or net.quarantine):
+                self._set_link(net, up=up)
+
+    def open_quarantine(self) -> None:
+        """See `interface.Running`."""
+        for net in self.config.nets:
+            if net.quarantine:
+                self._set_link(net, up=True)
+
+    def _set_link(self, net: Net, *, up: bool) -> None:
+        ends = (net.netdev, net.device) if up else (net.device, net.netdev)
+        for end in filter(None, ends):
+            self.qmp.execute("set_link", name=end, up=up)
 
     def attach_medium(self, path: Path, serial: str) -> None:
         """Plug a raw image in as a read-only disk; a paused guest sees it at `cont`.

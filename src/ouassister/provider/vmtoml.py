@@ -41,11 +41,15 @@ _SUN_PATH = 107  # unix(7): sun_path holds 108 bytes with its terminator
 
 @dataclass(frozen=True, slots=True)
 class Net:
-    """A network device whose link is part of the gate; one that stays down is never opened."""
+    """A network device whose link is part of the gate; one that stays down is never opened.
+
+    One of the quarantine is opened after a failure alone, by policy, and no other is then.
+    """
 
     device: str
     netdev: str  # its back end, found in the command; "" when it has none
     stays_down: bool = False
+    quarantine: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,11 @@ class VmConfig:
         return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
 
     # What follows is `ouassister.provider.interface.Vm`.
+
+    @property
+    def quarantine(self) -> tuple[str, ...]:
+        """See `Vm`."""
+        return tuple(net.device for net in self.nets if net.quarantine)
 
     @property
     def formats(self) -> frozenset[str]:
@@ -293,6 +302,7 @@ def dump(config: VmConfig) -> str:
     for net in config.nets:
         lines += ["", "[[net]]", f"device = {quote(net.device)}"]
         lines += ["stays_down = true"] if net.stays_down else []
+        lines += ["quarantine = true"] if net.quarantine else []
     if config.management is not None:
         lines += ["", f"[{SSH}]", f"device = {quote(config.management.device)}"]
         if config.management.identity is not None:
@@ -363,11 +373,13 @@ def _same(one: Path, other: Path) -> bool:
 
 def _net(table: _Table, options: list[tuple[str, Options]]) -> Net:
     device = table.text("device")
-    stays_down = table.flag("stays_down")
+    stays_down, quarantine = table.flag("stays_down"), table.flag("quarantine")
     table.end()
+    if stays_down and quarantine:
+        raise table.error("quarantine", "contradicts stays_down, which never opens a link")
     for values in devices(options):
         if values.get("id") == device:
-            return Net(device, values.get("netdev", ""), stays_down)
+            return Net(device, values.get("netdev", ""), stays_down, quarantine)
     raise table.error("device", f"is {device!r}, which no -device of the command has as its id")
 
 

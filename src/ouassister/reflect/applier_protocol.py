@@ -20,6 +20,7 @@ from ouassister.errors import (
     TamperedError,
     UnsupportedGuestError,
 )
+from ouassister.reflect.bootstrap import NO_STUB
 from ouassister.text import from_text, to_text
 
 MAX_OUTPUT = 1 << 20
@@ -119,8 +120,18 @@ def error_for(result: ApplierResult) -> OUassisterError | None:
             return ApplyError(message)
 
 
-def error_for_silence(exit_status: int | None, detail: str) -> GateClosedError:
-    """The error when the applier left no result: nobody knows how far it came."""
+def error_for_silence(
+    exit_status: int | None, detail: str, *, again: bool
+) -> ApplyError | GateClosedError:
+    """The error when the applier left no result: nobody knows how far it came, unless to no start.
+
+    Args:
+        exit_status: Of the command that starts it.
+        detail: What it wrote to standard error.
+        again: An earlier run may have left something half done.
+    """
+    if exit_status == NO_STUB and not again:
+        return ApplyError(f"the guest could not write what starts the applier: {detail}")
     status = "is unknown" if exit_status is None else f"is {exit_status}"
     meaning = _EXIT_STATUS.get(exit_status, "") if exit_status is not None else ""
     note = f" ({meaning})" if meaning else ""

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 # /run is mounted noexec. The stub removes its file as soon as it runs.
 _FILE: Final = "/var/lib/.ouassister-stub"
-
-
+# What the shell ends with when it could not write the stub, or take the applier: the guest is as it
+# was. EX_TEMPFAIL of sysexits.h; neither the stub nor the applier ends with it.
+NO_STUB: Final = 75
 # Of a medium that the channel brought; followed by its serial.
 _CARRIED: Final = "/var/lib/.ouassister-medium-"
 _CARRIED_APPLIER: Final = "/var/lib/.ouassister-applier"
-_TAKE: Final = """umask 077; dd if="$1" of="$3" bs=4096 skip=1 count="$2" 2>/dev/null || exit 74
-chmod 700 "$3" && shift 2 && exec "$@\""""
+_TAKE: Final = f"""umask 077
+dd if="$1" of="$3" bs=4096 skip=1 count="$2" 2>/dev/null && chmod 700 "$3" || exit {NO_STUB}
+shift 2; exec "$@\""""
 _SEED_BYTES: Final = 64  # guest/guest.c, guest_seed
 # Every shell of ours has this name, and the applier the medium's serial; see `await_command`.
 OURS: Final = "ouassister-reflect"
@@ -57,6 +59,7 @@ def apply_command(
     source, program, device = (
         (path, _CARRIED_APPLIER, path) if carried else (serial, _FILE, f"serial:{serial}")
     )
+    script += f"; rm -f {_FILE}; exit {NO_STUB}"
     seconds, nanoseconds = divmod(now_ns, 1_000_000_000)
     return [
         "/bin/sh",

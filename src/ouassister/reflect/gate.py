@@ -1,4 +1,4 @@
-"""What becomes of the gate when a reflection failed: it stays closed, or opens after a time.
+"""What becomes of the gate when a reflection failed: closed, opened after a time, or quarantine.
 
 A refusal, where the applier touched nothing because the guest is not the one that was planned for,
 never opens it: somebody has to look. The history of the VM has each step.
@@ -25,14 +25,21 @@ if TYPE_CHECKING:
 HINT: Final = (
     "the VM runs with its links down; look at its console, then 'ouassister resume' tries again"
 )
+_QUARANTINED: Final = (
+    "its other links are down; look at it there; 'ouassister resume' closes that and tries again"
+)
 _OPENED: Final = "'ouassister resume' closes the links again before it tries again"
 
 
 @dataclass(frozen=True, slots=True)
 class OnFailure:
-    """What becomes of the gate. ``open_after_s`` None leaves it closed."""
+    """What becomes of the gate. ``open_after_s`` None leaves it closed.
+
+    With ``quarantine`` the links of the quarantine go up, and no other.
+    """
 
     open_after_s: float | None = None
+    quarantine: bool = False
 
 
 def judge(error: OUassisterError) -> OUassisterError:
@@ -52,7 +59,11 @@ def after_failure(
 
     A signal while it waits leaves the gate closed.
     """
-    if policy.open_after_s is None or failure.exit_status not in (40, 41):
+    if failure.exit_status not in (40, 41):
+        return failure
+    if policy.quarantine:
+        return _quarantined(vm, failure, timeline)
+    if policy.open_after_s is None:
         return failure
     timeline.say(f"failed: {failure.message}")
     try:
@@ -69,3 +80,15 @@ def after_failure(
     if isinstance(failure, ApplyError):
         return ApplyError(message, hint=f"the guest is as it was suspended; {_OPENED}")
     return GateOpenedError(message, hint=_OPENED)
+
+
+def _quarantined(vm: Running, failure: OUassisterError, timeline: Timeline) -> OUassisterError:
+    try:
+        with timeline.phase("open quarantine after a failure"):
+            vm.open_quarantine()
+    except InterruptedRunError as stop:
+        return type(failure)(f"{failure.message}; {stop.message}: the gate stays closed", hint=HINT)
+    except OUassisterError as error:
+        message = f"{failure.message}; and then the quarantine could not be opened: {error.message}"
+        return GateClosedError(message, hint=HINT)
+    return type(failure)(f"{failure.message}; the VM is in quarantine", hint=_QUARANTINED)

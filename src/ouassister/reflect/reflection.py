@@ -143,7 +143,7 @@ def reflect(
         try:
             vm.cont()
             with timeline.phase("apply"):
-                result = _apply(vm, medium)
+                result = _apply(vm, medium, again=again)
             done = _finish(vm, changeset, result, timeline, extent)
             with timeline.phase("open gate"):
                 vm.set_links(up=True)
@@ -174,7 +174,8 @@ def make_medium(changeset: Changeset, layer: Path | None, folder: Path) -> Mediu
     if not APPLIER.exists():
         raise HostNotReadyError(f"the applier {APPLIER} is not built", hint="run 'make applier'")
     path = folder / "medium.img"
-    info = write_medium(changeset, layer, APPLIER, path)
+    attestation = verify.for_applier(changeset)
+    info = write_medium(changeset, layer, APPLIER, path, attestation=attestation)
     serial = f"oua-{changeset.changeset_id[:16]}"
     return Medium(path, info, serial, changeset.access.carried)
 
@@ -223,7 +224,7 @@ def _find(config: Vm, changeset: Changeset) -> Running:
     return vm
 
 
-def _apply(vm: Running, medium: Medium) -> ApplierResult:
+def _apply(vm: Running, medium: Medium, *, again: bool) -> ApplierResult:
     stub = STUB.read_bytes()
     try:
         bring(vm, medium)
@@ -238,7 +239,7 @@ def _apply(vm: Running, medium: Medium) -> ApplierResult:
         result = applier_protocol.parse_output(done.stdout)
     except applier_protocol.ProtocolError as error:
         detail = done.stderr.decode("utf-8", "replace").strip()[:500] or str(error)
-        raise applier_protocol.error_for_silence(done.exit_status, detail) from error
+        raise applier_protocol.error_for_silence(done.exit_status, detail, again=again) from error
     failure = applier_protocol.error_for(result)
     if failure is not None:
         raise failure
@@ -263,6 +264,8 @@ def _finish(
             installed = staged.install(vm, changeset, gate.HINT)
         states = installed.states
         actions = staged.due(changeset.restarts, last, installed)
+    if verify.is_attested(result):
+        return _Finished(failed, states, verify.BY_APPLIER)
     left: tuple[Action, ...] = ()
     if extent is Gate.EXPOSED:
         actions, left = reach.split(actions, changeset.out_of_reach)
@@ -336,6 +339,7 @@ def _report(
     notes: tuple[str, ...],
 ) -> ResumeReport:
     done_phases = {name for name, _milliseconds in result.phases_ms}
+    same = "stage" in done_phases and any(entry.same for entry in changeset.entries)
     return ResumeReport(
         vm=changeset.vm,
         changeset_id=changeset.changeset_id,
@@ -345,7 +349,7 @@ def _report(
         failed_actions=done.failed_actions,
         verified=(
             *(words for phase, words in _OF_APPLIER if phase in done_phases),
-            *((_OF_SAME,) if any(entry.same for entry in changeset.entries) else ()),
+            *((_OF_SAME,) if same else ()),
             *(("version and state of every staged package",) if changeset.staged else ()),
             *done.verification.verified,
         ),

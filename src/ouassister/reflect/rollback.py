@@ -48,6 +48,7 @@ _HINT: Final = (
 )
 # It says that the update is in the guest (reflect/verify.sh).
 _UNATTEST: Final = Action(("rm", "-f", "/var/lib/ouassister/attestation.json"))
+_AS_IT_WAS: Final = "the guest is as the update left it, and its links are up"
 _LEAVE_HINT: Final = (
     "'ouassister rollback --leave-diverged' takes back all but these, and what they were is lost"
 )
@@ -206,7 +207,9 @@ def _run(
         left = diverged(done.stdout)
     except applier_protocol.ProtocolError as error:
         detail = done.stderr.decode("utf-8", "replace").strip()[:500] or str(error)
-        silence = applier_protocol.error_for_silence(done.exit_status, detail)
+        silence = applier_protocol.error_for_silence(done.exit_status, detail, again=again)
+        if isinstance(silence, ApplyError):
+            raise ApplyError(silence.message, hint=_AS_IT_WAS) from error
         raise GateClosedError(silence.message, hint=_HINT) from error
     failure = error_for(result, left, again=again)
     if failure is not None:
@@ -223,7 +226,7 @@ def error_for(
     where = f" ({to_text(result.path)})" if result.path else ""
     message = f"the guest's applier says: {result.reason}{where} [{result.code}]"
     if result.outcome is Outcome.UNDONE:
-        return ApplyError(message, hint="the guest is as the update left it, and its links are up")
+        return ApplyError(message, hint=_AS_IT_WAS)
     # These two are said before anything is done; others may meet an earlier run's half.
     if result.outcome is Outcome.NEEDS_PERSON or (again and result.code not in _BEFORE):
         return GateClosedError(message, hint=_HINT)

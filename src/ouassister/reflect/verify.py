@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.model import Verdict
 from ouassister.reflect import bootstrap
+from ouassister.reflect.applier_protocol import Outcome
 from ouassister.restart.actions import units_of
 from ouassister.text import to_text
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ouassister.model import Action, Changeset
+    from ouassister.reflect.applier_protocol import ApplierResult
 
 _SCRIPT: Final = Path(__file__).with_suffix(".sh")
 _WORD_BYTES: Final = 1 << 16  # of one argument; Linux takes 128 KiB (MAX_ARG_STRLEN)
@@ -40,6 +42,33 @@ class Verification:
     problems: tuple[str, ...]
     verified: tuple[str, ...]
     notes: tuple[str, ...]
+
+
+# dpkg --audit found these very bytes clean in the shadow (packages/apt.py); the locks were held.
+BY_APPLIER: Final = Verification(
+    (),
+    (
+        "completion marker of this change set",
+        "what is new in the package database, byte for byte what dpkg --audit found clean",
+    ),
+    (),
+)
+
+
+def for_applier(changeset: Changeset) -> str:
+    """The beginning of an attestation that the applier leaves, with its marker, or "".
+
+    It is left to the applier where nothing is done in the guest after the files are in place.
+    """
+    if changeset.staged or changeset.actions:
+        return ""
+    return _attestation(changeset, ())
+
+
+def is_attested(result: ApplierResult) -> bool:
+    """Whether the applier has verified and attested all: then there is nothing to ask."""
+    phases = {name for name, _milliseconds in result.phases_ms}
+    return result.outcome is Outcome.APPLIED and "attest" in phases
 
 
 def command(

@@ -83,6 +83,19 @@ def check_fence(fence: Fence) -> None:
             raise StaleError(f"{one.path} {_difference(one, now)} since it was looked at")
 
 
+def refuse_other(fence: Fence, save: Path, disks: Iterable[Path]) -> None:
+    """Compare whose files were stamped; the files themselves are for `check_fence`.
+
+    Raises:
+        StaleError: It is the fence of other files, though those may be unchanged.
+    """
+    stamped = {one.path for one in fence.disks}
+    pairs = [(save, {fence.save.path}), *((disk, stamped) for disk in disks)]
+    for path, known in pairs:
+        if os.fspath(path.absolute()) not in known:
+            raise StaleError(f"it was made for other files than {path}")
+
+
 def _difference(then: FileStamp, now: FileStamp) -> str:
     names = [one.name for one in fields(FileStamp) if one.name != "path"]
     changed = [name for name in names if getattr(then, name) != getattr(now, name)]
