@@ -24,7 +24,7 @@ _DELIMITER = b"\xff"
 # qemu-ga keeps up to 16 MiB of each output stream (GUEST_EXEC_MAX_OUTPUT, qga/commands.c); in
 # base64, twice, with room for the envelope.
 _REPLY_LIMIT = 46 << 20
-_SYNC_S = 5.0  # for the first answer
+_SYNC_S = 2.0  # for the first answer
 
 
 class Qga(Agent):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PLACE: Final = "/run"
 _START_S: Final = 60.0
-_ASK_S: Final = 15.0
+_ASK_S: Final = 10.0
 _PAUSE_S: Final = 0.5
 _BACK_S: Final = 120.0  # for the channel to come back
 _SCRIPT: Final = """cd "$0" || exit 1
@@ -40,7 +40,7 @@ setsid /bin/sh -c "$3" "$1" </dev/null >/dev/null 2>&1 &
 """
 # One answer holds all, so that it is whole or lost: both lengths, the status, both streams.
 _ASK: Final = """n=0
-while [ -d "$1" ] && ! [ -e "$1/status" ] && [ $n -lt 20 ]; do sleep 0.25; n=$((n + 1)); done
+while [ -d "$1" ] && ! [ -e "$1/status" ] && [ $n -lt 12 ]; do sleep 0.25; n=$((n + 1)); done
 [ -e "$1/status" ] || { [ -d "$1" ]; exit; }
 read -r status <"$1/status"; cd "$1" && echo "$status $(wc -c <out) $(wc -c <err)" && cat out err"""
 _HEAD: Final = re.compile(rb"([0-9]{1,3}) ([0-9]{1,9}) ([0-9]{1,9})\n")
