@@ -4,6 +4,7 @@
 # make view-test SEEDS=n   the view of n random guests against what they say when they wake up
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
 # make staging-test        real packages whose scripts need the live guest: a database that runs
+# make libvirt-test        domains of both machines, and every compression that libvirt saves with
 # make cgroup-test         control groups of version 2, in a guest that has them
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
@@ -54,6 +55,10 @@ kernel-test: .venv/ready
 staging-test: .venv/ready $(APPLIER)
 	$(ROOT) env OUASSISTER_STAGING=1 \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v -s tests/vm/test_staging_real.py $(PYTEST)
+
+libvirt-test: .venv/ready $(APPLIER)
+	$(ROOT) env OUASSISTER_LIBVIRT=all \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_libvirt.py $(PYTEST)
 
 cgroup-test: .venv/ready
 	$(ROOT) env OUASSISTER_CGROUP_TEST=1 \
@@ -126,5 +131,5 @@ lock:
 clean:
 	rm -rf --one-file-system build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test staging-test case-test cgroup-test fidelity fuzz bench applier guest-tests \
+.PHONY: demo test check view-test kernel-test staging-test case-test libvirt-test cgroup-test fidelity fuzz bench applier guest-tests \
         deps lock clean
