@@ -5,6 +5,7 @@
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
 # make staging-test        real packages whose scripts need the live guest: a database that runs
 # make powercut-test CUTS=20   power cuts in the middle of a reflection, each followed by a boot
+# make libvirt-test        domains of both machines, and every compression that libvirt saves with
 # make cgroup-test         control groups of version 2, in a guest that has them
 # make arm64-test          the applier for arm64, its whole host tier under QEMU's user mode
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
@@ -62,6 +63,10 @@ CUTS := 20
 powercut-test: .venv/ready $(APPLIER)
 	$(ROOT) env OUASSISTER_CUTS=$(CUTS) \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v --durations=0 tests/vm/test_powercut.py $(PYTEST)
+
+libvirt-test: .venv/ready $(APPLIER)
+	$(ROOT) env OUASSISTER_LIBVIRT=all \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_libvirt.py $(PYTEST)
 
 cgroup-test: .venv/ready
 	$(ROOT) env OUASSISTER_CGROUP_TEST=1 \
@@ -150,5 +155,5 @@ lock:
 clean:
 	rm -rf --one-file-system build .venv $(APPLIER)
 
-.PHONY: demo test check view-test kernel-test staging-test powercut-test case-test cgroup-test fidelity fuzz bench sleeper-bench applier guest-tests applier-arm64 arm64-test \
+.PHONY: demo test check view-test kernel-test staging-test powercut-test libvirt-test case-test cgroup-test fidelity fuzz bench sleeper-bench applier guest-tests applier-arm64 arm64-test \
         deps lock clean

@@ -19,6 +19,7 @@ from tests.conformance.libvirt import ACCOUNTS, PRIVATE, SETTINGS, USER, wait_un
 from tests.conftest import need
 from tests.vm.world import World
 
+from ouassister.errors import HostNotReadyError
 from ouassister.provider.virsh import DEFAULT, Virsh
 from ouassister.provider.virsh_agent import VirshAgent
 from ouassister.testing import overlay
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from ouassister.testing import GuestImage
 
+_PORTS = 8
 SAVES = "var/lib/libvirt/qemu/save"
 UP, DOWN = "52:54:00:00:00:01", "52:54:00:00:00:02"
 
@@ -47,6 +49,28 @@ class Inside(Virsh):
     def command(self) -> list[str]:
         """See `Virsh`."""
         return [*self.enter(), *Virsh.command(self)]
+
+    def restart(self, settings: str) -> None:
+        """Have the daemon read other settings of QEMU's driver; domains run on."""
+        root = self.folder / "root"
+        (root / "etc" / "libvirt" / "qemu.conf").write_text(settings)
+        pid = (root / "run" / "libvirtd.pid").read_text().strip()
+        subprocess.run([*self.enter(), "kill", pid], check=True)
+
+        def is_another() -> bool:
+            try:
+                return (root / "run" / "libvirtd.pid").read_text().strip() not in ("", pid)
+            except FileNotFoundError:
+                return False
+
+        wait_until(is_another)
+        wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        try:
+            return self.ask("list").ok
+        except HostNotReadyError:
+            return False
 
     @property
     def managed(self) -> Path:
@@ -71,7 +95,7 @@ def running(folder: Path) -> Iterator[Inside]:
         (root / "etc" / name).write_text(known + lacks)
         lines.append(f"mount --bind {root}/etc/{name} /etc/{name}")
     # A process namespace ends with its first process, which has to reap what others leave.
-    lines.append("libvirtd & wait")
+    lines.append("while :; do libvirtd & wait $!; done")
     argv = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
     argv += ["sh", "-c", "\n".join(lines)]
     with (folder / "libvirtd.log").open("wb") as log, subprocess.Popen(argv, stderr=log) as process:
@@ -83,17 +107,25 @@ def running(folder: Path) -> Iterator[Inside]:
             os.kill(process.pid, signal.SIGKILL)
 
 
-def domain(image: GuestImage, folder: Path, port: int) -> str:
-    """The XML of a domain with two interfaces, one of them down; the other's frames are kept."""
+def domain(image: GuestImage, folder: Path, port: int, machine: str = "q35") -> str:
+    """The XML of a domain with two interfaces, one of them down; the other's frames are kept.
+
+    A q35 has so many root ports that one is left for the medium.
+    """
+    ports = ""
+    if machine == "q35":
+        ports = "<controller type='pci' index='0' model='pcie-root'/>"
+        ports += "<controller type='pci' model='pcie-root-port'/>" * _PORTS
     frames = f"filter-dump,id=frames,netdev=hostnet0,file={folder}/frames.pcap"
     return f"""
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{image.hostname}</name>
-  <metadata><o:vm xmlns:o='urn:ouassister:vm:1' local-mirrors='127.0.0.1:{port}'/></metadata>
+  <metadata><o:vm xmlns:o='urn:ouassister:vm:1' local-mirrors='127.0.0.1:{port}'
+    quarantine='{DOWN}'/></metadata>
   <memory unit='MiB'>512</memory>
   <vcpu>2</vcpu>
   <os>
-    <type arch='x86_64' machine='pc'>hvm</type>
+    <type arch='x86_64' machine='{machine}'>hvm</type>
     <kernel>{image.kernel}</kernel><initrd>{image.initrd}</initrd>
     <cmdline>{image.cmdline}</cmdline>
   </os>
@@ -101,6 +133,7 @@ def domain(image: GuestImage, folder: Path, port: int) -> str:
   <cpu mode='maximum'/>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    {ports}
     <disk type='file' device='disk'>
       <driver name='qemu' type='qcow2'/>
       <source file='{folder}/disk.qcow2'/>

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.conformance.libvirt import SETTINGS
 from tests.conftest import GUESTS
 from tests.vm import packages
 from tests.vm.libvirt_host import DOWN, UP, Inside, Sleeper, domain, running
@@ -17,6 +20,8 @@ from tests.vm.world import NOTHING, leftovers, until
 from ouassister.demo.frames import count_frames
 from ouassister.errors import AgentError
 from ouassister.provider.virsh_agent import VirshAgent
+from ouassister.state.data import map_file
+from ouassister.state.libvirt_save import read_header
 from ouassister.store.database import ChangesetState, Store
 from ouassister.testing import build_image, overlay
 from ouassister.testing.channel import check_channel
@@ -34,13 +39,23 @@ _SETTLED = (
 )
 
 
-@pytest.fixture(scope="module")
-def virsh(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
+# The others too: "all", by 'make libvirt-test'.
+_ALL = os.environ.get("OUASSISTER_LIBVIRT") == "all"
+_MACHINES = ("q35", "pc") if _ALL else ("q35",)
+_COMPRESSED = ("lzop", "gzip", "bzip2", "xz") if _ALL else ("lzop",)
+
+
+@pytest.fixture(scope="module", params=_MACHINES)
+def virsh(
+    request: pytest.FixtureRequest,
+    repository: Repository,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Inside]:
     """A libvirtd with a domain that was suspended once; what it woke up from is in ``kept``."""
     folder = tmp_path_factory.mktemp("libvirt")
     image = build_image(GUESTS, progress=print)
     overlay(folder / "disk.qcow2", image.disk, "qcow2")
-    (folder / "domain.xml").write_text(domain(image, folder, repository.port))
+    (folder / "domain.xml").write_text(domain(image, folder, repository.port, request.param))
     with running(folder) as virsh:
         virsh.run("define", str(folder / "domain.xml"))
         virsh.run("start", image.hostname)
@@ -119,6 +134,32 @@ def test_domain_saved_to_a_file_is_updated_and_the_file_put_aside(sleeper: Sleep
     save.unlink()
 
 
+@pytest.mark.parametrize("kind", _COMPRESSED)
+def test_compressed_save_is_updated_resumed_and_gone_back_to(sleeper: Sleeper, kind: str) -> None:
+    sleeper.virsh.run("start", "web1", timeout_s=120)
+    sleeper.virsh.restart(f'{SETTINGS}save_image_format = "{kind}"\n')
+    try:
+        sleeper.virsh.run("managedsave", "web1", timeout_s=300)
+        with contextlib.closing(map_file(sleeper.save)) as file:
+            assert read_header(file, "save").format == kind
+        before = sleeper.hashes()
+        assert sleeper.run("update", "--install", "oua-extra").status == 0
+        assert sleeper.hashes() == before
+        resumed = sleeper.run("resume", "--snapshot")
+        assert resumed.status == 0, resumed
+        assert "oua-extra" in sleeper.guest("dpkg-query -W; dpkg --audit")
+        assert not sleeper.save.exists()
+        sleeper.virsh.run("destroy", "web1")
+        back = sleeper.run("rollback", "--snapshot", "last")
+        assert back.status == 0, back
+        assert sleeper.hashes() == before
+        sleeper.virsh.run("start", "web1", timeout_s=120)
+        assert "oua-extra" not in sleeper.guest("dpkg-query -W")
+        assert not sleeper.save.exists()
+    finally:
+        sleeper.virsh.restart(SETTINGS)
+
+
 _RESTORE = """
 from ouassister.provider import libvirt
 from ouassister.errors import StateError
@@ -146,10 +187,14 @@ def test_gate_lets_nothing_through_until_it_is_opened_for_links_that_were_up(
     with pytest.raises(AgentError, match="refused guest-exec"):
         VirshAgent(sleeper.virsh, "web1").run(["/no/such/program"], timeout_s=60)
     check_channel(VirshAgent(sleeper.virsh, "web1"))
-    sleeper.python(
-        "from ouassister.provider import libvirt\n"
-        "libvirt.find('web1').attach().set_links(up=True)\n"
-    )
+    awake = "from ouassister.provider import libvirt\nvm = libvirt.find('web1').attach()\n"
+    sleeper.python(f"{awake}vm.open_quarantine()")
+    sleeper.guest(knock)
+    assert sleeper.guest(carrier).split() == ["0", "1"]
+    assert count_frames(frames) == 0
+    sleeper.python(f"{awake}vm.set_links(up=False)")
+    assert sleeper.guest(carrier).split() == ["0", "0"]
+    sleeper.python(f"{awake}vm.set_links(up=True)")
     sleeper.guest(knock)
     assert sleeper.guest(carrier).split() == ["1", "0"]
     assert count_frames(frames) > 0
