@@ -204,6 +204,8 @@ static int begin(const struct options *options, enum marker *marker, enum journa
     if (guest_is_machine(&change) < 0 || state_open(&change) < 0 ||
         marker_read(&change, marker) < 0 || journal_load(&change, journal) < 0)
         return -1;
+    if (*journal == JOURNAL_NONE) /* nor of another change set: nothing is left to be ended */
+        boot_remove(&change);
     return 0;
 }
 
@@ -221,10 +223,8 @@ static int apply(const struct options *options)
         return refused();
     }
     ours = marker == MARKER_APPLIED;
-    if (ours && journal == JOURNAL_NONE) {
-        boot_remove(&change);
+    if (ours && journal == JOURNAL_NONE)
         return conclude("already-applied", EXIT_APPLIED);
-    }
     /* A journal of this change set proves the guest; a power cut changes its boot id. */
     if ((journal == JOURNAL_NONE && guest_is_boot(&change) < 0) || guest_lock(&change) < 0)
         return refused();
@@ -401,12 +401,10 @@ static int finish(const struct options *options)
 
     if (begin(options, &marker, &journal) < 0)
         return refused();
-    if (journal == JOURNAL_NONE) {
-        boot_remove(&change);
+    if (journal == JOURNAL_NONE)
         return marker == MARKER_APPLIED       ? conclude("already-applied", EXIT_APPLIED)
                : marker == MARKER_ROLLED_BACK ? conclude("already-rolled-back", EXIT_APPLIED)
                                               : nothing_of_it();
-    }
     if (guest_lock(&change) < 0)
         return refused();
     if (journal == JOURNAL_ROLLING || journal == JOURNAL_STAYING)

@@ -42,9 +42,16 @@ if TYPE_CHECKING:
 TOP: Final = Path(__file__).parents[2]
 OFFSET: Final = 1 << 20  # of the root partition, `ouassister.testing.build_image`
 PACKAGES: Final = ("oua-hello", "oua-library", "oua-extra")
-_PLAN: Final = b"OUAPLAN1"  # guest/journal.c
+PLAN: Final = b"OUAPLAN1"  # guest/journal.c; what follows are renames
 # What the guest's own services write there while it runs is theirs.
-_LIVELY: Final = ("./var/log", "./var/lib/systemd", "./var/lib/ouassister", "./var/tmp", "./tmp")
+_LIVELY: Final = (
+    "./var/log",
+    "./var/backups",
+    "./var/lib/systemd",
+    "./var/lib/ouassister",
+    "./var/tmp",
+    "./tmp",
+)
 _LIVELY_FILES: Final = ("./var/lib", "./var/lib/dhcp", "./etc/resolv.conf", "./var/cache")
 
 
@@ -91,11 +98,10 @@ class Cut:
         subprocess.run(copy, check=True)
         return target
 
-    def resume_until(self, entries: int, *, planned: bool) -> int:
+    def resume_until(self, entries: int, words: bytes) -> int:
         """Resume, and kill QEMU when the guest has written so often; returns how often it has.
 
-        With ``planned`` it is counted from where the applier's plan is on the disk: what follows
-        are renames.
+        It is counted from the write that brings ``words`` to the disk, where there are any.
         """
         process = subprocess.Popen(
             self.world.command("resume"),
@@ -105,8 +111,8 @@ class Cut:
         )
         try:
             end = time.monotonic() + 120
-            while (plan := writelog.find(self.log, _PLAN) if planned else 0) is None or (
-                writelog.count(self.log) < plan + entries
+            while (start := writelog.find(self.log, words) if words else 0) is None or (
+                writelog.count(self.log) < start + entries
             ):
                 assert process.poll() is None, process.communicate()
                 assert time.monotonic() < end, "the guest writes too little"
