@@ -4,7 +4,7 @@
 # make view-test SEEDS=n   the view of n random guests against what they say when they wake up
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
 # make staging-test        real packages whose scripts need the live guest: a database that runs
-# make libvirt-test        domains of both machines, and every compression that libvirt saves with
+# make libvirt-test        domains of both machines, every compression that libvirt saves with, a user's own daemon
 # make cgroup-test         control groups of version 2, in a guest that has them
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [GUEST=trixie]   an update asleep against the same awake
