@@ -5,7 +5,7 @@
 # make kernel-test         every kernel that Debian has, from 5.10 to the newest backport
 # make staging-test        real packages whose scripts need the live guest: a database that runs
 # make powercut-test CUTS=20   power cuts in the middle of a reflection, each followed by a boot
-# make libvirt-test        domains of both machines, and every compression that libvirt saves with
+# make libvirt-test        domains of both machines, every compression that libvirt saves with, a user's own daemon
 # make cgroup-test         control groups of version 2, in a guest that has them
 # make arm64-test          the applier for arm64, its whole host tier under QEMU's user mode
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed

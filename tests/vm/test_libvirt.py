@@ -15,6 +15,7 @@ from tests.conftest import GUESTS
 from tests.vm import packages
 from tests.vm.libvirt_host import DOWN, UP, Inside, Sleeper, domain, running
 from tests.vm.repository import build
+from tests.vm.session_host import URI, session
 from tests.vm.world import NOTHING, leftovers, until
 
 from ouassister.demo.frames import count_frames
@@ -158,6 +159,34 @@ def test_compressed_save_is_updated_resumed_and_gone_back_to(sleeper: Sleeper, k
         assert not sleeper.save.exists()
     finally:
         sleeper.virsh.restart(SETTINGS)
+
+
+@pytest.mark.skipif(not _ALL, reason="'make libvirt-test' runs it")
+def test_user_updates_domains_of_his_own_libvirt(virsh: Inside) -> None:
+    with contextlib.closing(map_file(virsh.folder / "kept" / "save")) as file:
+        xml = read_header(file, "save").xml.decode()
+    with session(virsh.folder / "kept", xml) as own:
+        agent: Any = VirshAgent(own, "web1")
+        command = own.user.ouassister
+        listed = {one["vm"]: one["state"] for one in command("list", "--connect", URI).result}
+        assert listed == {"web1": "suspended"}
+        update = command("update", "--connect", URI, "--install", "oua-extra", "web1")
+        assert update.status == 0, update
+        resumed = command("resume", "--connect", URI, "web1")
+        assert resumed.status == 0, resumed
+        assert agent.run(["oua-extra"], timeout_s=60).stdout == b"extra\n"
+        links = [own.run("domif-getlink", "web1", mac).split()[-1] for mac in (UP, DOWN)]
+        assert links == ["up", "down"]
+
+        own.run("undefine", "web1")  # from now on it is there for as long as it runs
+        saved = ("--connect", URI, "--save", str(own.user.home / "vm" / "web1.save"), "web1")
+        assert command("suspend", *saved).status == 0
+        assert not own.ask("domstate", "web1").ok
+        update = command("update", "--install", "oua-gone", *saved)
+        assert update.status == 0, update
+        resumed = command("resume", *saved)
+        assert resumed.status == 0, resumed
+        assert agent.run(["oua-gone"], timeout_s=60).stdout == b"gone\n"
 
 
 _RESTORE = """
