@@ -105,6 +105,19 @@ static int open_made(int dir, const char *name)
     return openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 }
 
+/* STATE_DIR's file system is not always that of /etc. */
+static int write_out(const struct change *change, int control)
+{
+    struct status here, there;
+
+    if (step(BOOT_SYNC) || syncfs(change->state) < 0 || look(control, "", &here) < 0 ||
+        look(change->state, "", &there) < 0)
+        return -1;
+    if (here.dev_major == there.dev_major && here.dev_minor == there.dev_minor)
+        return 0;
+    return syncfs(control);
+}
+
 static int leave_unit(const struct change *change, int systemd)
 {
     int control = open_made(systemd, CONTROL), wants = -1, fd = -1, result = -1;
@@ -123,9 +136,8 @@ static int leave_unit(const struct change *change, int systemd)
         result = end(fd, put(fd, text, strlen(text)));
     if (!result && (step(BOOT_LEAVE) || symlinkat("../" UNIT, wants, UNIT) < 0))
         result = -1;
-    /* STATE_DIR's file system is not always that of /etc. */
-    if (!result && (step(BOOT_SYNC) || syncfs(control) < 0 || syncfs(change->state) < 0))
-        result = -1;
+    if (!result)
+        result = write_out(change, control);
     if (wants >= 0)
         close(wants);
     if (control >= 0)

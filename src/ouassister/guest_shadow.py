@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.beside import beside
 from ouassister.disk.storage import create_overlays, volume_name
-from ouassister.errors import OUassisterError
+from ouassister.errors import OUassisterError, StateError
 from ouassister.guest_model import Subject
 from ouassister.interrupts import watched
 from ouassister.kernel import GuestReader
@@ -110,6 +110,20 @@ class Guest:
         """There is no starting over any more."""
         tmpfs_handover.forget(self.folder / "shadow" / "tmpfs")
 
+    def refuse_unfinished(self) -> None:
+        """Raise when a change set of an earlier sleep is half done in the guest.
+
+        Raises:
+            StateError: It is.
+        """
+        volume, inside = self.sleeping.layout.locate(b"/var/lib/ouassister")
+        argument = {"root": sandbox.lower(volume), "path": to_text(inside)}
+        if self.shadow.call(_IDENTITY, "unfinished", argument):
+            raise StateError(
+                "an earlier update is half done in the guest",
+                hint="let 'ouassister resume' or a boot of the guest end it; then save it again",
+            )
+
     def identity(self) -> Identity:
         """Whose disk it is."""
         volume, inside = self.sleeping.layout.locate(b"/etc/machine-id")
@@ -187,6 +201,8 @@ def open_guest(
         sleeping = replace(sleeping, layout=layout)
         guest = Guest(sleeping, shadow, folder, proofs)
         try:
+            if updating:
+                guest.refuse_unfinished()
             yield guest
         except OUassisterError:
             guest.prove(timeline)  # a view that is not true explains any other failure

@@ -48,6 +48,16 @@ _KNOCK: Final = (
 )
 
 
+# What test_goes_on.py has in use.
+def _renew(*names: str) -> str:
+    lines = [
+        f"[ ! -e /srv/oua/{name} ] || {{ cp -p /srv/oua/{name} /srv/oua/{name}.new;"
+        f" echo new >>/srv/oua/{name}.new; mv /srv/oua/{name}.new /srv/oua/{name}; }}"
+        for name in names
+    ]
+    return "\n".join(lines)
+
+
 def store(version: str) -> Package:
     """A service that holds its data open for writing, and converts them in its postinst."""
     return Package(
@@ -242,6 +252,8 @@ AFTER: Final = (
         files={"/usr/share/oua-keys/file": "keys\n"},
         scripts={"postinst": "perl -e 'syscall(250, 0, -3, 1)'"},  # keyctl(KEYCTL_GET_KEYRING_ID)
     ),
+    Package("oua-renews", "1.0", scripts={"postinst": _renew("program", "library.so")}),
+    Package("oua-relogs", "1.0", files={"/srv/oua/log": "new\n"}),
     store("2.0"),
     calls(4),
     # With it the daemon does not start again, for as long as the file is there.

@@ -1,4 +1,4 @@
-"""Whose disk is it? Called inside the shadow, where the guest's files are."""
+"""Whose disk is it, and what of ours lies there? Called inside the shadow, where the files are."""
 
 from __future__ import annotations
 
@@ -23,3 +23,17 @@ def machine_id(argument: dict[str, Any]) -> str:
     with os.fdopen(descriptor, "rb") as file:
         text = file.read(64).strip().decode("ascii", "replace")
     return text if re.fullmatch("[0-9a-f]{32}", text) else ""
+
+
+def unfinished(argument: dict[str, Any]) -> bool:
+    """Tell whether the applier's journal is there: a change set is half applied, or half undone.
+
+    Args:
+        argument: ``root``: where a tree is mounted; ``path``: of the applier's folder in it.
+    """
+    path = os.fsencode(argument["root"]) + from_text(argument["path"])
+    try:
+        with os.scandir(path) as entries:
+            return any(entry.name.startswith(b"journal-") for entry in entries)
+    except OSError:
+        return False
