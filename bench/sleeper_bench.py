@@ -60,6 +60,7 @@ _MEMORY_MIB: Final = 1536
 _DISK_MIB: Final = 6144
 _BAR: Final = 20.0
 _LIMIT_S: Final = 3000.0
+_ATTEMPTS: Final = 3
 # A database that somebody uses, and no timer that is due when the guest wakes up.
 _TABLE: Final = (
     "CREATE DATABASE shop; CREATE TABLE shop.orders (id INT PRIMARY KEY, word TEXT);"
@@ -168,14 +169,19 @@ def _seconds(phases: Iterable[Phase]) -> dict[str, float]:
 
 def _end(config: VmConfig) -> str:
     """End a guest that may run; what it says of itself."""
+    told = ""
     try:
         with qemu.attach(config) as vm:
-            try:
-                return guest_run(vm, _PROVE, timeout_s=_LIMIT_S).stdout.decode()
-            finally:
-                vm.kill()
+            for _attempt in range(_ATTEMPTS):  # the agent is restarted half a minute after a resume
+                try:
+                    told = guest_run(vm, _PROVE, timeout_s=_LIMIT_S).stdout.decode()
+                    break
+                except OUassisterError as error:
+                    told = f"it does not answer: {error.message}"
+            vm.kill()
     except OUassisterError as error:
-        return f"it does not answer: {error.message}"
+        told = f"it does not run: {error.message}"
+    return told
 
 
 def _hashes(config: VmConfig, store: Store) -> dict[bytes, str]:
