@@ -5,7 +5,7 @@ have open; none has a socket but unnamed Unix ones and those of the kernel (netl
 these leads to the system bus, where others would find it. Who has a socket with a name, or of the
 host itself (loopback), may be asked by a service that listens, so it counts as reached.
 
-Source: docs/design/0025-exposed-gate.md.
+Source: docs/design/0024-exposed-gate.md.
 """
 
 from __future__ import annotations
