@@ -52,7 +52,7 @@ _LIVELY: Final = (
     "./var/tmp",
     "./tmp",
 )
-_LIVELY_FILES: Final = ("./var/lib", "./var/lib/dhcp", "./etc/resolv.conf", "./var/cache")
+_LIVELY_FILES: Final = ("./var/lib", "./etc/resolv.conf", "./var/cache")
 
 
 @dataclass
