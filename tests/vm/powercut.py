@@ -47,6 +47,7 @@ PLAN: Final = b"OUAPLAN1"  # guest/journal.c; what follows are renames
 _LIVELY: Final = (
     "./var/log",
     "./var/backups",
+    "./var/lib/dhcp",
     "./var/lib/systemd",
     "./var/lib/ouassister",
     "./var/tmp",
