@@ -107,7 +107,8 @@ $(APPLIER): build/deps $(wildcard guest/*.c guest/*.h guest/Makefile)
 	install -D -m 755 build/guest/stub-x86_64 $(@D)/stub-x86_64
 	install -D -m 755 build/guest/applier-x86_64 $@
 
-# For guests of arm64, which nothing reads yet: built and tested where a cross compiler is.
+# For guests of arm64, which nothing reads yet: built and tested where a cross compiler is. QEMU's user
+# mode has no RNDADDENTROPY, and a script stands before each program: two tests are for x86-64 alone.
 applier-arm64: $(APPLIER) build/deps-arm64
 	$(MAKE) -C guest arm64
 	install -D -m 755 build/guest/stub-aarch64 $(dir $(APPLIER))/stub-aarch64
@@ -115,7 +116,7 @@ applier-arm64: $(APPLIER) build/deps-arm64
 
 arm64-test: .venv/ready applier-arm64
 	$(ROOT) env OUASSISTER_ARCH=aarch64 $(BIN)/python -m pytest -q -p no:cacheprovider -m "" \
-	    tests/host/test_applier*.py $(PYTEST)
+	    tests/host/test_applier*.py -k "not random_numbers_are_seeded and not has_no_faults" $(PYTEST)
 
 guest-tests: build/deps
 	$(MAKE) -C guest tests

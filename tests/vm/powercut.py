@@ -47,12 +47,13 @@ PLAN: Final = b"OUAPLAN1"  # guest/journal.c; what follows are renames
 _LIVELY: Final = (
     "./var/log",
     "./var/backups",
+    "./var/lib/dhcp",
     "./var/lib/systemd",
     "./var/lib/ouassister",
     "./var/tmp",
     "./tmp",
 )
-_LIVELY_FILES: Final = ("./var/lib", "./var/lib/dhcp", "./etc/resolv.conf", "./var/cache")
+_LIVELY_FILES: Final = ("./var/lib", "./etc/resolv.conf", "./var/cache")
 
 
 @dataclass
