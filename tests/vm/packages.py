@@ -271,7 +271,7 @@ AFTER: Final = (
         "oua-sshd",
         "1.0",
         scripts={
-            "postinst": "cp /usr/sbin/sshd /usr/sbin/sshd.new\n"
+            "postinst": "cp /usr/sbin/sshd /usr/sbin/sshd.new && echo >>/usr/sbin/sshd.new\n"
             "mv /usr/sbin/sshd.new /usr/sbin/sshd\ndeb-systemd-invoke restart ssh.service"
         },
     ),
