@@ -31,6 +31,10 @@ class Here(Channel):
     def __init__(self) -> None:
         self.lost: dict[str, int] = {}
         self.ran: list[str] = []
+        self.ended = False
+
+    def runs(self) -> bool:
+        return not self.ended
 
     def channel(self) -> Here:
         return self
@@ -96,6 +100,17 @@ def test_channel_that_does_not_come_back_is_told(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(apart, "_BACK_S", 0.0)
+    here.lost = {"while [": 1}
+    with pytest.raises(ChannelError, match="lost at"):
+        run_apart(here, "/bin/echo", "there")
+
+
+def test_channel_of_a_vm_that_has_ended_is_not_waited_for(here: Here) -> None:
+    here.ended = True
+    here.lost = {"echo": 1, "await": 1}
+    with pytest.raises(ChannelError, match="lost at"):
+        second_look.run(cast("Running", here), ["/bin/echo", "there"], timeout_s=60)
+    assert here.lost == {"echo": 0, "await": 1}
     here.lost = {"while [": 1}
     with pytest.raises(ChannelError, match="lost at"):
         run_apart(here, "/bin/echo", "there")

@@ -123,6 +123,7 @@ class Cut:
             output, _ = process.communicate(timeout=60)
         finally:
             process.kill()
+            process.communicate()
         assert process.returncode == 41, output
         return writelog.count(self.log)
 

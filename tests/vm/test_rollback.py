@@ -143,8 +143,11 @@ def test_update_is_taken_back_in_the_running_guest(
 _INIT: Final = """#!/bin/sh
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev
 mount -o remount,rw /; mount -t tmpfs tmpfs /run; modprobe virtio_console
-for port in /sys/class/virtio-ports/*; do
-    grep -qx org.qemu.guest_agent.0 $port/name && exec qemu-ga -p /dev/${port##*/}
+while :; do
+    for port in /sys/class/virtio-ports/*; do
+        grep -qsx org.qemu.guest_agent.0 $port/name && exec qemu-ga -p /dev/${port##*/}
+    done
+    sleep 0.1
 done
 """
 

@@ -13,7 +13,7 @@ import shlex
 import time
 from typing import TYPE_CHECKING, Final
 
-from ouassister.errors import ChannelError, DeadlineError
+from ouassister.errors import ChannelError, DeadlineError, OUassisterError
 from ouassister.provider.channel import ExecResult
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _await(vm: Running, state: str, end: float, program: str, timeout_s: float) 
         try:
             done = vm.channel().run(["/bin/sh", "-c", _ASK, "ouassister", state], timeout_s=_ASK_S)
         except (ChannelError, DeadlineError):
-            if time.monotonic() >= heard + _BACK_S:
+            if time.monotonic() >= heard + _BACK_S or has_ended(vm):
                 raise
             time.sleep(_PAUSE_S)  # it is being restarted, which nothing tells
             continue
@@ -86,6 +86,14 @@ def _await(vm: Running, state: str, end: float, program: str, timeout_s: float) 
         if done.exit_status != 0:
             raise ChannelError(f"the guest removed {state}")
     raise DeadlineError(f"{program} still runs in the guest after {timeout_s:.1f} s")
+
+
+def has_ended(vm: Running) -> bool:
+    """Tell whether a lost channel will not come back, since its VM does not run any more."""
+    try:
+        return not vm.runs()
+    except OUassisterError:
+        return True
 
 
 def _read(told: bytes) -> ExecResult:

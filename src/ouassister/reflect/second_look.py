@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import ChannelError
 from ouassister.reflect import apart, bootstrap
+from ouassister.reflect.apart import has_ended
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +45,7 @@ def run(
     try:
         return vm.channel().run(command, stdin=stdin, timeout_s=timeout_s, most_s=most_s)
     except ChannelError:
-        if time.monotonic() >= end:
+        if time.monotonic() >= end or has_ended(vm):
             raise
     for attempt in range(1, _MOST + 1):
         await_end(vm, end)
@@ -52,7 +53,7 @@ def run(
             left = max(end - time.monotonic(), 1.0)
             return apart.run(vm, command, stdin=stdin, timeout_s=left)
         except ChannelError:
-            if attempt == _MOST or time.monotonic() >= end:
+            if attempt == _MOST or time.monotonic() >= end or has_ended(vm):
                 raise
     raise AssertionError  # the loop returns or raises
 
@@ -73,6 +74,6 @@ def await_end(vm: Running, end: float) -> None:
             vm.channel().run(bootstrap.await_command(), timeout_s=left)
             return
         except ChannelError:
-            if time.monotonic() >= back:
+            if time.monotonic() >= back or has_ended(vm):
                 raise
         time.sleep(_PAUSE_S)

@@ -101,6 +101,14 @@ class Shadow:
         self.spec = spec
         self.expired: list[Expired] = []  # scripts that were killed, in all runs
 
+    def __enter__(self) -> Shadow:
+        """Let go of the control socket at the end of the block; the launch ends the shadow."""
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """See `__enter__`."""
+        self._lines.close()
+
     def mount(self) -> None:
         """Mount the volumes as they are now; programs can run then.
 
@@ -347,9 +355,9 @@ def open_shadow(launched: Launch, spec: ShadowSpec) -> Iterator[Shadow]:
             limits=spec.limits,
         )
         launched.control.sendall(json.dumps(codec.to_value(configuration)).encode() + b"\n")
-        shadow = Shadow(launched.control, spec, Path(tools))
-        shadow.await_ready(identity, launched.keeper.pid)
-        yield shadow
+        with Shadow(launched.control, spec, Path(tools)) as shadow:
+            shadow.await_ready(identity, launched.keeper.pid)
+            yield shadow
 
 
 def _install_recorders(folder: Path) -> None:
