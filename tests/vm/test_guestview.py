@@ -171,7 +171,7 @@ def test_tasks(seen: Seen) -> None:
         (pid, cgroup, cwd, root, uid, gid, egid, groups, namespaces, threads, cmdline,
          parent) = line.split(" ")  # fmt: skip
         tasks = [task for task in seen.view.tasks if task.pid == int(pid)]
-        if not tasks or int(pid) in seen.agents:
+        if not tasks or int(pid) in seen.agents or not uid:  # it ended while it was asked
             continue
         (task,) = tasks
         detail = task.detail
