@@ -117,7 +117,7 @@ class Cut:
             ):
                 assert process.poll() is None, process.communicate()
                 assert time.monotonic() < end, "the guest writes too little"
-                time.sleep(0.001)
+                time.sleep(0.001)  # between two looks at the log; bounded above
             with sockets.connect(self.world.config.qmp) as sock:
                 os.kill(sockets.peer_pid(sock), signal.SIGKILL)
             output, _ = process.communicate(timeout=60)

@@ -114,7 +114,7 @@ def _check_keys(vm: RunningVM, keys: tuple[str, ...], monkeypatch: pytest.Monkey
         monkeypatch.setenv("SSH_AUTH_SOCK", str(place))
         while not place.exists():
             assert process.poll() is None
-            time.sleep(0.01)
+            time.sleep(0.01)  # between two looks
         subprocess.run(["ssh-add", "-q", network.identity], check=True)
         assert offered(None) == offered(network.identity)
         channel = SshChannel(port, None, keys)

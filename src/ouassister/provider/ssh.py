@@ -173,13 +173,13 @@ class SshChannel(Channel):
                 if time.monotonic() >= end:
                     self._end()
                     raise DeadlineError("the guest's sshd did not answer in time")
-                time.sleep(0.01)
+                time.sleep(0.01)  # ssh does not tell when its control socket listens
             words = _words(log.read_bytes())
             if any(one in words for one in _FINAL):
                 raise ChannelError(f"ssh cannot reach the guest: {words}")
             if time.monotonic() + _PAUSE_S >= end:
                 raise DeadlineError(f"the guest's sshd did not answer in time: {words}")
-            time.sleep(_PAUSE_S)
+            time.sleep(_PAUSE_S)  # a guest that wakes up does not tell when sshd answers
 
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):

@@ -76,4 +76,4 @@ def await_end(vm: Running, end: float) -> None:
         except ChannelError:
             if time.monotonic() >= back or has_ended(vm):
                 raise
-        time.sleep(_PAUSE_S)
+        time.sleep(_PAUSE_S)  # it is being restarted, which nothing tells
