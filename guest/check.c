@@ -167,7 +167,7 @@ static void count_room(struct change *change, const struct item *item)
         return;
     fs->inodes++;
     if (record->kind == KIND_FILE)
-        fs->bytes += record->size + BLOCK - 1 - (record->size + BLOCK - 1) % BLOCK;
+        fs->bytes += record->size + BLOCK - 1 - (record->size + BLOCK - 1) % BLOCK - record->holes;
     else if (record->kind == KIND_DIRECTORY)
         fs->bytes += BLOCK;
     for (uint32_t i = 0; i < record->xattrs; i++)

@@ -98,6 +98,7 @@ struct entry_record {
     int64_t mtime_ns;
     uint64_t size;
     uint64_t offset; /* in the layer */
+    uint64_t holes;  /* bytes of it in whole blocks of zeros; 0 unless it is sparse */
     uint8_t sha256[32];
     struct state_record expected;
     uint32_t first_xattr;
@@ -124,7 +125,7 @@ struct lock_record {
 static_assert(sizeof(struct medium_header) == BLOCK, "medium_header");
 static_assert(sizeof(struct table_header) == 32, "table_header");
 static_assert(sizeof(struct state_record) == 40, "state_record");
-static_assert(sizeof(struct entry_record) == 160, "entry_record");
+static_assert(sizeof(struct entry_record) == 168, "entry_record");
 static_assert(sizeof(struct xattr_record) == 16, "xattr_record");
 static_assert(sizeof(struct below_record) == 48, "below_record");
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the medium is little endian");

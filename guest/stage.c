@@ -42,25 +42,53 @@ static const uint8_t *layer_bytes(const struct medium *medium, uint64_t offset, 
     return window + (offset - window_start);
 }
 
-static int write_all(int fd, const uint8_t *bytes, uint64_t size)
+static int write_all(int fd, const uint8_t *bytes, uint64_t size, uint64_t position)
 {
     while (size) {
-        ssize_t n = write(fd, bytes, size);
+        ssize_t n = pwrite(fd, bytes, size, (off_t)position);
 
         if (n < 0 && errno != EINTR)
             return -1;
         if (n > 0) {
             bytes += n;
             size -= (uint64_t)n;
+            position += (uint64_t)n;
         }
     }
     return 0;
+}
+
+static bool is_zero(const uint8_t *bytes, uint64_t size)
+{
+    return !bytes[0] && !memcmp(bytes, bytes + 1, size - 1);
+}
+
+/* The same, but for blocks of zeros: a file that was just made has them there unwritten. */
+static int write_sparse(int fd, const uint8_t *bytes, uint64_t size, uint64_t position)
+{
+    uint64_t done = 0, from = 0; /* bytes from there on are not written yet */
+
+    while (done < size) {
+        uint64_t piece = BLOCK - (position + done) % BLOCK; /* up to a block of the file */
+
+        if (piece > size - done)
+            piece = size - done;
+        if (is_zero(bytes + done, piece)) {
+            if (write_all(fd, bytes + from, done - from, position + from) < 0)
+                return -1;
+            from = done + piece;
+        }
+        done += piece;
+    }
+    return write_all(fd, bytes + from, done - from, position + from);
 }
 
 static int write_content(const struct change *change, const struct item *item, int fd)
 {
     const struct entry_record *record = item->record;
     uint64_t offset = record->offset, left = record->size;
+    int (*put)(int, const uint8_t *, uint64_t, uint64_t) =
+        record->holes ? write_sparse : write_all;
     struct sha256 hash;
     uint8_t digest[32];
 
@@ -72,11 +100,13 @@ static int write_content(const struct change *change, const struct item *item, i
         if (!bytes)
             return -1;
         sha256_update(&hash, bytes, size);
-        if (step(STAGE_WRITE) || write_all(fd, bytes, size) < 0)
+        if (step(STAGE_WRITE) || put(fd, bytes, size, record->size - left) < 0)
             return fail_errno(item->path, "writing the new content");
         offset += size;
         left -= size;
     }
+    if (record->holes && ftruncate(fd, (off_t)record->size) < 0)
+        return fail_errno(item->path, "ending the new content");
     sha256_final(&hash, digest);
     if (memcmp(digest, record->sha256, sizeof digest) != 0)
         return fail("medium", item->path, "the content on the medium is damaged");

@@ -92,6 +92,8 @@ static int check_kind(const struct medium *medium, const struct entry_record *en
 
     switch (entry->kind) {
     case KIND_FILE:
+        if (entry->holes > entry->size || entry->holes % BLOCK)
+            return bad("it has more holes than bytes", i);
         if (!entry->same && (entry->offset > medium->header.layer_size ||
              entry->size > medium->header.layer_size - entry->offset))
             return bad("its content is outside the layer", i);

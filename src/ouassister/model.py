@@ -268,6 +268,7 @@ class Entry:
 
     ``expected`` is None when nothing may stand at the path. ``below`` lists what must be below a
     deleted directory. ``same``: the guest has it but for its time, and the layer has it not.
+    ``holes``: bytes of a sparse file that are whole blocks of zeros; the layer has them.
     """
 
     path: bytes
@@ -286,6 +287,7 @@ class Entry:
     xattrs: tuple[tuple[str, bytes], ...] = ()
     below: tuple[tuple[bytes, Expected], ...] = ()
     same: bool = False
+    holes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,20 @@ def test_extract_copy_up_without_change_is_dropped(small: Rig) -> None:
     assert [entry.path for entry in result.entries] == [b"/etc/sub/new"]
 
 
+def test_extract_holes_of_a_file_are_told(small: Rig) -> None:
+    result = small.update(
+        (
+            "f = open('merged/etc/holes', 'wb'); f.seek(1 << 20); f.write(b'x'); f.close()",
+            "open('merged/etc/zeros', 'wb').write(bytes(1 << 20))",
+            "os.truncate('merged/etc/conf', 1 << 16)",
+        )
+    )
+    entries = by_path(result)
+    assert (entries[b"/etc/holes"].size, entries[b"/etc/holes"].holes) == ((1 << 20) + 1, 1 << 20)
+    assert (entries[b"/etc/zeros"].size, entries[b"/etc/zeros"].holes) == (1 << 20, 0)
+    assert entries[b"/etc/conf"].holes == (1 << 16) - 4096
+
+
 def test_extract_one_name_of_a_hard_link_is_noted(small: Rig) -> None:
     result = small.update(("open('merged/tool', 'a').write('x')",))
     assert result.notes == ("/tool changes; 1 more names of that file in the guest do not",)

@@ -243,6 +243,7 @@ def test_verify_layer_with_a_bit_flipped_or_cut_names_it(folder: Path, layer: Pa
 
 
 FILE = ENTRIES[1]
+BIG = Entry(b"/b", Kind.FIFO, None, size=4096)
 SAME = Entry(b"/b", Kind.FILE, STATE, mode=0o644, mtime_ns=1, size=3, sha256=CONTENT, same=True)
 
 
@@ -266,6 +267,10 @@ SAME = Entry(b"/b", Kind.FILE, STATE, mode=0o644, mtime_ns=1, size=3, sha256=CON
         ((dataclasses.replace(SAME, size=4),), "changes in more than its time"),
         ((dataclasses.replace(SAME, kind=Kind.SYMLINK),), "changes in more than its time"),
         ((dataclasses.replace(SAME, kind=Kind.FIFO),), "changes in more than its time"),
+        ((dataclasses.replace(FILE, holes=1),), "has more holes than bytes"),
+        ((dataclasses.replace(FILE, holes=4096),), "has more holes than bytes"),
+        ((dataclasses.replace(FILE, holes=-4096),), "has more holes than bytes"),
+        ((dataclasses.replace(BIG, holes=4096),), "has holes and no content"),
         ((SAME, Entry(b"/c", Kind.HARDLINK, None, target=b"/b")), "links to no earlier entry"),
     ],
 )

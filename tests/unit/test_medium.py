@@ -28,7 +28,7 @@ SHA256 = hashlib.sha256(b"new").hexdigest()
 HERE = Expected(12, 0o100644, 3, -5, 7)
 HEADER = struct.Struct("<8sIIQQQ32sQQ32sQQ32s40s40s")
 COUNTS = struct.Struct("<IIIIIIQ")
-ENTRY_SIZE = 160
+ENTRY_SIZE = 168
 
 
 def changeset(*entries: Entry, layer_size: int = 1024, **more: object) -> Changeset:

@@ -285,6 +285,10 @@ def _defects(changeset: Changeset) -> Iterator[str]:
                 yield f"{name} changes in more than its time"
         elif entry.kind is Kind.FILE and not 0 <= entry.offset <= end <= changeset.layer_size:
             yield f"content of {name} is outside of the layer"
+        if not 0 <= entry.holes <= entry.size or entry.holes % 4096:
+            yield f"{name} has more holes than bytes"
+        if entry.holes and (entry.same or entry.kind is not Kind.FILE):
+            yield f"{name} has holes and no content"
         before = parts
         if entry.kind not in (Kind.DELETE, Kind.DIRECTORY, Kind.HARDLINK) and not entry.same:
             seen.add(entry.path)

@@ -28,6 +28,8 @@ WHITEOUT = b".wh."
 READABLE = 0o644  # written as root of a user namespace, read from outside of it
 
 _CHUNK = 1 << 20
+_HOLE = 4096  # guest/stage.c leaves blocks of this size out
+_ZEROS = bytes(_HOLE)
 _TYPES = {
     Kind.FILE: tarfile.REGTYPE,
     Kind.DIRECTORY: tarfile.DIRTYPE,
@@ -85,7 +87,7 @@ class LayerWriter:
             source: Descriptor of the content, for a file.
 
         Returns:
-            The entry; for a file with its offset in the layer and its SHA-256.
+            The entry; for a file with its offset in the layer, its SHA-256 and its holes.
 
         Raises:
             UnsupportedGuestError: A name that the format keeps for deletions.
@@ -102,9 +104,9 @@ class LayerWriter:
         if source is None:
             raise InternalError(f"no content for {to_text(entry.path)}")
         offset = self.size
-        sha256 = self._copy(source, entry)
+        sha256, holes = self._copy(source, entry)
         self._write(bytes(-self.size % tarfile.BLOCKSIZE))
-        return dataclasses.replace(entry, offset=offset, sha256=sha256)
+        return dataclasses.replace(entry, offset=offset, sha256=sha256, holes=holes)
 
     def finish(self) -> tuple[str, int]:
         """Write the end mark, make the file durable and give it its name.
@@ -120,23 +122,45 @@ class LayerWriter:
         sync_directory(self._path.parent)
         return self._hash.hexdigest(), self.size
 
-    def _copy(self, source: int, entry: Entry) -> str:
+    def _copy(self, source: int, entry: Entry) -> tuple[str, int]:
         content = hashlib.sha256()
-        left = entry.size
+        left, holes = entry.size, 0
+        sparse = _is_sparse(source)
         while count := os.readv(source, [self._buffer[: left + 1]]):
             if count > left:
                 break
+            if sparse:
+                holes += _zero_blocks(self._buffer[:count], entry.size - left)
             left -= count
             content.update(self._buffer[:count])
             self._write(self._buffer[:count])
         if left or count:
             raise InternalError(f"size of {to_text(entry.path)} changed while it was read")
-        return content.hexdigest()
+        return content.hexdigest(), holes
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._hash.update(data)
         self.size += len(data)
+
+
+def _is_sparse(file: int) -> bool:
+    """Whether a file has a hole: fewer blocks than its size, and one that lseek(2) finds."""
+    status = os.fstat(file)
+    if status.st_blocks * 512 >= status.st_size:
+        return False
+    try:
+        hole = os.lseek(file, 0, os.SEEK_HOLE)  # at the end: there is none, or nobody tells
+    finally:
+        os.lseek(file, 0, os.SEEK_SET)
+    return hole < status.st_size
+
+
+def _zero_blocks(data: memoryview, position: int) -> int:
+    """Bytes in whole blocks of zeros; ``position`` is that of the data in its file."""
+    first = -position % _HOLE
+    blocks = (data[at : at + _HOLE] for at in range(first, len(data) - _HOLE + 1, _HOLE))
+    return sum(_HOLE for block in blocks if block == _ZEROS)
 
 
 def sync_directory(folder: Path) -> None:

@@ -30,7 +30,7 @@ _HEADER = struct.Struct("<8sIIQQQ32sQQ32sQQ32s40s40s")
 _COUNTS = struct.Struct("<IIIIIIQ")
 _TEXT = struct.Struct("<II")
 _STATE = struct.Struct("<QQqqII")
-_ENTRY = struct.Struct("<8s8sIIBBBBIIIIIqQQ32s40sIIII")
+_ENTRY = struct.Struct("<8s8sIIBBBBIIIIIqQQQ32s40sIIII")
 _XATTR = struct.Struct("<8s8s")
 _BELOW = struct.Struct("<8s40s")
 
@@ -247,6 +247,7 @@ class _Table:
             entry.mtime_ns,
             entry.size,
             entry.offset,
+            entry.holes,
             bytes.fromhex(entry.sha256),
             _state(entry.expected) if entry.expected else _NO_STATE,
             first_xattr,
