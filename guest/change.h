@@ -31,6 +31,7 @@ struct dir {
     struct status status;
     uint32_t fs;      /* index in file_systems; of guest directories only */
     bool default_acl; /* what is created here inherits an ACL, acl(5) */
+    bool missing;     /* a conflict, and told */
 };
 
 /* What stood at the path; all of it is put back in a directory that OP_META changed. */
@@ -116,8 +117,9 @@ struct item *change_find(const struct change *change, const char *path);
 void reserved_name(const struct change *change, const struct item *item,
                    char name[RESERVED_SIZE]);
 
-/* Opens every directory that the guest has. */
-int change_open_dirs(struct change *change);
+/* Opens every directory that the guest has. With telling, one that it has not any more is a
+ * conflict, check() tells of the others, and then it fails. */
+int change_open_dirs(struct change *change, bool telling);
 
 /* The directory's descriptor; a new one is opened at its final path when it is not open. */
 int dir_fd(struct change *change, struct dir *dir);
@@ -130,8 +132,11 @@ int guest_set_time(const char *seconds);
 int guest_seed(void);
 int guest_lock(const struct change *change);
 
-/* check.c: compares every path with what the entry expects, and counts the room. */
+/* check.c: compares every path with what the entry expects, and counts the room. Tells of each
+ * path that is not as expected before it fails. */
 int check(struct change *change);
+/* Tells of one. The database is the package manager's. */
+void conflict(const char *path, const char *how, bool database);
 /* After check. */
 int check_space(const struct change *change);
 

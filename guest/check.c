@@ -12,9 +12,29 @@
 #define MAX_DEPTH 256
 #define JOURNAL_ROOM (64u << 10)
 
-static int conflict(const char *path, const char *how)
+/* All that differs, and what the result names: the first, but rather of the package database. */
+static struct {
+    uint32_t count;
+    bool database;
+    char path[4096];
+    const char *how;
+} conflicts;
+
+void conflict(const char *path, const char *how, bool database)
 {
-    return fail("conflict", path, "%s", how);
+    tell_path("conflict", path, how);
+    if (!conflicts.count++ || (database && !conflicts.database)) {
+        snprintf(conflicts.path, sizeof conflicts.path, "%s", path);
+        conflicts.how = how;
+    }
+    conflicts.database = conflicts.database || database;
+}
+
+/* Not an error yet: the others are looked at, too. */
+static int differs(const struct item *item, const char *path, const char *how)
+{
+    conflict(path, how, item->record->late);
+    return 0;
 }
 
 /* The walk through a directory that goes. */
@@ -22,6 +42,7 @@ struct walk {
     const struct medium *medium;
     const struct item *item;
     uint32_t seen;
+    bool whole; /* every directory was looked into */
     int depth;
     size_t length; /* of path */
     struct status dir;
@@ -55,8 +76,10 @@ static int descend(struct walk *walk, int dir, const char *name, const struct st
     struct status above = walk->dir;
     int fd, result;
 
-    if (walk->depth == MAX_DEPTH)
-        return conflict(walk->path, "the directory that goes is too deep");
+    if (walk->depth == MAX_DEPTH) {
+        walk->whole = false;
+        return differs(walk->item, walk->path, "the directory that goes is too deep");
+    }
     fd = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
         return fail_errno(walk->path, "opening a directory that goes");
@@ -81,21 +104,23 @@ static int check_below(void *context, int dir, const char *name)
     int result = 0;
 
     if (length + more >= sizeof walk->path)
-        return conflict(walk->path, "the directory that goes has too long a path below it");
+        return differs(walk->item, walk->path, "the directory that goes has too long a path below");
     walk->path[length] = '/';
     memcpy(walk->path + length + 1, name, more);
     walk->length += more;
     below = find_below(walk);
-    if (!below)
-        return conflict(walk->path, "it is new in a directory that goes");
-    if (look(dir, name, &status) < 0)
+    if (below && look(dir, name, &status) < 0)
         return fail_errno(walk->path, "looking at what goes");
-    if (is_mount(&status, &walk->dir))
-        return conflict(walk->path, "something is mounted in a directory that goes");
-    if (!state_matches(&status, &below->state, false))
-        return conflict(walk->path, "it changed in a directory that goes");
-    walk->seen++;
-    if (S_ISDIR(status.mode))
+    walk->seen += !!below;
+    if (!below)
+        differs(walk->item, walk->path, "it is new in a directory that goes");
+    else if (is_mount(&status, &walk->dir))
+        differs(walk->item, walk->path, "something is mounted in a directory that goes");
+    else if (!state_matches(&status, &below->state, false))
+        differs(walk->item, walk->path, "it changed in a directory that goes");
+    if (below && S_ISDIR(status.mode) && is_mount(&status, &walk->dir))
+        walk->whole = false;
+    else if (below && S_ISDIR(status.mode))
         result = descend(walk, dir, name, &status);
     walk->length = length;
     walk->path[length] = 0;
@@ -105,14 +130,14 @@ static int check_below(void *context, int dir, const char *name)
 static int check_goes(const struct change *change, const struct item *item,
                       const struct status *status)
 {
-    struct walk walk = {.medium = &change->medium, .item = item};
+    struct walk walk = {.medium = &change->medium, .item = item, .whole = true};
 
     walk.length = item->record->path.length;
     memcpy(walk.path, item->path, walk.length + 1);
     if (descend(&walk, item->dir->fd, item->name, status) < 0)
         return -1;
-    if (walk.seen != item->record->below)
-        return conflict(item->path, "something is gone from a directory that goes");
+    if (walk.whole && walk.seen != item->record->below)
+        return differs(item, item->path, "something is gone from a directory that goes");
     return 0;
 }
 
@@ -122,16 +147,18 @@ static int check_item(const struct change *change, struct item *item)
     struct status status;
     bool goes_dir;
 
+    if (item->dir->missing || (item->own && item->own->missing)) /* told already */
+        return record->late ? differs(item, item->path, "its directory is gone") : 0;
     if (look(item->dir->fd, item->name, &status) < 0) {
         if (errno != ENOENT)
             return fail_errno(item->path, "looking at the path");
-        return record->has_expected ? conflict(item->path, "it is gone from the guest") : 0;
+        return record->has_expected ? differs(item, item->path, "it is gone from the guest") : 0;
     }
     if (!record->has_expected)
-        return conflict(item->path, "the guest has something at a path that was free");
+        return differs(item, item->path, "the guest has something at a path that was free");
     goes_dir = S_ISDIR(record->expected.mode) && item->op != OP_META;
     if (!state_matches(&status, &record->expected, S_ISDIR(record->expected.mode)))
-        return conflict(item->path, "it changed since the guest was suspended");
+        return differs(item, item->path, "it changed since the guest was suspended");
     item->old = (struct old_meta){.mode = status.mode & 07777u,
                                   .uid = status.uid,
                                   .gid = status.gid,
@@ -141,13 +168,13 @@ static int check_item(const struct change *change, struct item *item)
 
         /* The descriptor was opened by another walk than this look. */
         if (look(item->meta_fd, "", &opened) < 0 || opened.inode != status.inode)
-            return conflict(item->path, "it changes right now");
+            return differs(item, item->path, "it changes right now");
         return 0;
     }
     if (is_mount(&status, &item->dir->status))
-        return conflict(item->path, "something is mounted there");
+        return differs(item, item->path, "something is mounted there");
     if (item->op == OP_TIME && status.nlink != 1)
-        return conflict(item->path, "it has another name, which would change with it");
+        return differs(item, item->path, "it has another name, which would change with it");
     return goes_dir ? check_goes(change, item, &status) : 0;
 }
 
@@ -197,8 +224,14 @@ int check(struct change *change)
     for (uint32_t i = 0; i < change->n_items; i++) {
         if (change->items[i].op != OP_INSIDE && check_item(change, &change->items[i]) < 0)
             return -1;
-        count_room(change, &change->items[i]);
+        if (!conflicts.count)
+            count_room(change, &change->items[i]);
     }
+    if (conflicts.count > 1)
+        return fail("conflict", conflicts.path, "%s; %u paths are not as expected", conflicts.how,
+                    conflicts.count);
+    if (conflicts.count)
+        return fail("conflict", conflicts.path, "%s", conflicts.how);
     change->file_systems[change->state_fs].bytes +=
         JOURNAL_ROOM + 8 * (uint64_t)change->n_items + boot_room(change) +
         change->medium.counts->attestation;

@@ -229,7 +229,7 @@ static int apply(const struct options *options)
     if ((journal == JOURNAL_NONE && guest_is_boot(&change) < 0) || guest_lock(&change) < 0)
         return refused();
     phase("check");
-    if (change_open_dirs(&change) < 0)
+    if (change_open_dirs(&change, journal == JOURNAL_NONE) < 0)
         return refused();
     if (ours)
         return clean_up();
@@ -323,7 +323,7 @@ static int take_back(enum marker marker, enum journal_state journal, bool leave_
     bool recovering = journal == JOURNAL_ROLLING || journal == JOURNAL_STAYING;
 
     phase("check");
-    if (change_open_dirs(&change) < 0 ||
+    if (change_open_dirs(&change, false) < 0 ||
         (!recovering && find_update(marker, journal) < 0))
         return refused();
     if (kept_open(&change) < 0) {
@@ -410,7 +410,7 @@ static int finish(const struct options *options)
     if (journal == JOURNAL_ROLLING || journal == JOURNAL_STAYING)
         return take_back(marker, journal, false);
     phase("check");
-    if (change_open_dirs(&change) < 0)
+    if (change_open_dirs(&change, false) < 0)
         return refused();
     if (marker == MARKER_APPLIED)
         return clean_up();

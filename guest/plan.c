@@ -189,18 +189,23 @@ static int reserve_descriptors(uint64_t wanted)
     return 0;
 }
 
-static int open_dir(struct change *change, struct dir *dir)
+static int open_dir(struct change *change, struct dir *dir, bool telling)
 {
     dir->fd = tree_open(change->root, dir->path, O_RDONLY | O_DIRECTORY, 0);
-    if (dir->fd < 0 && (errno == ENOENT || errno == ENOTDIR || errno == ELOOP))
-        return fail("conflict", dir->path, "the guest has no such directory");
+    if (dir->fd < 0 && (errno == ENOENT || errno == ENOTDIR || errno == ELOOP)) {
+        if (!telling)
+            return fail("conflict", dir->path, "the guest has no such directory");
+        conflict(dir->path, "the guest has no such directory", false);
+        dir->missing = true;
+        return 0;
+    }
     if (dir->fd < 0 || look(dir->fd, "", &dir->status) < 0)
         return fail_errno(dir->path, "opening the directory");
     dir->default_acl = fgetxattr(dir->fd, "system.posix_acl_default", NULL, 0) >= 0;
     return find_file_system(change, dir->fd, dir->path, &dir->status, &dir->fs);
 }
 
-int change_open_dirs(struct change *change)
+int change_open_dirs(struct change *change, bool telling)
 {
     uint32_t n_dirs = change->medium.counts->dirs;
     struct status status;
@@ -215,17 +220,17 @@ int change_open_dirs(struct change *change)
     if (find_file_system(change, change->state, STATE_DIR, &status, &change->state_fs) < 0)
         return -1;
     for (uint32_t i = 0; i < n_dirs; i++)
-        if (!change->dirs[i].maker && open_dir(change, &change->dirs[i]) < 0)
+        if (!change->dirs[i].maker && open_dir(change, &change->dirs[i], telling) < 0)
             return -1;
     for (uint32_t i = 0; i < change->n_items; i++) {
         struct item *item = &change->items[i];
 
-        if (item->op != OP_META)
+        if (item->op != OP_META || item->dir->missing)
             continue;
         item->meta_fd = item->own ? item->own->fd
                                   : openat(item->dir->fd, item->name,
                                            O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-        if (item->meta_fd < 0)
+        if (item->meta_fd < 0 && !telling) /* else check() tells what is there */
             return fail("conflict", item->path, "the guest has no such directory");
     }
     return 0;

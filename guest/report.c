@@ -8,6 +8,8 @@
 #include <unistd.h>
 
 #define MAX_PHASES 24
+#define MAX_TOLD 1000
+#define MAX_TOLD_BYTES (700u << 10) /* of the host's limit, applier_protocol.py */
 
 static struct {
     const char *code;
@@ -145,6 +147,21 @@ void report_event(const char *event, const char *path, const char *reason)
     add_ms("ms", now_us());
     add("}");
     put_line();
+}
+
+void tell_path(const char *event, const char *path, const char *why)
+{
+    static uint32_t lines;
+    static size_t bytes; /* escaped */
+    size_t size = 100 + strlen(why);
+
+    for (const char *at = path; *at; at++)
+        size += *at >= 0x20 && *at < 0x7f ? 1 : 5;
+    if (lines == MAX_TOLD || bytes + size > MAX_TOLD_BYTES)
+        return;
+    report_event(event, path, why);
+    lines++;
+    bytes += size;
 }
 
 void complain(const char *event, const char *path, const char *doing)

@@ -31,6 +31,9 @@ void complain(const char *event, const char *path, const char *doing);
 /* The same with a reason that is no error of the kernel. */
 void report_event(const char *event, const char *path, const char *reason);
 
+/* Tells of a path that is not as it should be; of no more than the host reads. */
+void tell_path(const char *event, const char *path, const char *why);
+
 /* Prints the result line. */
 void report_result(const char *result, uint32_t files, uint64_t bytes);
 

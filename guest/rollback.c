@@ -16,9 +16,6 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-#define MAX_TOLD 1000
-#define MAX_TOLD_BYTES (700u << 10) /* of the host's limit, applier_protocol.py */
-
 enum where {
     AS_LEFT,
     PUT_BACK,
@@ -32,7 +29,6 @@ struct look_back {
     char path[4096];
     bool recovering;
     uint32_t differ;
-    size_t told; /* bytes, escaped */
     bool database;
     const char *first;
 };
@@ -160,14 +156,8 @@ static const char *differs(const struct change *change, const struct item *item,
 
 static void tell(struct look_back *back, struct item *item, const char *path, const char *why)
 {
-    size_t size = 100 + strlen(why);
-
-    for (const char *at = path; *at; at++)
-        size += *at >= 0x20 && *at < 0x7f ? 1 : 5;
-    if (back->differ++ < MAX_TOLD && back->told + size <= MAX_TOLD_BYTES) {
-        report_event("diverged", path, why);
-        back->told += size;
-    }
+    tell_path("diverged", path, why);
+    back->differ++;
     if (!back->first)
         back->first = item->path;
     back->database = back->database || item->record->late;

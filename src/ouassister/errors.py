@@ -19,6 +19,7 @@
     │   └── ChannelError           20   no program can be run in the guest, or its end is unknown
     │       └── AgentError         20   the guest agent failed or speaks nonsense
     ├── StaleError                 21   made for another suspension of this VM
+    │   ├── ConflictError          21   paths of the guest changed since it was suspended
     │   └── TamperedError          21   a stored plan or change set is not what was made
     ├── LockedError                22   another run or an updater holds the lock
     ├── UnsupportedError           23   a guest or format that is in no table
@@ -220,6 +221,26 @@ class StaleError(OUassisterError):
     code = "stale"
     exit_status = 21
     default_hint = "run 'ouassister update' again: it plans afresh for the VM as it sleeps now"
+
+
+class ConflictError(StaleError):
+    """Paths of the guest are not as they were when it was suspended; nothing was changed.
+
+    Attributes:
+        paths: Those that the guest's applier told of, each with what is different.
+    """
+
+    code = "conflict"
+    default_hint = (
+        "the VM runs with its links down: suspend it and update it anew; with --on-conflict stage,"
+        " 'update' and 'resume' have the guest's own dpkg install what conflicts"
+    )
+
+    def __init__(
+        self, message: str, paths: tuple[tuple[str, str], ...] = (), **kwargs: str
+    ) -> None:
+        super().__init__(message, **kwargs)
+        self.paths = paths
 
 
 class TamperedError(StaleError):

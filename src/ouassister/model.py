@@ -457,8 +457,8 @@ class ResumeReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Diverged:
-    """A path that is not as the update left it."""
+class Differing:
+    """A path of the guest that is not as it was left, or as it was expected; and how."""
 
     path: bytes
     reason: str
@@ -476,7 +476,7 @@ class RollbackReport:
     changeset_id: str
     result: str
     files: int
-    left: tuple[Diverged, ...]
+    left: tuple[Differing, ...]
     changes: tuple[PackageChange, ...]  # from what was old to what was new; both are back
     failed_actions: tuple[str, ...]
     notes: tuple[str, ...]

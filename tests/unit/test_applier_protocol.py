@@ -98,7 +98,7 @@ def test_anything_else_is_refused(output: bytes) -> None:
         ("applied", "", None),
         ("applied", "leftover", None),
         ("already-applied", "", None),
-        ("refused", "conflict", errors.StaleError),
+        ("refused", "conflict", errors.ConflictError),
         ("refused", "identity", errors.StaleError),
         ("refused", "medium", errors.TamperedError),
         ("refused", "locked", errors.LockedError),

@@ -19,7 +19,7 @@ from ouassister.errors import (
     RollbackRefusedError,
     StaleError,
 )
-from ouassister.model import Action, Diverged, Entry, Kind, Restart, Verdict
+from ouassister.model import Action, Differing, Entry, Kind, Restart, Verdict
 from ouassister.provider import vmtoml
 from ouassister.reflect import rollback
 from ouassister.reflect.applier_protocol import ApplierResult, Outcome, ProtocolError
@@ -76,7 +76,7 @@ def test_command_is_the_appliers_for_the_way_back() -> None:
 
 def test_diverged_paths_are_read_and_escaped() -> None:
     output = b'{"event":"phase"}\n' + event("/a\\x1b", "it \\x1b[2J was written") + b"{}\n"
-    assert rollback.diverged(output) == (Diverged(b"/a\x1b", "it \\x1b[2J was written"),)
+    assert rollback.diverged(output) == (Differing(b"/a\x1b", "it \\x1b[2J was written"),)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_malformed_diverged_paths_are_refused(line: bytes) -> None:
 
 
 def test_result_means_an_error_that_says_what_becomes_of_the_gate() -> None:
-    left = (Diverged(b"/a\x1b", "it was written"),)
+    left = (Differing(b"/a\x1b", "it was written"),)
 
     def error(outcome: Outcome, code: str, *, again: bool = False) -> OUassisterError:
         found = rollback.error_for(result(outcome, code), left, again=again)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ouassister.errors import (
     ApplyError,
+    ConflictError,
     GateClosedError,
     LockedError,
     OUassisterError,
@@ -20,6 +21,7 @@ from ouassister.errors import (
     TamperedError,
     UnsupportedGuestError,
 )
+from ouassister.model import Differing
 from ouassister.reflect.bootstrap import NO_STUB
 from ouassister.text import from_text, to_text
 
@@ -27,6 +29,9 @@ MAX_OUTPUT = 1 << 20
 _MAX_LINES = 4096
 _MAX_REASON = 4096
 _MAX_PHASES = 64
+_MOST_TOLD = 1000  # guest/report.c, tell_path
+_MAX_DIFFERS = 256  # characters of a reason
+_MOST_NAMED = 4
 _NAME = re.compile(r"[a-z][a-z-]{0,30}")
 _RESULT_KEYS = {"event", "result", "code", "path", "reason", "files", "bytes", "phases", "ms"}
 _EXIT_STATUS = {0: "applied", 2: "usage", 20: "refused", 40: "undone", 41: "needs-person"}
@@ -95,18 +100,49 @@ def parse_output(output: bytes) -> ApplierResult:
     return _result(last)
 
 
-def error_for(result: ApplierResult) -> OUassisterError | None:
-    """The error that a result means to the caller; None when the change set is in place."""
+def differing(output: bytes, event: str) -> tuple[Differing, ...]:
+    """Paths that are not as they should be: the applier's events of that name.
+
+    Raises:
+        ProtocolError: One is malformed, or there are more than it would tell.
+    """
+    found = []
+    for line in output.split(b"\n"):
+        if not line.startswith(b'{"event":"%s"' % event.encode("ascii")):
+            continue
+        try:
+            value = json.loads(line)
+            path, reason = from_text(value["path"]), to_text(from_text(value["reason"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ProtocolError(f"a line is no path that differs: {error}") from error
+        found.append(Differing(path, reason[:_MAX_DIFFERS]))
+    if len(found) > _MOST_TOLD:
+        raise ProtocolError("more paths that differ than an applier tells")
+    return tuple(found)
+
+
+def error_for(result: ApplierResult, found: tuple[Differing, ...] = ()) -> OUassisterError | None:
+    """The error that a result means to the caller; None when the change set is in place.
+
+    Args:
+        result: How it ended.
+        found: With a conflict, the paths that were told.
+    """
     if result.outcome in DONE:
         return None
     where = f" ({to_text(result.path)})" if result.path else ""
     message = f"the guest's applier says: {result.reason}{where} [{result.code}]"
+    if len(found) > 1:
+        message += f": {named(found)}"
     if result.outcome is Outcome.NEEDS_PERSON:
         return GateClosedError(message)
     if result.outcome is Outcome.UNDONE:
         return ApplyError(message)
     match result.code:
-        case "conflict" | "identity":
+        case "conflict":
+            paths = tuple((to_text(one.path), one.reason) for one in found)
+            return ConflictError(message, paths)
+        case "identity":
             return StaleError(message)
         case "medium":
             return TamperedError(message)
@@ -118,6 +154,13 @@ def error_for(result: ApplierResult) -> OUassisterError | None:
             return GateClosedError(message)
         case _:
             return ApplyError(message)
+
+
+def named(found: tuple[Differing, ...]) -> str:
+    """The first of some paths, with what is different, and how many more were told."""
+    words = "; ".join(f"{to_text(one.path)}: {one.reason}" for one in found[:_MOST_NAMED])
+    more = len(found) - _MOST_NAMED
+    return f"{words}; and {more} more" if more > 0 else words
 
 
 def error_for_silence(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import (
     ApplyError,
+    ConflictError,
     GateClosedError,
     GateOpenedError,
     InterruptedRunError,
@@ -47,7 +48,8 @@ def judge(error: OUassisterError) -> OUassisterError:
     if isinstance(error, ApplyError | GateClosedError):
         return error
     if error.exit_status in (21, 22, 23):  # the applier refused: nothing was touched
-        error.hint = HINT
+        if not isinstance(error, ConflictError):
+            error.hint = HINT
         return error
     return GateClosedError(error.message, hint=HINT)
 

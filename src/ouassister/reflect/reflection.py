@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from ouassister.changeset.medium import MediumInfo, write_medium
 from ouassister.errors import (
     ChannelError,
+    ConflictError,
     DeadlineError,
     GateClosedError,
     GateOpenedError,
@@ -29,6 +30,7 @@ from ouassister.reflect import (
     afresh,
     applier_protocol,
     bootstrap,
+    conflicts,
     gate,
     second_look,
     staged,
@@ -150,7 +152,7 @@ def reflect(
             online_s = time.monotonic() - start
         except OUassisterError as error:
             failure = gate.judge(error)
-            if again and type(failure) is StaleError:
+            if again and type(failure) in (StaleError, ConflictError):
                 failure.hint = afresh.UNDONE_HINT
             if not isinstance(failure, GateClosedError):
                 on_state(ChangesetState.FAILED)
@@ -237,10 +239,11 @@ def _apply(vm: Running, medium: Medium, *, again: bool) -> ApplierResult:
         raise GateClosedError(f"the guest: {error.message}", hint=gate.HINT) from error
     try:
         result = applier_protocol.parse_output(done.stdout)
+        found = conflicts.told(done.stdout)
     except applier_protocol.ProtocolError as error:
         detail = done.stderr.decode("utf-8", "replace").strip()[:500] or str(error)
         raise applier_protocol.error_for_silence(done.exit_status, detail, again=again) from error
-    failure = applier_protocol.error_for(result)
+    failure = applier_protocol.error_for(result, found)
     if failure is not None:
         raise failure
     return result

@@ -7,7 +7,6 @@ replaced is still in the guest (docs/design/0020-rollback.md).
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -21,12 +20,12 @@ from ouassister.errors import (
     RollbackRefusedError,
     StateError,
 )
-from ouassister.model import Action, Diverged, Phase, RollbackReport
+from ouassister.model import Action, Differing, Phase, RollbackReport
 from ouassister.reflect import applier_protocol, bootstrap, reflection, second_look
 from ouassister.reflect.applier_protocol import Outcome
 from ouassister.restart.back import actions_back, stopped_for_good
 from ouassister.store.database import ChangesetState
-from ouassister.text import from_text, to_text
+from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 _CHANNEL_S: Final = 30.0
 _POLL_S: Final = 0.05
 _BEFORE: Final = ("diverged", "no-undo")
-_MOST_TOLD: Final = 1000  # guest/rollback.c tells no more
-_MAX_REASON: Final = 256
 _HINT: Final = (
     "the VM runs with its links down; look at its console, then 'ouassister rollback' tries again"
 )
@@ -162,25 +159,13 @@ def rollback_command(
     return [*command, "--leave-diverged", "yes"] if leave_diverged else command
 
 
-def diverged(output: bytes) -> tuple[Diverged, ...]:
-    """Paths that the applier says are not as the update left them; what is malformed is not.
+def diverged(output: bytes) -> tuple[Differing, ...]:
+    """Paths that the applier says are not as the update left them.
 
     Raises:
-        ProtocolError: There are more than it would tell.
+        ProtocolError: A line of it is none that an applier prints.
     """
-    found = []
-    for line in output.split(b"\n"):
-        if not line.startswith(b'{"event":"diverged"'):
-            continue
-        try:
-            value = json.loads(line)
-            path, reason = from_text(value["path"]), to_text(from_text(value["reason"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise applier_protocol.ProtocolError(f"a line is no diverged path: {error}") from error
-        found.append(Diverged(path, reason[:_MAX_REASON]))
-    if len(found) > _MOST_TOLD:
-        raise applier_protocol.ProtocolError("more diverged paths than an applier tells")
-    return tuple(found)
+    return applier_protocol.differing(output, "diverged")
 
 
 def _run(
@@ -190,7 +175,7 @@ def _run(
     leave_diverged: bool,
     again: bool,
     mode: str = "rollback",
-) -> tuple[ApplierResult, tuple[Diverged, ...]]:
+) -> tuple[ApplierResult, tuple[Differing, ...]]:
     stub = reflection.STUB.read_bytes()
     command = rollback_command(
         stub,
@@ -218,7 +203,7 @@ def _run(
 
 
 def error_for(
-    result: ApplierResult, left: tuple[Diverged, ...], *, again: bool
+    result: ApplierResult, left: tuple[Differing, ...], *, again: bool
 ) -> OUassisterError | None:
     """The error that a result means; None when the update was taken back."""
     if result.outcome in applier_protocol.DONE:
