@@ -74,6 +74,7 @@ class Options:
     keep: bool = False  # the work folder stays
     script_timeout_s: float = SCRIPT_TIMEOUT_S  # of each script of a package
     staging: bool = True  # what cannot be emulated is installed in the guest; else it is refused
+    fallback: bool = False  # keep what a resume needs when paths of the guest conflict
 
 
 @dataclass(frozen=True, slots=True)

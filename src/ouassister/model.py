@@ -351,6 +351,7 @@ class Changeset:
 
     Every byte of the layer is covered: each file by its entry's SHA-256, the whole by
     ``layer_sha256``. ``out_of_reach`` has units of the actions that nobody on a network reaches.
+    ``instead_of`` is the id of the one that this one stands in for when that meets a conflict.
     """
 
     changeset_id: str
@@ -374,6 +375,7 @@ class Changeset:
     staging_folder: bytes = b""
     access: Access = field(default=Access())
     out_of_reach: tuple[str, ...] = ()
+    instead_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,6 +412,8 @@ class UpdateReport:
     download_s: float
     modes: tuple[PackageMode, ...] = ()  # of each change
     channel: str = ""  # that the resume will use
+    fallback_id: str = ""  # what a resume may use instead when paths conflict
+    fallback_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,12 +434,20 @@ class Gate(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Differing:
+    """A path of the guest that is not as it was left, or as it was expected; and how."""
+
+    path: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResumeReport:
     """What a resume did.
 
     ``online_s`` runs from the guest's first instruction to the open gate, ``settled_s`` to the end
     of what followed it (`Gate`). ``verified`` lists what was checked in the guest, and nothing
-    else.
+    else. ``fell_back`` are packages that the guest's own dpkg installed since paths conflicted.
     """
 
     vm: str
@@ -454,14 +466,8 @@ class ResumeReport:
     staged: tuple[StagedState, ...] = ()
     gate: Gate = Gate.FULL
     settled_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Differing:
-    """A path of the guest that is not as it was left, or as it was expected; and how."""
-
-    path: bytes
-    reason: str
+    conflicts: tuple[Differing, ...] = ()
+    fell_back: tuple[PackageMode, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from ouassister.restart import reach
 from ouassister.restart.actions import coalesce
 from ouassister.shadow.events import actions_of
 from ouassister.staging import held, predict
-from ouassister.staging.ground import RealGround
+from ouassister.staging.ground import LAYER, RealGround
 from ouassister.staging.settle import settle
 from ouassister.state.fence import check_fence
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ouassister.access import Access
+    from ouassister.changeset.extract import Extraction
     from ouassister.guest_shadow import Guest, Options
     from ouassister.model import PackageChange
     from ouassister.packages.update import Prepared
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 _REFRESH: Final = "refresh lists"
 _FETCH: Final = "plan and download"
 CHOOSE: Final = "choose channel"
+_STORE: Final = "store change set"
+_FALLBACK_LAYER: Final = "fallback.tar"
+_CONFLICT: Final = "the update was to be put in place, and paths of the guest had changed"
 
 
 def run(
@@ -97,7 +101,7 @@ def _update_with(
         made = stored or update.make_plan(
             vm, guest.sleeping.fence, request, simulated, left_out, channel=access.channel
         )
-        prepared = update.complete(tool, made)
+        prepared = update.complete(tool, made, simulated.output)
     guest.prove(timeline)
     store.add_plan(prepared.plan)
     if not prepared.plan.changes:
@@ -110,8 +114,16 @@ def _update_with(
         staging=options.staging,
         tell=timeline.say,
     )
-    guest.settle()
-    changeset = _keep(guest, prepared, access, ground, settled.staged, store, timeline)
+    changeset, spare = _keep(
+        guest,
+        prepared,
+        access,
+        ground,
+        settled.staged,
+        store,
+        timeline,
+        fallback=options.fallback,
+    )
     for change, reason in settled.staged.items():
         store.log(vm, "update", predict.STAGED, predict.remember(change, reason))
     modes = tuple(
@@ -120,7 +132,12 @@ def _update_with(
         else PackageMode(change.name, change.architecture, Mode.EMULATED)
         for change in prepared.plan.changes
     )
-    return replace(_report(prepared.plan, changeset, timeline, changeset.notes), modes=modes)
+    return replace(
+        _report(prepared.plan, changeset, timeline, changeset.notes),
+        modes=modes,
+        fallback_id=spare.changeset_id if spare else "",
+        fallback_bytes=spare.layer_size if spare else 0,
+    )
 
 
 def _keep(
@@ -131,9 +148,71 @@ def _keep(
     staged: dict[PackageChange, str],
     store: Store,
     timeline: Timeline,
+    *,
+    fallback: bool,
+) -> tuple[Changeset, Changeset | None]:
+    """Make a change set of what was settled, and store it.
+
+    Returns:
+        It, and with ``fallback`` the one that may stand in for it, where that is another.
+    """
+    vm = prepared.plan.vm
+    folder = store.changesets(vm)
+    changeset = _make(guest, prepared, access, ground, ground.extraction, staged, timeline)
+    with timeline.phase(_STORE):
+        kept = archive.save(changeset, guest.shadow.output_path(LAYER), folder)
+    spare = None
+    if fallback and not staged.keys() >= set(prepared.plan.changes):
+        try:
+            spare = _make_fallback(guest, prepared, access, ground, staged, changeset, timeline)
+            with timeline.phase(_STORE):
+                archive.save(spare, guest.shadow.output_path(_FALLBACK_LAYER), folder)
+        except BaseException:
+            archive.discard(kept)
+            raise
+    guest.settle()
+    store.add_changeset(vm, changeset.changeset_id, spare.changeset_id if spare else "")
+    return changeset, spare
+
+
+def _make_fallback(
+    guest: Guest,
+    prepared: Prepared,
+    access: Access,
+    ground: RealGround,
+    staged: dict[PackageChange, str],
+    changeset: Changeset,
+    timeline: Timeline,
 ) -> Changeset:
-    """Make a change set of what was settled, and store it."""
-    vm, extraction = prepared.plan.vm, ground.extraction
+    """Make what stands in for a change set: the same packages, all of them staged."""
+    all_of_them = {change: staged.get(change, _CONFLICT) for change in prepared.plan.changes}
+    ground.start_over()
+    extraction = ground.extract_to(_FALLBACK_LAYER, all_of_them)
+    return _make(
+        guest,
+        prepared,
+        access,
+        ground,
+        extraction,
+        all_of_them,
+        timeline,
+        instead_of=changeset.changeset_id,
+    )
+
+
+def _make(
+    guest: Guest,
+    prepared: Prepared,
+    access: Access,
+    ground: RealGround,
+    extraction: Extraction,
+    staged: dict[PackageChange, str],
+    timeline: Timeline,
+    *,
+    instead_of: str = "",
+) -> Changeset:
+    """Make a change set of what was extracted; the shadow has it."""
+    vm = prepared.plan.vm
     check_fence(guest.sleeping.fence)
     refuse_too_large(vm, access, extraction.layer_size)
     with timeline.phase("plan restarts"):
@@ -150,31 +229,28 @@ def _keep(
         )
     recorded, recorded_notes = actions_of(guest.shadow.events())
     actions = coalesce(recorded, due.restarts, due.again)
-    notes = (*_notes(guest), *ground.earlier, *recorded_notes, *due.notes, *ground.notes)
-    with timeline.phase("store change set"):
-        changeset = archive.build(
-            extraction,
-            vm=vm,
-            created_at_s=int(time.time()),
-            fence=guest.sleeping.fence,
-            identity=guest.identity(),
-            changes=prepared.plan.changes,
-            left_out=prepared.plan.left_out,
-            actions=actions,
-            lock_paths=apt.LOCKS,
-            reboot_needed=bool(due.kernel),
-            notes=tuple(dict.fromkeys(notes)),
-            restarts=due.restarts,
-            staged=ground.staged,
-            staged_steps=ground.steps,
-            staging_folder=ground.folder if ground.staged else b"",
-            access=access,
-            out_of_reach=reach.of_actions(actions, ground.out_of_reach()),
-        )
-        layer = guest.shadow.output_path("layer.tar")
-        archive.save(changeset, layer, store.changesets(vm))
-        store.add_changeset(vm, changeset.changeset_id)
-    return changeset
+    tried = () if instead_of else ground.earlier
+    notes = (*_notes(guest), *tried, *recorded_notes, *due.notes, *ground.notes)
+    return archive.build(
+        extraction,
+        vm=vm,
+        created_at_s=int(time.time()),
+        fence=guest.sleeping.fence,
+        identity=guest.identity(),
+        changes=prepared.plan.changes,
+        left_out=prepared.plan.left_out,
+        actions=actions,
+        lock_paths=apt.LOCKS,
+        reboot_needed=bool(due.kernel),
+        notes=tuple(dict.fromkeys(notes)),
+        restarts=due.restarts,
+        staged=ground.staged,
+        staged_steps=ground.steps,
+        staging_folder=ground.folder if ground.staged else b"",
+        access=access,
+        out_of_reach=reach.of_actions(actions, ground.out_of_reach()),
+        instead_of=instead_of,
+    )
 
 
 def _notes(guest: Guest) -> tuple[str, ...]:

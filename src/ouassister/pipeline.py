@@ -33,6 +33,8 @@ from ouassister.guest_shadow import open_guest
 from ouassister.model import Gate, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
 from ouassister.reaching.choose import choose
+from ouassister.reflect import fallback
+from ouassister.reflect.fallback import OnConflict as OnConflict
 from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
 from ouassister.reflect.rollback import forget, roll_back
@@ -43,7 +45,7 @@ from ouassister.store.database import ChangesetState, Store
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ouassister.model import ResumeReport, RollbackReport
+    from ouassister.model import Differing, ResumeReport, RollbackReport
     from ouassister.provider.interface import Vm
     from ouassister.snapshots import Snapshot
     from ouassister.timeline import Timeline
@@ -156,6 +158,7 @@ def resume(
     extent: Gate = Gate.FULL,
     *,
     keep_snapshots: int = 0,
+    on_conflict: OnConflict = OnConflict.REFUSE,
 ) -> ResumeReport:
     """Resume the VM with its links down, apply the pending change set, open the gate.
 
@@ -166,9 +169,11 @@ def resume(
         on_failure: What becomes of the gate when it failed.
         extent: How much is done before it opens.
         keep_snapshots: Take a snapshot before, and keep so many; 0 takes none.
+        on_conflict: What becomes of the update when paths of the guest are not as planned.
 
     Raises:
-        UsageError: The policy is a quarantine, and the VM has none.
+        UsageError: The policy is a quarantine, and the VM has none; or conflicts are to be staged,
+            and the update kept nothing for that.
         WorkDiskFullError: There is no room for a snapshot; the VM sleeps on.
         NothingPendingError: There is no change set.
         StaleError: It was made for another suspension, or is not what was made.
@@ -188,6 +193,7 @@ def resume(
             raise NothingPendingError(f"{config.name} has no change set to apply")
         changeset, layer = archive.load(store.changesets(config.name), row.changeset_id)
         archive.verify_layer(changeset, layer)
+        spare = fallback.find(store, changeset) if on_conflict is OnConflict.STAGE else None
         refuse_other(changeset.fence, config.save, (disk.path for disk in config.disks))
         again = row.state is ChangesetState.APPLYING
         if not again:
@@ -197,11 +203,20 @@ def resume(
         if asleep:
             check_fence(changeset.fence)
         own = store.vm_folder(config.name)
-        snapshots.sweep(own, "" if asleep else changeset.changeset_id)
+        sleep_id = changeset.instead_of or changeset.changeset_id  # by which a snapshot is known
+        snapshots.sweep(own, "" if asleep else sleep_id)
+        doing = changeset
+
+        def fall_back(found: tuple[Differing, ...]) -> None:
+            nonlocal doing
+            if spare is not None:
+                fallback.begin(store, changeset, spare.changeset, found)
+                doing = spare.changeset
+
         try:
             if asleep and keep_snapshots:
                 with timeline.phase("snapshot"):
-                    snapshots.take(config, changeset.changeset_id, changeset.fence, own)
+                    snapshots.take(config, sleep_id, changeset.fence, own)
                 check_fence(changeset.fence)  # who started the VM meanwhile was copied half-way
             with _medium_folder(config, store) as folder:
                 report = reflect(
@@ -210,22 +225,26 @@ def resume(
                     layer,
                     folder,
                     timeline,
-                    on_state=lambda state: store.set_state(changeset.changeset_id, state),
+                    on_state=lambda state: store.set_state(doing.changeset_id, state),
                     again=again,
                     on_failure=on_failure,
                     extent=extent,
-                    on_retire=lambda: snapshots.keep_save(config, changeset.changeset_id, own),
+                    on_retire=lambda: snapshots.keep_save(config, sleep_id, own),
+                    fallback=spare,
+                    on_fallback=fall_back,
                 )
+            report = fallback.told(store, report, doing)
         except OUassisterError as error:
             store.log(config.name, "resume", "failed", f"{error.code}: {error.message}")
             raise
         finally:
-            snapshots.sweep(own, changeset.changeset_id if again else "")
+            snapshots.sweep(own, sleep_id if again else "")
+            fallback.sweep(store, config.name)
         if not keep_snapshots:
             return report
         with timeline.phase("prune snapshots"):
             snapshots.prune(own, keep_snapshots)
-        return replace(report, notes=(*report.notes, _told(changeset.changeset_id, own)))
+        return replace(report, notes=(*report.notes, _told(sleep_id, own)))
 
 
 def rollback(
@@ -347,7 +366,7 @@ def discard(config: Vm, store: Store) -> tuple[str, ...]:
             if folder.exists():
                 archive.discard(folder)
                 dropped.append(row.changeset_id)
-            if row.state is ChangesetState.READY:
+            if row.state in (ChangesetState.READY, ChangesetState.FALLBACK):
                 store.set_state(row.changeset_id, ChangesetState.DISCARDED)
         return tuple(dropped)
 

@@ -54,7 +54,8 @@ class PlayedApt:
                     raise UpdaterError(f"{name}: Depends: {needed}")
                 names[needed] = None
             names[name] = None
-        return Simulation(tuple(map(change, names)), tuple(map(archive, names)), ())
+        order = "".join(f"Inst {name}\n" for name in names)
+        return Simulation(tuple(map(change, names)), tuple(map(archive, names)), (), order)
 
     def lacking(self, archives: tuple[Archive, ...]) -> tuple[Archive, ...]:
         return tuple(one for one in archives if one.package in self.gone)
@@ -66,8 +67,9 @@ class PlayedApt:
 
 def fetch(apt: PlayedApt, *names: str) -> update.Prepared:
     request = Request(names)
-    plan = update.make_plan("web1", FENCE, request, apt.plan(request, fetch=True))
-    return update.complete(cast("Apt", apt), plan)
+    simulated = apt.plan(request, fetch=True)
+    plan = update.make_plan("web1", FENCE, request, simulated)
+    return update.complete(cast("Apt", apt), plan, simulated.output)
 
 
 def test_plan_is_bound_to_everything_in_it_by_its_id() -> None:
@@ -112,6 +114,7 @@ def test_whole_download_keeps_the_plan() -> None:
     assert [one.name for one in prepared.plan.changes] == ["libweb", "web"]
     assert prepared.request == Request(("web",))
     assert prepared.plan.left_out == ()
+    assert prepared.order == "Inst libweb\nInst web\n"
 
 
 def test_lost_package_is_left_out_and_the_rest_goes_on() -> None:
@@ -124,6 +127,7 @@ def test_lost_package_is_left_out_and_the_rest_goes_on() -> None:
 def test_what_needs_a_lost_package_is_left_out_with_it() -> None:
     prepared = fetch(PlayedApt({"libweb"}), "web", "tool")
     assert prepared.request == Request(("tool",))
+    assert prepared.order == "Inst tool\n"
     assert [one.name for one in prepared.plan.changes] == ["tool"]
     assert prepared.plan.left_out == (
         LeftOut("libweb", "version 2 could not be fetched"),

@@ -75,6 +75,7 @@ def build(
     staging_folder: bytes = b"",
     access: Access = BY_AGENT,
     out_of_reach: tuple[str, ...] = (),
+    instead_of: str = "",
 ) -> Changeset:
     """Make the record of a change set; its id follows from all the rest.
 
@@ -103,6 +104,7 @@ def build(
         staging_folder=staging_folder,
         access=access,
         out_of_reach=out_of_reach,
+        instead_of=instead_of,
     )
     for defect in _defects(draft):
         raise InternalError(f"change set of {vm}: {defect}")
@@ -292,6 +294,8 @@ def _defects(changeset: Changeset) -> Iterator[str]:
         before = parts
         if entry.kind not in (Kind.DELETE, Kind.DIRECTORY, Kind.HARDLINK) and not entry.same:
             seen.add(entry.path)
+    if changeset.instead_of and not _ID.fullmatch(changeset.instead_of):
+        yield f"{plain(changeset.instead_of)} is no change set that it could stand in for"
     yield from _staging_defects(changeset)
 
 

@@ -10,12 +10,13 @@ from ouassister import codec, pipeline, snapshots
 from ouassister.cli import common
 from ouassister.model import Gate
 from ouassister.store.database import Store
-from ouassister.text import size, table
+from ouassister.text import size, table, to_text
 
 if TYPE_CHECKING:
     from ouassister.model import ResumeReport
 
 
+_SHOWN: Final = 20
 _OPEN_AFTER: Final = re.compile(r"open-after=([0-9]{1,6})")
 
 
@@ -49,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Gate.FULL,
         help="what is done before the links go up: full (default), everything; exposed, what"
         " somebody on a network can reach: other services are restarted right after",
+    )
+    parser.add_argument(
+        "--on-conflict",
+        type=pipeline.OnConflict,
+        choices=tuple(pipeline.OnConflict),
+        default=pipeline.OnConflict.REFUSE,
+        help="when paths of the guest changed while it woke up: refuse (default), nothing of the"
+        " update is done; stage, the guest's own dpkg installs its packages, from archives that"
+        " 'update --on-conflict stage' kept",
     )
     parser.add_argument("--quiet", action="store_true", help="no story on standard error")
 
@@ -87,6 +97,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
             arguments.on_failure,
             arguments.gate,
             keep_snapshots=arguments.keep_snapshots if arguments.snapshot else 0,
+            on_conflict=arguments.on_conflict,
         )
     status = common.REBOOT_NEEDED if report.reboot_needed else 0
     if report.failed_actions:
@@ -111,6 +122,12 @@ def lines(report: ResumeReport) -> list[str]:
         f"  installed by the guest: {one.name} {one.version} ({one.status})"
         for one in report.staged
     ]
+    told += [f"  conflict: {to_text(one.path)}: {one.reason}" for one in report.conflicts[:_SHOWN]]
+    if len(report.conflicts) > _SHOWN:
+        told.append(f"  … and {len(report.conflicts) - _SHOWN} more conflicts")
+    if report.fell_back:
+        names = ", ".join(one.name for one in report.fell_back)
+        told.append(f"  so the guest itself installed what was emulated: {names}")
     rows = [(phase.name, f"{phase.seconds:.3f} s") for phase in report.phases]
     rows += [
         (f"  in the guest: {phase.name}", f"{phase.seconds:.3f} s") for phase in report.guest_phases

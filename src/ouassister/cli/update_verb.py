@@ -28,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="refuse what cannot be emulated, instead of having the guest install it",
     )
+    parser.add_argument(
+        "--on-conflict",
+        type=pipeline.OnConflict,
+        choices=tuple(pipeline.OnConflict),
+        default=pipeline.OnConflict.REFUSE,
+        help="stage: keep the archives, for 'resume --on-conflict stage'; refuse (default): do not",
+    )
     common.add_run(parser)
     common.add_script_timeout(parser)
 
@@ -36,6 +43,9 @@ def run(arguments: argparse.Namespace) -> common.Result:
     """See the module."""
     if arguments.plan and (arguments.install or arguments.upgrade):
         raise UsageError("--plan says what to do; --install and --upgrade do not go with it")
+    fallback = arguments.on_conflict is pipeline.OnConflict.STAGE
+    if fallback and arguments.no_staging:
+        raise UsageError("--no-staging has the guest install nothing: --on-conflict stage would")
     wish = arguments.plan or Request(tuple(arguments.install))
     with Store() as store:
         config = common.find_vm(store, arguments)
@@ -45,6 +55,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
             arguments.keep,
             arguments.script_timeout,
             staging=not arguments.no_staging,
+            fallback=fallback,
         )
         report = pipeline.update_sleeping(config, wish, store, story, options)
     return status_of(report), codec.to_value(report), "\n".join(_lines(report, arguments.vm))
@@ -84,6 +95,8 @@ def _lines(report: UpdateReport, vm: str) -> list[str]:
             f" {size(report.layer_bytes)}; {len(report.actions)} actions",
         ]
         lines.append(f"  the resume will reach the guest by {report.channel}")
+        if report.fallback_id:
+            lines.append(f"  kept for a conflict: all archives, {size(report.fallback_bytes)}")
         lines += [f"  {line}" for line in mode_lines(report.modes)]
         lines += [f"  then: {' '.join(action.argv)}" for action in report.actions]
         lines += [f"  {line}" for line in restart_lines(report.restarts)]
@@ -96,5 +109,6 @@ def _lines(report: UpdateReport, vm: str) -> list[str]:
     lines += [f"note: {note}" for note in report.notes]
     lines.append(f"offline {report.offline_s:.2f} s, download {report.download_s:.2f} s")
     if report.changeset_id:
-        lines.append(f"to apply it: ouassister resume {vm}")
+        policy = " --on-conflict stage" if report.fallback_id else ""
+        lines.append(f"to apply it: ouassister resume {vm}{policy}")
     return lines

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A plan whose archives are all there. ``request`` asks for what is left of the wish."""
+    """A plan whose archives are all there. ``request`` asks for what is left of the wish.
+
+    ``order`` is what apt printed when it simulated that (`apt_steps`).
+    """
 
     plan: Plan
     request: Request
+    order: str = ""
 
 
 def make_plan(
@@ -59,10 +63,15 @@ def check_same(plan: Plan, simulated: tuple[PackageChange, ...]) -> None:
         raise StaleError(f"plan {plan.plan_id[:12]} no longer holds: {name} differs")
 
 
-def complete(apt: Apt, plan: Plan) -> Prepared:
+def complete(apt: Apt, plan: Plan, order: str) -> Prepared:
     """Make sure that the plan's archives were fetched, after `Apt.plan` with ``fetch``.
 
     What cannot be had is left out, with what depends on it.
+
+    Args:
+        apt: What planned and fetched.
+        plan: Of it.
+        order: What it printed then.
 
     Raises:
         RepositoryError: Nothing of the plan can be had.
@@ -71,7 +80,7 @@ def complete(apt: Apt, plan: Plan) -> Prepared:
     while True:
         missing = apt.lacking(plan.archives)
         if not missing:
-            return Prepared(replace_left_out(plan, left_out), request)
+            return Prepared(replace_left_out(plan, left_out), request, order)
         named = ", ".join(archive.package for archive in missing)
         lost = tuple(change for change in plan.changes if _is_of(change, missing))
         if not lost:
@@ -86,6 +95,7 @@ def complete(apt: Apt, plan: Plan) -> Prepared:
             raise RepositoryError(f"could not fetch {named}, and nothing else was asked for")
         before = {change.name for change in plan.changes}
         simulated = apt.plan(request, fetch=True)
+        order = simulated.output
         for change in lost:
             if change in simulated.changes:  # else this loop would not end
                 raise UpdaterError(f"apt-get plans {change.name} again, which cannot be fetched")

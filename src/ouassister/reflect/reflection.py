@@ -25,7 +25,7 @@ from ouassister.errors import (
     QemuRefusedError,
     StaleError,
 )
-from ouassister.model import Action, Gate, Phase, ResumeReport, StagedState
+from ouassister.model import Action, Differing, Gate, Phase, ResumeReport, StagedState
 from ouassister.reflect import (
     afresh,
     applier_protocol,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ouassister.model import Changeset
     from ouassister.provider.interface import Running, Vm
     from ouassister.reflect.applier_protocol import ApplierResult
+    from ouassister.reflect.fallback import Fallback
     from ouassister.reflect.gate import OnFailure
     from ouassister.timeline import Timeline
 
@@ -56,10 +57,12 @@ APPLY_S: Final = 900.0
 _POLL_S: Final = 0.02  # between two looks at the applier
 _ACTIONS_S: Final = 600.0
 _DETACH_S: Final = 30.0
+_SPARE: Final = "fallback.img"
 # What each of the applier's phases proves; one that takes up an earlier run lacks some.
+_AS_PLANNED: Final = "every replaced or deleted path was as planned"
 _OF_APPLIER: Final = (
     ("stage", "every byte of the change set by its SHA-256, in the guest"),
-    ("stage", "every replaced or deleted path was as planned"),
+    ("stage", _AS_PLANNED),
     ("verify", "every path in place: inode, size and mode"),
 )
 _OF_SAME: Final = "what only got another time by inode, size and times, not by its bytes"
@@ -97,6 +100,8 @@ def reflect(
     on_failure: OnFailure,
     extent: Gate = Gate.FULL,
     on_retire: Callable[[], None] = lambda: None,
+    fallback: Fallback | None = None,
+    on_fallback: Callable[[tuple[Differing, ...]], None] = lambda _found: None,
 ) -> ResumeReport:
     """Resume the VM and make the change set true in it.
 
@@ -112,6 +117,8 @@ def reflect(
         extent: How much is done behind the closed gate.
         on_retire: Called before the save file is put out of the way; the guest has not run since
             it slept, and sleeps on when this raises.
+        fallback: What is applied instead when paths of the guest conflict.
+        on_fallback: Records that it is from now on, durably, with the paths.
 
     Raises:
         ApplyError: The guest is as it was suspended; the gate is closed, but for the policy.
@@ -121,6 +128,7 @@ def reflect(
     """
     with timeline.phase("write medium"):
         medium = make_medium(changeset, layer, folder)
+        spare = fallback and make_medium(fallback.changeset, fallback.layer, folder, _SPARE)
     on_state(ChangesetState.APPLYING)
     with timeline.phase("restore, links down"):
         try:
@@ -145,7 +153,21 @@ def reflect(
         try:
             vm.cont()
             with timeline.phase("apply"):
-                result = _apply(vm, medium, again=again)
+                result, found = _apply(vm, medium, again=again)
+                if spare is None or not conflicts.may_fall_back(result, found):
+                    _refuse(result, found)
+                    spare, found = None, ()
+            if fallback and spare:
+                found = found or (Differing(result.path, result.reason),)
+                timeline.say(
+                    f"the guest installs all packages itself: {applier_protocol.named(found)}"
+                )
+                on_fallback(found)
+                changeset = fallback.changeset
+                with timeline.phase("apply what stands in"):
+                    medium = _change_medium(vm, medium, spare)
+                    result, more = _apply(vm, medium, again=False)
+                    _refuse(result, more)
             done = _finish(vm, changeset, result, timeline, extent)
             with timeline.phase("open gate"):
                 vm.set_links(up=True)
@@ -168,14 +190,16 @@ def reflect(
         on_state(ChangesetState.APPLIED)
         notes = detach(vm, medium, timeline)
     report = _report(changeset, result, done, timeline, online_s, notes)
-    return replace(report, gate=extent, settled_s=round(settled_s, 4))
+    return replace(report, gate=extent, settled_s=round(settled_s, 4), conflicts=found)
 
 
-def make_medium(changeset: Changeset, layer: Path | None, folder: Path) -> Medium:
+def make_medium(
+    changeset: Changeset, layer: Path | None, folder: Path, name: str = "medium.img"
+) -> Medium:
     """Write the medium of a change set; without its layer, that of a rollback."""
     if not APPLIER.exists():
         raise HostNotReadyError(f"the applier {APPLIER} is not built", hint="run 'make applier'")
-    path = folder / "medium.img"
+    path = folder / name
     attestation = verify.for_applier(changeset)
     info = write_medium(changeset, layer, APPLIER, path, attestation=attestation)
     serial = f"oua-{changeset.changeset_id[:16]}"
@@ -226,7 +250,20 @@ def _find(config: Vm, changeset: Changeset) -> Running:
     return vm
 
 
-def _apply(vm: Running, medium: Medium, *, again: bool) -> ApplierResult:
+def _change_medium(vm: Running, old: Medium, new: Medium) -> Medium:
+    """Put another medium in the place of one that the applier is done with."""
+    if old.carried:
+        vm.channel().run(bootstrap.uncarry_command(old.serial), timeout_s=_DETACH_S)
+    else:
+        vm.detach_medium()
+    attach(vm, new)
+    return new
+
+
+def _apply(
+    vm: Running, medium: Medium, *, again: bool
+) -> tuple[ApplierResult, tuple[Differing, ...]]:
+    """Run the applier to its end; with how it ended, the conflicts that it told."""
     stub = STUB.read_bytes()
     try:
         bring(vm, medium)
@@ -238,15 +275,16 @@ def _apply(vm: Running, medium: Medium, *, again: bool) -> ApplierResult:
     except DeadlineError as error:
         raise GateClosedError(f"the guest: {error.message}", hint=gate.HINT) from error
     try:
-        result = applier_protocol.parse_output(done.stdout)
-        found = conflicts.told(done.stdout)
+        return applier_protocol.parse_output(done.stdout), conflicts.told(done.stdout)
     except applier_protocol.ProtocolError as error:
         detail = done.stderr.decode("utf-8", "replace").strip()[:500] or str(error)
         raise applier_protocol.error_for_silence(done.exit_status, detail, again=again) from error
+
+
+def _refuse(result: ApplierResult, found: tuple[Differing, ...]) -> None:
     failure = applier_protocol.error_for(result, found)
     if failure is not None:
         raise failure
-    return result
 
 
 def _finish(
@@ -342,6 +380,7 @@ def _report(
     notes: tuple[str, ...],
 ) -> ResumeReport:
     done_phases = {name for name, _milliseconds in result.phases_ms}
+    replaces = any(entry.expected is not None for entry in changeset.entries)
     same = "stage" in done_phases and any(entry.same for entry in changeset.entries)
     return ResumeReport(
         vm=changeset.vm,
@@ -351,7 +390,11 @@ def _report(
         bytes=result.size_bytes,
         failed_actions=done.failed_actions,
         verified=(
-            *(words for phase, words in _OF_APPLIER if phase in done_phases),
+            *(
+                words
+                for phase, words in _OF_APPLIER
+                if phase in done_phases and (replaces or words != _AS_PLANNED)
+            ),
             *((_OF_SAME,) if same else ()),
             *(("version and state of every staged package",) if changeset.staged else ()),
             *done.verification.verified,

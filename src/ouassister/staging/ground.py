@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ouassister.staging.judge import Reasons
     from ouassister.timeline import Timeline
 
+LAYER: Final = "layer.tar"
 _NS: Final = 1_000_000_000
 
 
@@ -59,7 +60,6 @@ class RealGround:
         self._prepared = prepared
         self._timeline = timeline
         self._running = running
-        self._order: str | None = None  # apt's simulation of the whole plan
         self._archives("keep")
         self.folder = carry.folder_of(prepared.plan.plan_id)
         self.staged: tuple[Staged, ...] = ()
@@ -90,6 +90,11 @@ class RealGround:
 
     def extract(self, staged: Mapping[PackageChange, str]) -> Extraction:
         """What changed, the archives of staged packages included."""
+        self.extraction = self.extract_to(LAYER, staged)
+        return self.extraction
+
+    def extract_to(self, layer: str, staged: Mapping[PackageChange, str]) -> Extraction:
+        """The same with a layer of another name."""
         shadow = self._guest.shadow
         with self._timeline.phase("extract"):
             # Who is at fault is not known by now: later rounds call for the archives again.
@@ -97,14 +102,14 @@ class RealGround:
             carry.put(shadow, self.staged, self.folder)
             argument = {
                 "trees": _trees(self._guest.sleeping.layout),
-                "layer": f"{sandbox.WORK}/output/layer.tar",
+                "layer": f"{sandbox.WORK}/output/{layer}",
                 "record": f"{sandbox.WORK}/output/record.json",
                 "devices": list(read_devices(shadow.output_path(SYSCALLS)).items()),
             }
             summary = shadow.call(EXTRACT, "run", argument)
-            self.extraction = collect(summary, shadow.output_path("record.json"))
-            carry.check(self.staged, self.folder, self.extraction.entries)
-        return self.extraction
+            extraction = collect(summary, shadow.output_path("record.json"))
+            carry.check(self.staged, self.folder, extraction.entries)
+        return extraction
 
     def held(self, extraction: Extraction, ran: Ran, names: frozenset[str]) -> Reasons:
         """Packages that wrote what sleeping processes hold open."""
@@ -126,8 +131,6 @@ class RealGround:
     ) -> tuple[Request, tuple[PackageChange, ...]]:
         """What is left of a request when some more packages stay as they are, and its plan."""
         with self._timeline.phase("plan without staged packages"):
-            if self._order is None:  # nothing is staged yet: this is the order of all of them
-                self._order = self._tool.plan(self._prepared.request).output
             self._tool.stage(staged)
             names = {change.name for change in staged}
             kept = tuple(word for word in request.install if carry.name_of(word) not in names)
@@ -159,7 +162,7 @@ class RealGround:
         self._archives("restore")
         self.staged = carry.staged(staged, plan.archives, plan.request, folder)
         numbers = {(one.name, one.architecture): at for at, one in enumerate(self.staged)}
-        self.steps = steps_for(self._order or "", numbers)
+        self.steps = steps_for(self._prepared.order, numbers)
 
     def _archives(self, function: str) -> None:
         """Keep archives, or restore them; see `ouassister.shadow.keep`."""

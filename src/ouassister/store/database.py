@@ -63,6 +63,7 @@ class ChangesetState(StrEnum):
     DISCARDED = "discarded"
     ROLLING_BACK = "rolling-back"  # it was applied, and is being taken back
     ROLLED_BACK = "rolled-back"
+    FALLBACK = "fallback"  # is there in case that the one which it stands in for meets a conflict
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,17 +202,31 @@ class Store:
             raise TamperedError(f"plan {plan_id} does not have that digest")
         return plan
 
-    def add_changeset(self, vm: str, changeset_id: str) -> None:
-        """Record a change set as ready; older ready ones of the VM are superseded."""
+    def add_changeset(self, vm: str, changeset_id: str, fallback_id: str = "") -> None:
+        """Record a change set as ready, with one that may stand in for it.
+
+        Older ready ones of the VM are superseded.
+        """
         now = int(time.time())
+        rows = [(changeset_id, vm, now, ChangesetState.READY)]
+        if fallback_id:
+            rows.append((fallback_id, vm, now, ChangesetState.FALLBACK))
         with self._transaction():
             self._database.execute(
-                "UPDATE changeset SET state = ? WHERE vm = ? AND state = ?",
-                (ChangesetState.DISCARDED, vm, ChangesetState.READY),
+                "UPDATE changeset SET state = ? WHERE vm = ? AND state IN (?, ?)",
+                (ChangesetState.DISCARDED, vm, ChangesetState.READY, ChangesetState.FALLBACK),
             )
-            self._database.execute(
-                "INSERT OR REPLACE INTO changeset VALUES (?, ?, ?, ?)",
-                (changeset_id, vm, now, ChangesetState.READY),
+            self._database.executemany("INSERT OR REPLACE INTO changeset VALUES (?, ?, ?, ?)", rows)
+
+    def fall_back(self, changeset_id: str, fallback_id: str) -> None:
+        """A change set has met a conflict, and another one is being applied in its place."""
+        with self._transaction():
+            self._database.executemany(
+                "UPDATE changeset SET state = ? WHERE changeset_id = ?",
+                (
+                    (ChangesetState.FAILED, changeset_id),
+                    (ChangesetState.APPLYING, fallback_id),
+                ),
             )
 
     def set_state(self, changeset_id: str, state: ChangesetState) -> None:
@@ -237,7 +252,12 @@ class Store:
 
     def last_applied(self, vm: str) -> StoredChangeset | None:
         """The last change set that got into the guest, whether or not it was taken back."""
-        never = (ChangesetState.READY, ChangesetState.DISCARDED, ChangesetState.FAILED)
+        never = (
+            ChangesetState.READY,
+            ChangesetState.DISCARDED,
+            ChangesetState.FAILED,
+            ChangesetState.FALLBACK,
+        )
         rows = [row for row in self.changeset_rows(vm) if row.state not in never]
         return rows[0] if rows else None
 
@@ -261,6 +281,15 @@ class Store:
             most,
         )
         return tuple(Event(*row) for row in reversed(rows))
+
+    def last_detail(self, vm: str, step: str) -> str:
+        """What the newest event of that step says; "" for none."""
+        row = self._one(
+            "SELECT detail FROM event WHERE vm = ? AND step = ? ORDER BY event_id DESC LIMIT 1",
+            vm,
+            step,
+        )
+        return str(row[0]) if row is not None else ""
 
     def details(self, step: str, most: int = 10_000) -> tuple[tuple[str, str], ...]:
         """What all VMs' histories say of a step: VM and detail, oldest first."""
