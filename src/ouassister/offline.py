@@ -149,8 +149,8 @@ def _keep(
             ),
         )
     recorded, recorded_notes = actions_of(guest.shadow.events())
-    actions = coalesce(recorded, due.restarts, due.again)
-    notes = (*_notes(guest), *ground.earlier, *recorded_notes, *due.notes, *ground.notes)
+    actions = coalesce((*ground.made, *recorded), due.restarts, due.again)
+    notes = (*_notes(guest), *ground.earlier, *recorded_notes, *due.notes, *ground.left)
     with timeline.phase("store change set"):
         changeset = archive.build(
             extraction,

@@ -85,7 +85,7 @@ def _lines(report: UpdateReport, vm: str) -> list[str]:
         ]
         lines.append(f"  the resume will reach the guest by {report.channel}")
         lines += [f"  {line}" for line in mode_lines(report.modes)]
-        lines += [f"  then: {' '.join(action.argv)}" for action in report.actions]
+        lines += [f"  then: {action.shown}" for action in report.actions]
         lines += [f"  {line}" for line in restart_lines(report.restarts)]
         if report.reboot_needed:
             lines.append("  a newer kernel is installed: reboot the guest to run it")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.extract import collect
 from ouassister.errors import OUassisterError, RepositoryError, UpdaterError
-from ouassister.guest_shadow import EXTRACT, KEEP
+from ouassister.guest_shadow import EXTRACT, KEEP, MADE
 from ouassister.model import Request
 from ouassister.packages import update
 from ouassister.packages.apt_steps import steps_for
 from ouassister.packages.owners import owners
+from ouassister.restart import run_files
 from ouassister.shadow import sandbox
 from ouassister.shadow.events import actions_of
 from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
+from ouassister.shadow.tmpfs_handover import read_places
 from ouassister.staging import carry, held, judge
 from ouassister.text import to_text
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from ouassister.changeset.extract import Extraction
     from ouassister.disk.layout import Layout
     from ouassister.guest_shadow import Guest
-    from ouassister.model import PackageChange, Staged, StagedStep
+    from ouassister.model import Action, PackageChange, Staged, StagedStep
     from ouassister.packages.apt import Apt, Ran
     from ouassister.packages.update import Prepared
     from ouassister.restart.uses import ProcessUse
@@ -67,10 +70,18 @@ class RealGround:
         self.notes: tuple[str, ...] = ()
         self.earlier: tuple[str, ...] = ()  # notes on what is done over: what it tried stays told
         self.extraction: Extraction
+        self.made: tuple[Action, ...] = ()  # what scripts made in memory, made again
+        self.made_notes: tuple[str, ...] = ()
+        self._since_ns = 0  # when the updater was started
 
     def uses(self) -> tuple[ProcessUse, ...]:
         """What processes run."""
         return self._running().uses
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Notes on what was not told, or does not travel."""
+        return (*self.notes, *self.made_notes)
 
     def out_of_reach(self) -> frozenset[str]:
         """Units that nobody on a network reaches; none where that cannot be told."""
@@ -81,6 +92,7 @@ class RealGround:
 
     def emulate(self, request: Request) -> Ran:
         """Run the guest's updater."""
+        self._since_ns = time.time_ns()
         with self._timeline.phase("emulate"):
             return self._tool.emulate(request)
 
@@ -101,10 +113,33 @@ class RealGround:
                 "record": f"{sandbox.WORK}/output/record.json",
                 "devices": list(read_devices(shadow.output_path(SYSCALLS)).items()),
             }
+            making = self._begin_made()
             summary = shadow.call(EXTRACT, "run", argument)
+            self._finish_made(making)
             self.extraction = collect(summary, shadow.output_path("record.json"))
             carry.check(self.staged, self.folder, self.extraction.entries)
         return self.extraction
+
+    def _begin_made(self) -> int | None:
+        """Ask what programs made in /run; None where the shadow's is not the guest's."""
+        places = read_places(self._guest.folder / "shadow" / "tmpfs") or ()
+        for place in places:
+            if (place.target, place.root) == (run_files.RUN, b"/"):
+                argument = {
+                    "folder": f"{sandbox.TMPFS}/{place.number}",
+                    "since_ns": self._since_ns,
+                    "apart": run_files.APART,
+                }
+                return self._guest.shadow.begin(MADE, "list_made", argument)
+        return None
+
+    def _finish_made(self, call: int | None) -> None:
+        if call is None:
+            return
+        nodes = self._guest.shadow.finish(call)
+        contents = self._guest.sleeping.view.tmpfs_content or ()
+        before = next((one.tmpfs.nodes for one in contents if one.tmpfs.target == b"/run"), ())
+        self.made, self.made_notes = run_files.actions_for(nodes, before)
 
     def held(self, extraction: Extraction, ran: Ran, names: frozenset[str]) -> Reasons:
         """Packages that wrote what sleeping processes hold open."""
