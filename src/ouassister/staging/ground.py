@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.extract import collect
-from ouassister.errors import OUassisterError, RepositoryError, UpdaterError
+from ouassister.errors import NoSolutionError, OUassisterError, RepositoryError, UpdaterError
 from ouassister.guest_shadow import EXTRACT, KEEP, MADE
 from ouassister.model import Request
 from ouassister.packages import update
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ouassister.timeline import Timeline
 
 _NS: Final = 1_000_000_000
+
+Changes = tuple["PackageChange", ...]
 
 
 class RealGround:
@@ -72,6 +74,8 @@ class RealGround:
         self.extraction: Extraction
         self.made: tuple[Action, ...] = ()  # what scripts made in memory, made again
         self.made_notes: tuple[str, ...] = ()
+        self._staged_changes: set[PackageChange] = set()
+        self._automatic: frozenset[str] = frozenset()  # asked for by us alone
         self._since_ns = 0  # when the updater was started
 
     def uses(self) -> tuple[ProcessUse, ...]:
@@ -94,7 +98,7 @@ class RealGround:
         """Run the guest's updater."""
         self._since_ns = time.time_ns()
         with self._timeline.phase("emulate"):
-            return self._tool.emulate(request)
+            return self._tool.emulate(request, sorted(self._automatic))
 
     def events(self) -> Iterable[Event]:
         """What it recorded."""
@@ -164,18 +168,56 @@ class RealGround:
             if self._order is None:  # nothing is staged yet: this is the order of all of them
                 self._order = self._tool.plan(self._prepared.request).output
             self._tool.stage(staged)
-            names = {change.name for change in staged}
+            self._staged_changes.update(staged)
+            names = {change.name for change in self._staged_changes}
             kept = tuple(word for word in request.install if carry.name_of(word) not in names)
-            left = Request(kept)
-            if request.install and not kept:
+            left, after = self._plan_rest(Request(kept), empty=bool(request.install and not kept))
+            return self._with_the_others(left, after) if request.install else (left, after)
+
+    def _plan_rest(self, left: Request, *, empty: bool) -> tuple[Request, Changes]:
+        """What apt plans of what is left of a request; what it cannot install is dropped."""
+        if empty:
+            return left, ()
+        try:
+            return left, self._tool.plan(left, again=True).changes
+        except (UpdaterError, RepositoryError):  # one of them needs what is staged
+            if not left.install:
+                raise
+            left, _dropped = update.still_possible(self._tool, left)
+            if not left.install:
                 return left, ()
+            return left, self._tool.plan(left, again=True).changes
+
+    def _with_the_others(self, left: Request, after: Changes) -> tuple[Request, Changes]:
+        """Ask by name for what apt had planned for a staged package alone, and marked so.
+
+        Most of a staged package's new dependencies can be emulated as any other; only what needs
+        it cannot.
+        """
+        plan = [one for one in self._prepared.plan.changes if one not in self._staged_changes]
+        others = [one for one in plan if one.new and one not in after]
+        while others:
+            wanted = Request((*left.install, *(_word(one) for one in others)))
             try:
-                return left, self._tool.plan(left, again=True).changes
-            except (UpdaterError, RepositoryError):  # one of them needs what is staged
-                left, _dropped = update.still_possible(self._tool, left)
-                if request.install and not left.install:
-                    return left, ()
-                return left, self._tool.plan(left, again=True).changes
+                changes = self._tool.plan(wanted, again=True).changes
+            except NoSolutionError as error:
+                fewer = [one for one in others if one.name not in error.broken]
+                if len(fewer) == len(others):
+                    break  # nobody knows which of them it is
+                others = fewer
+                continue
+            except (UpdaterError, RepositoryError):
+                break
+            if not set(after) <= set(changes) <= set(plan):
+                break
+            asked = {carry.name_of(word) for word in self._prepared.request.install}
+            mine = {one.name for one in others} - asked
+            old = {one.name for one in others if one.old and one.name in mine}
+            new = mine - old
+            self._automatic = frozenset(new | (self._tool.automatic(old) if old else set()))
+            return wanted, changes
+        self._automatic = frozenset()
+        return left, after
 
     def start_over(self) -> None:
         """Forget what programs wrote and recorded."""
@@ -201,6 +243,12 @@ class RealGround:
         names = [archive.file_name for archive in self._prepared.plan.archives]
         for name in self._guest.shadow.call(KEEP, function, names):
             raise UpdaterError(f"the archive {to_text(str(name).encode())} is gone")
+
+
+def _word(change: PackageChange) -> str:
+    """What asks apt for this version."""
+    where = "" if change.architecture in ("all", "") else f":{change.architecture}"
+    return f"{change.name}{where}={change.new}"
 
 
 def _trees(layout: Layout) -> list[dict[str, object]]:
