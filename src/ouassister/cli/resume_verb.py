@@ -44,9 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gate",
-        type=Gate,
-        choices=tuple(Gate),
-        default=Gate.FULL,
+        choices=[gate.value for gate in Gate],
+        default=Gate.FULL.value,
         help="what is done before the links go up: full (default), everything; exposed, what"
         " somebody on a network can reach: other services are restarted right after",
     )
@@ -85,7 +84,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
             store,
             story,
             arguments.on_failure,
-            arguments.gate,
+            Gate(arguments.gate),
             keep_snapshots=arguments.keep_snapshots if arguments.snapshot else 0,
         )
     status = common.REBOOT_NEEDED if report.reboot_needed else 0
