@@ -151,7 +151,7 @@ def asleep(config: VmConfig, home: Path, gate: Gate) -> dict[str, Any]:
         "notes": resumed.notes,
         "layer_bytes": update.layer_bytes,
         **_count(changeset, before),
-        "actions": [" ".join(one.argv) for one in update.actions],
+        "actions": [one.shown for one in update.actions],
         "phases": {
             "offline": _seconds(update.phases),
             "online": _seconds(resumed.phases),

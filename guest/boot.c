@@ -4,6 +4,9 @@
  * The applier and the medium without its layer lie in STATE_DIR: once everything is staged nothing
  * of the layer is read. The unit lies where no package has files (systemd.unit(5),
  * system.control).
+ *
+ * All of it is written out with what is staged. Until then nothing was renamed, and what a power cut
+ * has torn does not start: an empty unit is none, and the unit asks for the applier's hash before.
  */
 #include "change.h"
 #include "report.h"
@@ -37,6 +40,7 @@ static const char unit[] =
     "ConditionPathExists=" STATE_DIR "/" APPLIER "\n"
     "[Service]\n"
     "Type=oneshot\n"
+    "ExecCondition=/bin/sh -c 'echo \"%s  " STATE_DIR "/" APPLIER "\" | sha256sum -c --status'\n"
     "ExecStart=" STATE_DIR "/" APPLIER " finish " STATE_DIR "/" MEDIUM " --medium-sha256 %s\n"
     "ExecStartPost=-/bin/systemctl daemon-reload\n"
     "SuccessExitStatus=40\n";
@@ -105,29 +109,39 @@ static int open_made(int dir, const char *name)
     return openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 }
 
-/* STATE_DIR's file system is not always that of /etc. */
-static int write_out(const struct change *change, int control)
+/* What the staging writes out is not always all that there is. */
+static int write_out(const struct change *change, int control, bool all)
 {
-    struct status here, there;
+    struct status here;
 
-    if (step(BOOT_SYNC) || syncfs(change->state) < 0 || look(control, "", &here) < 0 ||
-        look(change->state, "", &there) < 0)
+    if (step(BOOT_SYNC) || (all && syncfs(change->state) < 0) || look(control, "", &here) < 0)
         return -1;
-    if (here.dev_major == there.dev_major && here.dev_minor == there.dev_minor)
-        return 0;
+    for (uint32_t i = 0; i < change->n_file_systems; i++) {
+        const struct file_system *one = &change->file_systems[i];
+
+        if ((!all || i == change->state_fs) && one->major == here.dev_major &&
+            one->minor == here.dev_minor)
+            return 0;
+    }
     return syncfs(control);
 }
 
-static int leave_unit(const struct change *change, int systemd)
+static void to_hex(const uint8_t digest[32], char hex[65])
+{
+    for (int i = 0; i < 32; i++)
+        sprintf(hex + 2 * i, "%02x", digest[i]);
+}
+
+static int leave_unit(const struct change *change, int systemd, bool all)
 {
     int control = open_made(systemd, CONTROL), wants = -1, fd = -1, result = -1;
-    char text[sizeof unit + 64], hex[65];
+    char text[sizeof unit + 128], applier[65], header[65];
     uint8_t digest[32];
 
     sha256_of((const uint8_t *)&change->medium.header, sizeof change->medium.header, digest);
-    for (int i = 0; i < 32; i++)
-        sprintf(hex + 2 * i, "%02x", digest[i]);
-    snprintf(text, sizeof text, unit, hex);
+    to_hex(change->medium.header.applier_sha256, applier);
+    to_hex(digest, header);
+    snprintf(text, sizeof text, unit, applier, header);
     if (control >= 0)
         wants = open_made(control, WANTS);
     if (wants >= 0)
@@ -137,7 +151,7 @@ static int leave_unit(const struct change *change, int systemd)
     if (!result && (step(BOOT_LEAVE) || symlinkat("../" UNIT, wants, UNIT) < 0))
         result = -1;
     if (!result)
-        result = write_out(change, control);
+        result = write_out(change, control, all);
     if (wants >= 0)
         close(wants);
     if (control >= 0)
@@ -180,19 +194,20 @@ static int remove_unit(int systemd)
     return result | take_folder(systemd, CONTROL);
 }
 
-/* Calls do_it on /etc/systemd, whose time stays: a change set may promise it. */
-static int in_systemd(const struct change *change, int (*leave)(const struct change *, int),
-                      int (*remove)(int))
+enum boot { LEAVE, LEAVE_WRITTEN_OUT, REMOVE };
+
+/* The time of /etc/systemd stays: a change set may promise it. */
+static int in_systemd(const struct change *change, enum boot todo)
 {
     int fd = tree_open(change->root, SYSTEMD, O_RDONLY | O_DIRECTORY, 0), result;
     struct place place = {.fd = fd};
     struct status status;
 
     if (fd < 0)
-        return errno == ENOENT && remove ? 0 : -1;
+        return errno == ENOENT && todo == REMOVE ? 0 : -1;
     result = look(fd, "", &status);
     if (!result)
-        result = leave ? leave(change, fd) : remove(fd);
+        result = todo == REMOVE ? remove_unit(fd) : leave_unit(change, fd, todo == LEAVE_WRITTEN_OUT);
     if (!result)
         result = set_mtime(&place, mtime_of(&status));
     close(fd);
@@ -216,14 +231,14 @@ int boot_remove(const struct change *change)
 
     if (!inode_at(change->state, APPLIER, &inode) && !inode)
         return 0;
-    if (!in_systemd(change, NULL, remove_unit) && !take(change->state, MEDIUM, 0) &&
+    if (!in_systemd(change, REMOVE) && !take(change->state, MEDIUM, 0) &&
         !take(change->state, APPLIER, 0))
         return 0;
     complain("leftover", STATE_DIR, "removing what is left for a boot");
     return -1;
 }
 
-void boot_leave(const struct change *change)
+void boot_leave(const struct change *change, bool written_out)
 {
     struct statvfs room;
 
@@ -233,7 +248,7 @@ void boot_leave(const struct change *change)
         report_event("no-boot-unit", STATE_DIR, "it is mounted noexec");
         return;
     }
-    if (!leave_programs(change) && !in_systemd(change, leave_unit, NULL))
+    if (!leave_programs(change) && !in_systemd(change, written_out ? LEAVE_WRITTEN_OUT : LEAVE))
         return;
     complain("no-boot-unit", STATE_DIR, "leaving a unit for the next boot");
     boot_remove(change);

@@ -141,7 +141,7 @@ void conflict(const char *path, const char *how, bool database);
 int check_space(const struct change *change);
 
 /* boot.c: a unit that ends what a power cut interrupts; without one the next resume does. */
-void boot_leave(const struct change *change);
+void boot_leave(const struct change *change, bool written_out);
 int boot_remove(const struct change *change);
 /* Bytes that boot_leave needs. */
 uint64_t boot_room(const struct change *change);

@@ -247,7 +247,7 @@ static int apply(const struct options *options)
     if (check_space(&change) < 0 || (options->set_time && guest_set_time(options->set_time) < 0))
         return refused();
     phase("boot-unit");
-    boot_leave(&change);
+    boot_leave(&change, false); /* with what is staged */
     phase("stage");
     if (stage(&change) < 0 || journal_write_plan(&change) < 0)
         return give_up_staging();
@@ -337,7 +337,7 @@ static int take_back(enum marker marker, enum journal_state journal, bool leave_
     if (check_back(&change, recovering, leave_diverged) < 0)
         return recovering ? stay(false) : refused();
     if (!recovering) {
-        boot_leave(&change);
+        boot_leave(&change, true);
         if (journal_begin_rollback(&change) < 0) {
             boot_remove(&change);
             return refused();

@@ -1,8 +1,8 @@
 /* Everything new is made beside its target under a reserved name, with all its attributes. */
 #include "change.h"
+#include "hashing.h"
 #include "journal.h"
 #include "report.h"
-#include "sha256.h"
 #include "steps.h"
 
 #include <errno.h>
@@ -13,12 +13,11 @@
 #include <unistd.h>
 
 /* Each page of it is a fault on first use, which costs more than another read under emulation. */
-#define WINDOW (256u << 10)
 #define JUMP (64u << 10)
 
 /* The last piece of the layer that was read: small files that follow each other share one read.
  * The table is in the layer's order; should it not be, a jump reads little more than the file. */
-static uint8_t window[WINDOW];
+static uint8_t *window;
 static uint64_t window_start, window_size;
 
 /* Returns the bytes at an offset of the layer; *size shrinks to what is at hand. */
@@ -32,6 +31,7 @@ static const uint8_t *layer_bytes(const struct medium *medium, uint64_t offset, 
             wanted = *size < JUMP ? JUMP : *size < WINDOW ? *size : WINDOW;
         window_size = left < wanted ? left : wanted;
         window_start = offset;
+        window = hashing_window();
         if (medium_read(medium, window, window_size, medium->header.layer_offset + offset) < 0) {
             window_size = 0;
             return NULL;
@@ -89,17 +89,16 @@ static int write_content(const struct change *change, const struct item *item, i
     uint64_t offset = record->offset, left = record->size;
     int (*put)(int, const uint8_t *, uint64_t, uint64_t) =
         record->holes ? write_sparse : write_all;
-    struct sha256 hash;
-    uint8_t digest[32];
 
-    sha256_init(&hash);
+    if (!left)
+        hashing_add(item, (const uint8_t *)"", 0, true);
     while (left) {
         uint64_t size = left;
         const uint8_t *bytes = layer_bytes(&change->medium, offset, &size);
 
         if (!bytes)
             return -1;
-        sha256_update(&hash, bytes, size);
+        hashing_add(item, bytes, size, size == left);
         if (step(STAGE_WRITE) || put(fd, bytes, size, record->size - left) < 0)
             return fail_errno(item->path, "writing the new content");
         offset += size;
@@ -107,10 +106,12 @@ static int write_content(const struct change *change, const struct item *item, i
     }
     if (record->holes && ftruncate(fd, (off_t)record->size) < 0)
         return fail_errno(item->path, "ending the new content");
-    sha256_final(&hash, digest);
-    if (memcmp(digest, record->sha256, sizeof digest) != 0)
-        return fail("medium", item->path, "the content on the medium is damaged");
     return 0;
+}
+
+static int check_hashes(const struct item *damaged)
+{
+    return damaged ? fail("medium", damaged->path, "the content on the medium is damaged") : 0;
 }
 
 static int stage_file(const struct change *change, struct item *item, const char *name)
@@ -245,17 +246,37 @@ int sync_file_systems(const struct change *change, bool all)
     return 0;
 }
 
+static bool is_staged_anew(const struct item *item)
+{
+    return item->op != OP_META && item->op != OP_TIME && item->op != OP_DELETE;
+}
+
+static int stage_items(struct change *change)
+{
+    uint64_t bytes = 0;
+    int result = 0;
+
+    for (uint32_t i = 0; i < change->n_items; i++)
+        if (is_staged_anew(&change->items[i]) && change->items[i].record->kind == KIND_FILE)
+            bytes += change->items[i].record->size;
+    hashing_start(bytes);
+    for (uint32_t i = 0; i < change->n_items && !result; i++)
+        if (is_staged_anew(&change->items[i])) {
+            result = stage_item(change, &change->items[i]);
+            if (!result)
+                result = check_hashes(hashing_damaged());
+        }
+    if (result) {
+        hashing_end(); /* the first failure is the one to tell */
+        return result;
+    }
+    return check_hashes(hashing_end());
+}
+
 int stage(struct change *change)
 {
-    if (journal_create(change) < 0)
+    if (journal_create(change) < 0 || stage_items(change) < 0)
         return -1;
-    for (uint32_t i = 0; i < change->n_items; i++) {
-        struct item *item = &change->items[i];
-
-        if (item->op != OP_META && item->op != OP_TIME && item->op != OP_DELETE &&
-            stage_item(change, item) < 0)
-            return -1;
-    }
     for (uint32_t i = change->n_items; i-- > 0;) {
         const struct item *item = &change->items[i];
 

@@ -316,6 +316,14 @@ class UpdaterError(OUassisterError):
     default_hint = "the updater's output is in the run's log; nothing of the VM was changed"
 
 
+class NoSolutionError(UpdaterError):
+    """The guest's updater finds no solution; ``broken`` are packages that lack what they need."""
+
+    def __init__(self, message: str, broken: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.broken = broken
+
+
 class StagingNeededError(UpdaterError):
     """A package cannot be emulated, and the user does not want it to be staged."""
 

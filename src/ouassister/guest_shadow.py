@@ -50,6 +50,7 @@ _TMPFS: Final = "ouassister.shadow.tmpfs_fill"
 _SMALL: Final = "ouassister.disk.small_files"
 EXTRACT: Final = "ouassister.changeset.extract"
 KEEP: Final = "ouassister.shadow.keep"
+MADE: Final = "ouassister.shadow.tmpfs_made"
 _FILL: Final = {"folder": sandbox.MEMORY, "mounts": sandbox.TMPFS}
 _WANT: Final = frozenset((Subject.LOCKS, Subject.TMPFS_CONTENT))
 _SERVICES: Final = frozenset((Subject.TASKS, Subject.FILES, Subject.NETWORK, Subject.SWAP))
@@ -60,6 +61,7 @@ _MODULES: Final = (
     _IDENTITY,
     EXTRACT,
     KEEP,
+    MADE,
     _TMPFS,
     restart_plan.TREE,
     _SMALL,

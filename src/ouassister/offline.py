@@ -228,9 +228,9 @@ def _make(
             ),
         )
     recorded, recorded_notes = actions_of(guest.shadow.events())
-    actions = coalesce(recorded, due.restarts, due.again)
+    actions = coalesce((*ground.made, *recorded), due.restarts, due.again)
     tried = () if instead_of else ground.earlier
-    notes = (*_notes(guest), *tried, *recorded_notes, *due.notes, *ground.notes)
+    notes = (*_notes(guest), *tried, *recorded_notes, *due.notes, *ground.left)
     return archive.build(
         extraction,
         vm=vm,

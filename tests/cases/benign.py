@@ -105,6 +105,36 @@ _TRIGGER: Final = Case(
     ),
 )
 
+# What is in memory: a folder that its service needs, and what tells an administrator to reboot.
+_MEMORY: Final = Case(
+    ("oua-memory",),
+    (
+        Package(
+            "oua-memory",
+            files={
+                "/lib/systemd/system/oua-memory.service": _service(
+                    "/bin/sh -c 'cat /run/oua-memory/sub/words >/var/lib/oua-memory.read'",
+                    kind="oneshot",
+                    more="RemainAfterExit=yes\n",
+                )
+            },
+            scripts={
+                "postinst": "install -d -m 750 -g daemon /run/oua-memory\n"
+                "mkdir -p /run/oua-memory/sub\n"
+                "printf 'two\\nlines %%s \\047\\n' >/run/oua-memory/sub/words\n"
+                "chmod 640 /run/oua-memory/sub/words; chgrp daemon /run/oua-memory/sub/words\n"
+                "ln -s sub/words /run/oua-memory/link\n"
+                "touch /run/reboot-required; echo oua-memory >>/run/reboot-required.pkgs\n"
+                "echo $$ >/run/oua-memory.pid; rm /run/oua-memory.pid\n"
+                "deb-systemd-helper enable oua-memory.service\n"
+                "systemctl daemon-reload; deb-systemd-invoke start oua-memory.service"
+            },
+        ),
+    ),
+    (),
+    "echo before >/run/reboot-required.pkgs",
+)
+
 _RULES: Final = Case(
     ("oua-rules",),
     (
@@ -233,6 +263,7 @@ CASES: Final[dict[str, Case]] = {
     "alternative": _ALTERNATIVE,
     "conffile": _CONFFILE,
     "trigger": _TRIGGER,
+    "memory": _MEMORY,
     "rules": _RULES,
     "signal": _SIGNAL,
     "question": _QUESTION,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -12,12 +13,29 @@ if TYPE_CHECKING:
 CONTROL: Final = "etc/systemd/system.control"
 UNIT: Final = f"{CONTROL}/ouassister-finish.service"
 WANTED: Final = f"{CONTROL}/sysinit.target.wants/ouassister-finish.service"
+_CONDITION: Final = re.compile(r"^ExecCondition=/bin/sh -c '(.*)'$", re.M)
 _START: Final = re.compile(r"^ExecStart=/(\S+) finish /(\S+) --medium-sha256 ([0-9a-f]{64})$", re.M)
 
 
 def is_left(root: Path) -> bool:
     """The service manager would start it."""
     return os.path.lexists(root / WANTED)
+
+
+def starts(root: Path) -> bool:
+    """The service manager would start it, and its condition holds."""
+    if not is_left(root):
+        return False
+    try:
+        text = ((root / WANTED).parent / (root / WANTED).readlink()).read_text()
+    except FileNotFoundError:
+        return False
+    condition, start = _CONDITION.search(text), _START.search(text)
+    if not condition or not start:  # a unit without a command is none
+        assert not text, text
+        return False
+    script = condition[1].replace("  /", f"  {root}/")
+    return subprocess.run(["/bin/sh", "-c", script], check=False).returncode == 0
 
 
 def command(root: Path, program: Path | None = None) -> list[str]:

@@ -264,3 +264,18 @@ ODD_WORDS = (
 def test_other_words_are_refused_before_anything_starts(word: str) -> None:
     with pytest.raises(UsageError, match="is not a package name"):
         check_request(Request(("bcc", word)))
+
+
+def test_packages_without_what_they_need_are_named() -> None:
+    """Lines of apt 2.6, which was told to leave mariadb-server-core alone."""
+    told = """The following information may help to resolve the situation:
+
+The following packages have unmet dependencies:
+ mariadb-server : Depends: mariadb-server-core (>= 1:10.11) but it is not installable
+                  Recommends: pv but it is not going to be installed
+ libfoo:i386 : Depends: bar but it is not going to be installed
+E: Unable to correct problems, you have held broken packages.
+ after : the list
+"""
+    assert read.broken_packages(told) == ("mariadb-server", "libfoo")
+    assert read.broken_packages(told.replace("The following packages have unmet", "Some")) == ()

@@ -132,6 +132,11 @@ def test_call_without_a_true_answer_stages_although_the_script_went_on(outcome: 
     assert "keyctl 0" in run(table)[1]["b"]
 
 
+def test_call_that_everybody_does_without_stages_nothing() -> None:
+    event = Event(Outcome.REFUSED, ("io_uring_setup", "8"), "b", "postinst")
+    assert run(Table((A, B), called={"b": event}))[1] == {}
+
+
 def test_call_that_is_recorded_stages_nothing() -> None:
     event = Event(Outcome.WITHHELD, ("reboot",), "b", "postinst")
     assert run(Table((A, B), called={"b": event}))[1] == {}

@@ -149,7 +149,7 @@ class Cut:
         medium = self.medium
         command = [str(reflection.APPLIER), "apply", str(medium.path), "--medium-sha256"]
         command += [medium.info.header_sha256, "--root", str(root)]
-        if boot and boot_unit.is_left(root):
+        if boot and boot_unit.starts(root):
             command = boot_unit.command(root)
         done = subprocess.run(command, capture_output=True, check=False, timeout=120)
         return parse_output(done.stdout)

@@ -45,9 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gate",
-        type=Gate,
-        choices=tuple(Gate),
-        default=Gate.FULL,
+        choices=[gate.value for gate in Gate],
+        default=Gate.FULL.value,
         help="what is done before the links go up: full (default), everything; exposed, what"
         " somebody on a network can reach: other services are restarted right after",
     )
@@ -95,7 +94,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
             store,
             story,
             arguments.on_failure,
-            arguments.gate,
+            Gate(arguments.gate),
             keep_snapshots=arguments.keep_snapshots if arguments.snapshot else 0,
             on_conflict=arguments.on_conflict,
         )

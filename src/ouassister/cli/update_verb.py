@@ -98,7 +98,7 @@ def _lines(report: UpdateReport, vm: str) -> list[str]:
         if report.fallback_id:
             lines.append(f"  kept for a conflict: all archives, {size(report.fallback_bytes)}")
         lines += [f"  {line}" for line in mode_lines(report.modes)]
-        lines += [f"  then: {' '.join(action.argv)}" for action in report.actions]
+        lines += [f"  then: {action.shown}" for action in report.actions]
         lines += [f"  {line}" for line in restart_lines(report.restarts)]
         if report.reboot_needed:
             lines.append("  a newer kernel is installed: reboot the guest to run it")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import (
     DeadlineError,
+    NoSolutionError,
     PackageNotFoundError,
     RepositoryError,
     UnsupportedGuestError,
@@ -31,7 +32,7 @@ from ouassister.shadow.fetch.proxy import PROXY
 from ouassister.shadow.session import SCRIPT_TIMEOUT_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from ouassister.model import Request
     from ouassister.shadow.fetch.mirrors import Mirrors
@@ -194,7 +195,7 @@ class Apt:
 
         Raises:
             PackageNotFoundError: A package that was asked for has no candidate.
-            UpdaterError: apt-get finds no solution.
+            NoSolutionError: apt-get finds none.
             WorkDiskFullError: There is no room for the archives.
         """
         words = _words(request)
@@ -219,7 +220,9 @@ class Apt:
                 raise PackageNotFoundError(
                     f"the guest's repositories have no package {', '.join(missing)}"
                 )
-            raise UpdaterError(f"apt-get finds no solution: {apt_output.error_lines(output)}")
+            detail = apt_output.error_lines(output)
+            broken = apt_output.broken_packages(output)
+            raise NoSolutionError(f"apt-get finds no solution: {detail}", broken)
         changes = apt_output.parse_changes(output)
         kept = apt_output.parse_kept_back(output)
         status, output = results["uris"]
@@ -253,8 +256,19 @@ class Apt:
         self._staged += changes
         self._write_pins()
 
-    def emulate(self, request: Request) -> Ran:
+    def automatic(self, names: Collection[str]) -> frozenset[str]:
+        """Which of these installed packages nobody asked for by name."""
+        status, output = self._run(["apt-mark", "showauto", *names])
+        if status != 0:
+            raise UpdaterError(f"apt-mark: {apt_output.error_lines(output)}")
+        return frozenset(output.split()) & frozenset(names)
+
+    def emulate(self, request: Request, automatic: Collection[str] = ()) -> Ran:
         """Install, offline; what did not go well is in the answer.
+
+        Args:
+            request: What to install.
+            automatic: Of that, names of packages that nobody asked for.
 
         Raises:
             WorkDiskFullError: The union layer found no room.
@@ -269,6 +283,8 @@ class Apt:
             timed_out, status, output = True, 1, f"E: {error.message}"
         if status != 0 and any(words in output for words in _NO_ROOM):
             raise WorkDiskFullError(f"the union layer: {apt_output.error_lines(output)}")
+        if status == 0 and automatic:
+            status, output = self._run(["apt-mark", "auto", *automatic])
         problem = f"apt-get: {apt_output.error_lines(output)}" if status != 0 else ""
         if status == 0 and (audit := self._shadow.read_log("audit")).strip():
             problem = f"dpkg --audit after the run: {apt_output.error_lines(audit)}"

@@ -36,6 +36,11 @@ _URI: Final = re.compile(
     r" (?P<digest>SHA(?:256|512):[0-9a-f]+)"
 )
 _KEPT_BACK: Final = "The following packages have been kept back:"
+_UNMET: Final = (
+    "The following packages have unmet dependencies:",
+    "Unsatisfied dependencies:",  # apt 3
+)
+_BROKEN: Final = re.compile(rf" (?P<name>{_NAME})(?::{_ARCH})? : ")
 _NOT_FOUND: Final = re.compile(
     rf"^E: (?:Unable to locate package (?P<unknown>{_NAME}(?::{_ARCH})?)"
     rf"|Package '(?P<gone>{_NAME}(?::{_ARCH})?)' has no installation candidate"
@@ -113,6 +118,22 @@ def parse_kept_back(output: str) -> tuple[LeftOut, ...]:
 def missing_packages(output: str) -> tuple[str, ...]:
     """Names that apt-get does not find, or finds no candidate for."""
     return tuple(match[match.lastgroup or 0] for match in _NOT_FOUND.finditer(output))
+
+
+def broken_packages(output: str) -> tuple[str, ...]:
+    """Names of packages whose dependencies apt-get cannot fulfil."""
+    names: list[str] = []
+    inside = False
+    for line in output.splitlines():
+        if line in _UNMET:
+            inside = True
+        elif inside and line.startswith(" "):
+            match = _BROKEN.match(line)
+            if match is not None:  # further lines of one package are indented more
+                names.append(match["name"])
+        else:
+            inside = False
+    return tuple(dict.fromkeys(names))
 
 
 def unreachable_indexes(output: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import secrets
 import shlex
 from typing import TYPE_CHECKING, Final
 
+from ouassister.model import WRITE_FILE
 from ouassister.restart.actions import side_by_side
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ _CARRIED_APPLIER: Final = "/var/lib/.ouassister-applier"
 _TAKE: Final = f"""umask 077
 dd if="$1" of="$3" bs=4096 skip=1 count="$2" 2>/dev/null && chmod 700 "$3" || exit {NO_STUB}
 shift 2; exec "$@\""""
+# One of `Action`: a file in memory, under another name until it is whole.
+_WRITE_FILE: Final = f"""{WRITE_FILE}() (
+	umask 077; to=$1 mode=$2 owner=$3:$4; shift 4; IFS=
+	printf %s "$*" | base64 -d >"$to.new" && chown "$owner" "$to.new" &&
+		chmod "$mode" "$to.new" && mv -f "$to.new" "$to"
+)"""
 _SEED_BYTES: Final = 64  # guest/guest.c, guest_seed
 # Every shell of ours has this name, and the applier the medium's serial; see `await_command`.
 OURS: Final = "ouassister-reflect"
@@ -115,7 +122,7 @@ def actions_command(actions: Sequence[Action]) -> list[str]:
 
 def action_lines(actions: Sequence[Action]) -> list[str]:
     """The shell's lines of `actions_command`; what is independent goes on side by side."""
-    lines: list[str] = []
+    lines = [_WRITE_FILE] if any(one.argv[0] == WRITE_FILE for one in actions) else []
     for group in side_by_side(actions):
         some = [_action_line(number, actions[number]) for number in group]
         if len(some) == 1:
@@ -166,7 +173,7 @@ def failed_actions(actions: Sequence[Action], output: bytes) -> tuple[str, ...]:
         if status != "0":
             units = at_fault(several_units(action), states.get(str(number), []))
             named = f" ({', '.join(units)})" if units else ""
-            told.append(f"{' '.join(action.argv)}: status {status}{named}")
+            told.append(f"{action.shown}: status {status}{named}")
     return tuple(told)
 
 

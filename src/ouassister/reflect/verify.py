@@ -190,7 +190,7 @@ def _attestation(changeset: Changeset, left: Sequence[Action]) -> str:
         "entries": len(changeset.entries),
     }
     if left:
-        known["to_follow"] = [" ".join(action.argv) for action in left]
+        known["to_follow"] = [action.shown for action in left]
     return json.dumps(known, separators=(",", ":"))[:-1] + ","
 
 

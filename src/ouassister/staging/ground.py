@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.extract import collect
-from ouassister.errors import OUassisterError, RepositoryError, UpdaterError
-from ouassister.guest_shadow import EXTRACT, KEEP
+from ouassister.errors import NoSolutionError, OUassisterError, RepositoryError, UpdaterError
+from ouassister.guest_shadow import EXTRACT, KEEP, MADE
 from ouassister.model import Request
 from ouassister.packages import update
 from ouassister.packages.apt_steps import steps_for
 from ouassister.packages.owners import owners
+from ouassister.restart import run_files
 from ouassister.shadow import sandbox
 from ouassister.shadow.events import actions_of
 from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
+from ouassister.shadow.tmpfs_handover import read_places
 from ouassister.staging import carry, held, judge
 from ouassister.text import to_text
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from ouassister.changeset.extract import Extraction
     from ouassister.disk.layout import Layout
     from ouassister.guest_shadow import Guest
-    from ouassister.model import PackageChange, Staged, StagedStep
+    from ouassister.model import Action, PackageChange, Staged, StagedStep
     from ouassister.packages.apt import Apt, Ran
     from ouassister.packages.update import Prepared
     from ouassister.restart.uses import ProcessUse
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 LAYER: Final = "layer.tar"
 _NS: Final = 1_000_000_000
+
+Changes = tuple["PackageChange", ...]
 
 
 class RealGround:
@@ -67,10 +72,20 @@ class RealGround:
         self.notes: tuple[str, ...] = ()
         self.earlier: tuple[str, ...] = ()  # notes on what is done over: what it tried stays told
         self.extraction: Extraction
+        self.made: tuple[Action, ...] = ()  # what scripts made in memory, made again
+        self.made_notes: tuple[str, ...] = ()
+        self._staged_changes: set[PackageChange] = set()
+        self._automatic: frozenset[str] = frozenset()  # asked for by us alone
+        self._since_ns = 0  # when the updater was started
 
     def uses(self) -> tuple[ProcessUse, ...]:
         """What processes run."""
         return self._running().uses
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Notes on what was not told, or does not travel."""
+        return (*self.notes, *self.made_notes)
 
     def out_of_reach(self) -> frozenset[str]:
         """Units that nobody on a network reaches; none where that cannot be told."""
@@ -81,8 +96,9 @@ class RealGround:
 
     def emulate(self, request: Request) -> Ran:
         """Run the guest's updater."""
+        self._since_ns = time.time_ns()
         with self._timeline.phase("emulate"):
-            return self._tool.emulate(request)
+            return self._tool.emulate(request, sorted(self._automatic))
 
     def events(self) -> Iterable[Event]:
         """What it recorded."""
@@ -106,10 +122,36 @@ class RealGround:
                 "record": f"{sandbox.WORK}/output/record.json",
                 "devices": list(read_devices(shadow.output_path(SYSCALLS)).items()),
             }
+            making = self._begin_made()
             summary = shadow.call(EXTRACT, "run", argument)
+            self._finish_made(making)
             extraction = collect(summary, shadow.output_path("record.json"))
             carry.check(self.staged, self.folder, extraction.entries)
         return extraction
+
+    def _begin_made(self) -> int | None:
+        """Ask what programs made in /run; None where none ran, or it is not the guest's."""
+        self.made, self.made_notes = (), ()
+        if not self._since_ns:
+            return None
+        places = read_places(self._guest.folder / "shadow" / "tmpfs") or ()
+        for place in places:
+            if (place.target, place.root) == (run_files.RUN, b"/"):
+                argument = {
+                    "folder": f"{sandbox.TMPFS}/{place.number}",
+                    "since_ns": self._since_ns,
+                    "apart": run_files.APART,
+                }
+                return self._guest.shadow.begin(MADE, "list_made", argument)
+        return None
+
+    def _finish_made(self, call: int | None) -> None:
+        if call is None:
+            return
+        nodes = self._guest.shadow.finish(call)
+        contents = self._guest.sleeping.view.tmpfs_content or ()
+        before = next((one.tmpfs.nodes for one in contents if one.tmpfs.target == b"/run"), ())
+        self.made, self.made_notes = run_files.actions_for(nodes, before)
 
     def held(self, extraction: Extraction, ran: Ran, names: frozenset[str]) -> Reasons:
         """Packages that wrote what sleeping processes hold open."""
@@ -132,23 +174,62 @@ class RealGround:
         """What is left of a request when some more packages stay as they are, and its plan."""
         with self._timeline.phase("plan without staged packages"):
             self._tool.stage(staged)
-            names = {change.name for change in staged}
+            self._staged_changes.update(staged)
+            names = {change.name for change in self._staged_changes}
             kept = tuple(word for word in request.install if carry.name_of(word) not in names)
-            left = Request(kept)
-            if request.install and not kept:
+            left, after = self._plan_rest(Request(kept), empty=bool(request.install and not kept))
+            return self._with_the_others(left, after) if request.install else (left, after)
+
+    def _plan_rest(self, left: Request, *, empty: bool) -> tuple[Request, Changes]:
+        """What apt plans of what is left of a request; what it cannot install is dropped."""
+        if empty:
+            return left, ()
+        try:
+            return left, self._tool.plan(left, again=True).changes
+        except (UpdaterError, RepositoryError):  # one of them needs what is staged
+            if not left.install:
+                raise
+            left, _dropped = update.still_possible(self._tool, left)
+            if not left.install:
                 return left, ()
+            return left, self._tool.plan(left, again=True).changes
+
+    def _with_the_others(self, left: Request, after: Changes) -> tuple[Request, Changes]:
+        """Ask by name for what apt had planned for a staged package alone, and marked so.
+
+        Most of a staged package's new dependencies can be emulated as any other; only what needs
+        it cannot.
+        """
+        plan = [one for one in self._prepared.plan.changes if one not in self._staged_changes]
+        others = [one for one in plan if one.new and one not in after]
+        while others:
+            wanted = Request((*left.install, *(_word(one) for one in others)))
             try:
-                return left, self._tool.plan(left, again=True).changes
-            except (UpdaterError, RepositoryError):  # one of them needs what is staged
-                left, _dropped = update.still_possible(self._tool, left)
-                if request.install and not left.install:
-                    return left, ()
-                return left, self._tool.plan(left, again=True).changes
+                changes = self._tool.plan(wanted, again=True).changes
+            except NoSolutionError as error:
+                fewer = [one for one in others if one.name not in error.broken]
+                if len(fewer) == len(others):
+                    break  # nobody knows which of them it is
+                others = fewer
+                continue
+            except (UpdaterError, RepositoryError):
+                break
+            if not set(after) <= set(changes) <= set(plan):
+                break
+            asked = {carry.name_of(word) for word in self._prepared.request.install}
+            mine = {one.name for one in others} - asked
+            old = {one.name for one in others if one.old and one.name in mine}
+            new = mine - old
+            self._automatic = frozenset(new | (self._tool.automatic(old) if old else set()))
+            return wanted, changes
+        self._automatic = frozenset()
+        return left, after
 
     def start_over(self) -> None:
         """Forget what programs wrote and recorded."""
         with self._timeline.phase("start over"):
             self.earlier += actions_of(self.events())[1]
+            self._since_ns = 0
             self._guest.start_over()
             self._archives("restore")
             for archive in self._tool.lacking(self._prepared.plan.archives):
@@ -169,6 +250,12 @@ class RealGround:
         names = [archive.file_name for archive in self._prepared.plan.archives]
         for name in self._guest.shadow.call(KEEP, function, names):
             raise UpdaterError(f"the archive {to_text(str(name).encode())} is gone")
+
+
+def _word(change: PackageChange) -> str:
+    """What asks apt for this version."""
+    where = "" if change.architecture in ("all", "") else f":{change.architecture}"
+    return f"{change.name}{where}={change.new}"
 
 
 def _trees(layout: Layout) -> list[dict[str, object]]:

@@ -1,0 +1,95 @@
+"""What programs left in a tmpfs of the shadow. Called in the sandbox, between programs.
+
+All that was there before was made anew when the shadow was (`ouassister.shadow.tmpfs_fill`), so
+what is younger is of a program, or of a stand-in: ctime, which no program can set, tells.
+
+Source: ``tmpfs(5)``; Linux v6.1 ``mm/shmem.c`` (``shmem_getattr``).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import stat
+from typing import Any, Final
+
+from ouassister.text import to_text
+
+_FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_MOST_NODES: Final = 1 << 16
+_MOST_TOLD: Final = 1024
+_MOST_DEPTH: Final = 16
+_MOST_BYTES: Final = 8 << 10  # of one file
+
+
+def list_made(argument: dict[str, Any]) -> list[dict[str, Any]]:
+    """List directories, regular files and links that came or changed since a moment.
+
+    Args:
+        argument: ``folder``: where the tmpfs is mounted. ``since_ns``: seconds of the host's clock,
+            times 10^9. ``apart``: names at its top that are not looked at, escaped.
+
+    Returns:
+        For each, a directory before what is in it: ``path`` from the top, escaped; ``mode``,
+        ``uid``, ``gid``, ``size``, ``mtime_ns`` as of lstat(2); ``content`` in base64, None where
+        it is too long or none; ``target`` of a link, escaped.
+    """
+    found: list[dict[str, Any]] = []
+    top = os.open(argument["folder"], _FOLDER_FLAGS)
+    try:
+        _walk(top, b"", argument["since_ns"], frozenset(argument["apart"]), found, [_MOST_NODES])
+    finally:
+        os.close(top)
+    return found
+
+
+def _walk(
+    folder: int,
+    path: bytes,
+    since_ns: int,
+    apart: frozenset[str],
+    found: list[dict[str, Any]],
+    left: list[int],
+) -> None:
+    with os.scandir(folder) as entries:
+        names = sorted(os.fsencode(entry.name) for entry in entries)
+    for name in names:
+        left[0] -= 1
+        if left[0] < 0 or len(found) == _MOST_TOLD:
+            return
+        if not path and to_text(name) in apart:
+            continue
+        below = path + b"/" + name
+        status = os.lstat(name, dir_fd=folder)
+        if status.st_ctime_ns >= since_ns:
+            found.append(_told(folder, name, below, status))
+        if stat.S_ISDIR(status.st_mode) and below.count(b"/") < _MOST_DEPTH:
+            with contextlib.suppress(OSError):  # something is mounted there, or it is gone
+                inside = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+                try:
+                    if os.fstat(inside).st_dev == status.st_dev:
+                        _walk(inside, below, since_ns, apart, found, left)
+                finally:
+                    os.close(inside)
+
+
+def _told(folder: int, name: bytes, path: bytes, status: os.stat_result) -> dict[str, Any]:
+    content = target = None
+    if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_BYTES:
+        descriptor = os.open(name, _FILE_FLAGS, dir_fd=folder)
+        with os.fdopen(descriptor, "rb") as file:
+            content = base64.b64encode(file.read(_MOST_BYTES)).decode("ascii")
+    elif stat.S_ISLNK(status.st_mode):
+        target = to_text(os.readlink(name, dir_fd=folder))
+    return {
+        "path": to_text(path),
+        "mode": status.st_mode,
+        "uid": status.st_uid,
+        "gid": status.st_gid,
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "content": content,
+        "target": target,
+    }
