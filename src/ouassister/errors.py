@@ -28,6 +28,7 @@
     ├── RepositoryError            30   network or repository
     │   └── PackageNotFoundError   30   no repository has the package
     ├── UpdaterError               31   the guest's updater failed
+    │   ├── NoSolutionError        31   … finds no set of packages that fits
     │   ├── StagingNeededError     31   a package cannot be emulated, and may not be staged
     │   └── WorkDiskFullError      31   no room for the work folder
     ├── DeadlineError              32   a time limit ran out
@@ -319,7 +320,10 @@ class UpdaterError(OUassisterError):
 class NoSolutionError(UpdaterError):
     """The guest's updater finds no solution; ``broken`` are packages that lack what they need."""
 
-    def __init__(self, message: str, broken: tuple[str, ...]) -> None:
+    code = "no-solution"
+    default_hint = "the guest's own sources.list, holds and pins decide what can be installed"
+
+    def __init__(self, message: str, broken: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.broken = broken
 

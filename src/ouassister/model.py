@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
 
 from ouassister.access import Access as Access
 from ouassister.guest_model import BlockDevice as BlockDevice
@@ -38,6 +37,8 @@ from ouassister.guest_model import TmpfsContent as TmpfsContent
 from ouassister.guest_model import TmpfsNode as TmpfsNode
 from ouassister.guest_model import VirtAddr as VirtAddr
 from ouassister.guest_model import Vma as Vma
+from ouassister.restart_model import WRITE_FILE as WRITE_FILE
+from ouassister.restart_model import Action as Action
 from ouassister.restart_model import Exposed as Exposed
 from ouassister.restart_model import Restart as Restart
 from ouassister.restart_model import Verdict as Verdict
@@ -289,26 +290,6 @@ class Entry:
     below: tuple[tuple[bytes, Expected], ...] = ()
     same: bool = False
     holes: int = 0
-
-
-WRITE_FILE: Final = "write_file"
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """Recorded in the shadow, done in the guest after its files are in place.
-
-    ``argv`` starts with the bare name of a program that we chose; every word was checked against
-    its alphabet. `WRITE_FILE` is no program but a function of the shell that does them; its words
-    are a path, an octal mode, a uid, a gid, and the content in base64.
-    """
-
-    argv: tuple[str, ...]
-
-    @property
-    def shown(self) -> str:
-        """As a person shall see it."""
-        return " ".join(self.argv[:2] if self.argv[0] == WRITE_FILE else self.argv)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""Frozen records of who runs what an update replaces, and what is done about it; data only."""
+"""Frozen records of who runs what an update replaces, and what is done in the guest; data only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from ouassister.guest_model import GuestPid
 
@@ -35,3 +36,23 @@ class Restart:
     verdict: Verdict
     why: str
     processes: tuple[Exposed, ...]
+
+
+WRITE_FILE: Final = "write_file"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Recorded in the shadow, done in the guest after its files are in place.
+
+    ``argv`` starts with the bare name of a program that we chose; every word was checked against
+    its alphabet. `WRITE_FILE` is no program but a function of the shell that does them; its words
+    are a path, an octal mode, a uid, a gid, and the content in base64.
+    """
+
+    argv: tuple[str, ...]
+
+    @property
+    def shown(self) -> str:
+        """As a person shall see it."""
+        return " ".join(self.argv[:2] if self.argv[0] == WRITE_FILE else self.argv)
