@@ -18,7 +18,7 @@ from ouassister.guest_model import (
     TaskDetail,
 )
 from ouassister.kernel.socket_ends import SocketEnds
-from ouassister.model import Action, GuestView, Task, Uts
+from ouassister.model import Action, Exposed, GuestView, Restart, Task, Uts, Verdict
 from ouassister.restart import reach
 
 NAMED = 77
@@ -94,38 +94,57 @@ def actions(*lines: str) -> tuple[Action, ...]:
 TIMER = "systemd-run --on-active=30 systemctl try-restart qemu-guest-agent.service"
 
 
-def test_calls_are_divided_and_stay_in_their_order() -> None:
-    before, after = reach.split(
-        actions(
-            "systemctl daemon-reexec",
-            "kill -s HUP 7",
-            "update-grub",
-            "systemctl --no-block restart ssh.service cron.service",
-            "invoke-rc.d atd restart",
-            "invoke-rc.d apache2 reload",
-            "systemctl try-restart atd.service cron.service",
-            TIMER,
-        ),
-        {"cron.service", "atd.service"},
-    )
-    assert before == actions(
+def restart(unit: str, *pids: int, verdict: Verdict = Verdict.RESTART) -> Restart:
+    return Restart(unit, verdict, "", tuple(Exposed(GuestPid(pid), b"x", ()) for pid in pids))
+
+
+KNOWN = (
+    restart("ssh.service", 7, 8),
+    restart("web.service", 9),
+    restart("cron.service", 5),
+    restart("dbus.service", 4, verdict=Verdict.ADVISE),
+)
+
+
+def test_gate_waits_for_all_but_restarts_of_what_ran_and_until_that_has_ended() -> None:
+    order = actions(
         "systemctl daemon-reexec",
-        "kill -s HUP 7",
-        "systemctl --no-block restart ssh.service",
-        "invoke-rc.d apache2 reload",
-    )
-    assert after == actions(
+        "systemctl try-restart cron.service",
         "update-grub",
-        "systemctl --no-block restart cron.service",
-        "invoke-rc.d atd restart",
+        "deb-systemd-invoke start new.service",
+        "deb-systemd-invoke restart ssh.service",
+        "invoke-rc.d web restart",
         "systemctl try-restart atd.service cron.service",
         TIMER,
     )
+    parts = reach.part(order, KNOWN, {"cron.service", "atd.service"})
+    assert parts.begun == (*order[:2], *order[3:7])
+    assert parts.awaited == 3
+    assert parts.pids == (7, 8, 9)  # not cron's: nobody reaches it
+    assert parts.left == (order[2], order[7])
+    assert parts.follow == (*order[4:7], order[2], order[7])
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "systemctl restart firewall.service",  # has no process
+        "systemctl restart dbus.service",  # is not to be restarted: its processes stay
+        "systemctl stop ssh.service",
+        "systemctl reload ssh.service",
+        "sysctl -w a=b",
+        "systemctl restart ssh.service new.service",
+    ],
+)
+def test_gate_waits_for_what_is_more_than_a_restart(last: str) -> None:
+    order = actions("systemctl restart ssh.service", last)
+    assert reach.part(order, KNOWN, ()) == reach.Parts(order, 2, (), ())
 
 
 def test_timer_alone_is_not_worth_a_second_look() -> None:
-    both = actions("systemctl try-restart ssh.service", TIMER)
-    assert reach.split(both, {"cron.service"}) == (both, ())
+    both = actions("systemctl start new.service", TIMER)
+    assert reach.part(both, KNOWN, ()) == reach.Parts(both, 2, (), ())
+    assert reach.part((), KNOWN, ()) == reach.Parts((), 0, (), ())
 
 
 def test_change_set_names_those_of_its_actions_alone() -> None:

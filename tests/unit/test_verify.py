@@ -10,6 +10,7 @@ from tests.unit.test_changeset_archive import build
 
 from ouassister.model import Action, Changeset, PackageChange, Restart, Staged, Verdict
 from ouassister.reflect import applier_protocol, verify
+from ouassister.restart.reach import Parts
 
 SINCE_MS = 50_000.0
 
@@ -53,10 +54,12 @@ def test_unit_that_is_restarted_later_is_not_looked_at_yet_and_the_attestation_s
     told = verify.judge(changeset(), SINCE_MS, answers, later)
     assert told.problems == ()
     assert "no restarted unit has failed" not in told.verified
-    *_, script, _name, words = verify.command(changeset(), (), later)
+    parts = Parts(later, 0, (7, 9), ())
+    *_, script, _name, words = verify.begin_command(changeset(), parts)
     assert "\nunits=''\n" in script
     assert json.loads(words + '"x":1}')["to_follow"] == ["systemctl try-restart nginx.service"]
     assert "to_follow" not in verify.command(changeset(), later)[-1]
+    assert "to_follow" not in verify.follow_command(changeset(), parts, 12)[-1]
 
 
 def test_units_that_nobody_asked_for_are_not_verified() -> None:

@@ -1,4 +1,4 @@
-"""A gate that waits for what can be reached: one service listens, one does not."""
+"""A gate that waits until nothing old is in reach: one service listens, one does not."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 # Both run what oua-daemon replaces; one is handed a socket, which init listens at for it. Each
-# writes down whether the link is up when it is started; who must come later waits for that.
-_CARRIER: Final = "cat /sys/class/net/eth0/carrier >>/srv/%N.link"
-_LISTEN: Final = f"""[Service]
-ExecStartPre=/bin/sh -c '{_CARRIER}'
-ExecStart=/usr/lib/oua-daemon/sleeper infinity
-"""
-_SOCKET: Final = "[Socket]\nListenStream=7000\n"
+# writes down whether the link is up when it has ended, and when it is started; that waits for it.
+_CARRIER: Final = "cat /sys/class/net/eth0/carrier >>/srv/%N"
 _LATER: Final = f"""[Service]
 ExecStartPre=/bin/sh -c 'n=0; until grep -q 1 /sys/class/net/eth0/carrier || [ $n -ge 100 ];\
- do sleep 0.1; n=$((n + 1)); done; {_CARRIER}'
+ do sleep 0.1; n=$((n + 1)); done; {_CARRIER}.link'
+ExecStopPost=/bin/sh -c '{_CARRIER}.ended'
 """
+_LISTEN: Final = f"{_LATER}ExecStart=/usr/lib/oua-daemon/sleeper infinity\n"
+_SOCKET: Final = "[Socket]\nListenStream=7000\n"
 _FILES: Final = {
     "/etc/systemd/system/oua-listen.service": _LISTEN,
     "/etc/systemd/system/oua-listen.socket": _SOCKET,
@@ -69,10 +67,13 @@ def test_what_nobody_reaches_follows_the_open_gate_and_its_failure_is_told(world
     assert message.startswith("after the gate had been opened: ")
     assert "oua-daemon.service ran at suspend and failed when restarted" in message
     with qemu.attach(world.config) as vm:
-        assert _out(vm, "cat /srv/oua-listen.link") == "0"  # before the links went up
+        assert _out(vm, "cat /srv/oua-listen.ended") == "0"  # before the links went up
+        assert _out(vm, "cat /srv/oua-listen.link") == "1"  # and the gate did not wait for this
         attested = json.loads(_out(vm, "cat /var/lib/ouassister/attestation.json"))
         assert (attested["result"], attested["checks"]["units"]) == ("not verified", "not clean")
-        guest_run(vm, "rm /srv/oua-spoil; rm -f /srv/*.link; systemctl start oua-daemon")
+        guest_run(
+            vm, "rm /srv/oua-spoil; rm -f /srv/*.link /srv/*.ended; systemctl start oua-daemon"
+        )
         assert _out(vm, "cat /srv/oua-daemon.link; rm /srv/oua-daemon.link") == "1"  # open, still
 
     resumed = world.run("resume", "--gate", "exposed")
@@ -82,7 +83,8 @@ def test_what_nobody_reaches_follows_the_open_gate_and_its_failure_is_told(world
     phases = [one["name"] for one in resumed.result["phases"]]
     assert phases.index("open gate") < phases.index("gate open: actions and verification")
     with qemu.attach(world.config) as vm:
-        assert _out(vm, "cat /srv/oua-listen.link /srv/oua-daemon.link") == "0\n1"
+        assert _out(vm, "cat /srv/oua-listen.ended /srv/oua-listen.link") == "0\n1"
+        assert _out(vm, "cat /srv/oua-daemon.link") == "1"
         attested = json.loads(_out(vm, "cat /var/lib/ouassister/attestation.json"))
         assert attested["result"] == "verified"
         assert "to_follow" not in attested

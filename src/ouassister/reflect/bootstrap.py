@@ -120,11 +120,14 @@ def actions_command(actions: Sequence[Action]) -> list[str]:
     return ["/bin/sh", "-c", "\n".join(action_lines(actions)), OURS]
 
 
-def action_lines(actions: Sequence[Action]) -> list[str]:
-    """The shell's lines of `actions_command`; what is independent goes on side by side."""
+def action_lines(actions: Sequence[Action], first: int = 0) -> list[str]:
+    """The shell's lines of `actions_command`; what is independent goes on side by side.
+
+    ``first`` is the index that the first one is told with.
+    """
     lines = [_WRITE_FILE] if any(one.argv[0] == WRITE_FILE for one in actions) else []
     for group in side_by_side(actions):
-        some = [_action_line(number, actions[number]) for number in group]
+        some = [_action_line(first + number, actions[number]) for number in group]
         if len(some) == 1:
             lines += some
         else:  # not a plain wait: others go on meanwhile

@@ -38,6 +38,7 @@ from ouassister.reflect import (
 )
 from ouassister.reflect.verify import Verification
 from ouassister.restart import reach
+from ouassister.restart.reach import Parts
 from ouassister.state.fence import check_fence
 from ouassister.store.database import ChangesetState
 
@@ -85,7 +86,8 @@ class _Finished:
     failed_actions: tuple[str, ...]
     staged: tuple[StagedState, ...]
     verification: Verification
-    left: tuple[Action, ...] = ()
+    parts: Parts | None = None  # of the actions, where some go on behind the open gate
+    worker: int = 0  # the guest's process that goes on with them
 
 
 def reflect(
@@ -307,12 +309,17 @@ def _finish(
         actions = staged.due(changeset.restarts, last, installed)
     if verify.is_attested(result):
         return _Finished(failed, states, verify.BY_APPLIER)
-    left: tuple[Action, ...] = ()
+    parts = None
     if extent is Gate.EXPOSED:
-        actions, left = reach.split(actions, changeset.out_of_reach)
+        parts = reach.part(actions, changeset.restarts, changeset.out_of_reach)
     with timeline.phase("restarts and verification" if states else "actions and verification"):
-        done = _act_and_verify(vm, changeset, result, actions, left)
-    return replace(done, failed_actions=failed + done.failed_actions, staged=states, left=left)
+        if parts and parts.follow:
+            output = _run(vm, verify.begin_command(changeset, parts))
+            verification = _verified(changeset, result, output, (), parts.follow)
+            return _Finished(failed, states, verification, parts, verify.worker(output))
+        output = _run(vm, verify.command(changeset, actions))
+        more = bootstrap.failed_actions(actions, output)
+        return _Finished(failed + more, states, _verified(changeset, result, output, more))
 
 
 def _follow(
@@ -323,30 +330,38 @@ def _follow(
     Raises:
         GateClosedError: The verification met a problem; its text fits an open gate, too.
     """
-    if not done.left:
+    parts = done.parts
+    if parts is None:
         return done
     with timeline.phase("gate open: actions and verification"):
-        more = _act_and_verify(vm, changeset, result, done.left)
-    failed = done.failed_actions + more.failed_actions
-    return replace(done, failed_actions=failed, verification=more.verification)
+        output = _run(vm, verify.follow_command(changeset, parts, done.worker))
+        failed = bootstrap.failed_actions((*parts.begun, *parts.left), output)
+        verification = _verified(changeset, result, output, failed)
+    return replace(done, failed_actions=done.failed_actions + failed, verification=verification)
 
 
-def _act_and_verify(
-    vm: Running,
+def _run(vm: Running, command: list[str]) -> bytes:
+    return second_look.run(vm, command, timeout_s=_ACTIONS_S, most_s=_POLL_S).stdout
+
+
+def _verified(
     changeset: Changeset,
     result: ApplierResult,
-    actions: tuple[Action, ...],
+    output: bytes,
+    failed: tuple[str, ...],
     left: tuple[Action, ...] = (),
-) -> _Finished:
-    command = verify.command(changeset, actions, left)
-    done = second_look.run(vm, command, timeout_s=_ACTIONS_S, most_s=_POLL_S)
-    failed = bootstrap.failed_actions(actions, done.stdout)
+) -> Verification:
+    """What the guest's answers come to.
+
+    Raises:
+        GateClosedError: They tell of a problem.
+    """
     since_ms = result.ended_ms - sum(milliseconds for _name, milliseconds in result.phases_ms)
-    verification = verify.judge(changeset, since_ms, done.stdout, left)
+    verification = verify.judge(changeset, since_ms, output, left)
     if verification.problems:
         words = "; ".join((*verification.problems, *failed))
         raise GateClosedError(f"verification in the guest: {words}", hint=gate.HINT)
-    return _Finished(failed, (), verification)
+    return verification
 
 
 def act(vm: Running, actions: tuple[Action, ...]) -> tuple[str, ...]:

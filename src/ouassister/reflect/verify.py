@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
     from ouassister.model import Action, Changeset
     from ouassister.reflect.applier_protocol import ApplierResult
+    from ouassister.restart.reach import Parts
 
 _SCRIPT: Final = Path(__file__).with_suffix(".sh")
 _WORD_BYTES: Final = 1 << 16  # of one argument; Linux takes 128 KiB (MAX_ARG_STRLEN)
+_WORKER: Final = re.compile(rb"^v worker ([1-9][0-9]{0,9})$", re.M)
 _MOST_TOLD: Final = 8
 _NAMED: Final = re.compile(r" ([a-z0-9][a-z0-9+.-]{0,254})(?::[a-z0-9-]{1,64})?(?: .*)?")
 
@@ -71,19 +73,60 @@ def is_attested(result: ApplierResult) -> bool:
     return result.outcome is Outcome.APPLIED and "attest" in phases
 
 
-def command(
-    changeset: Changeset, actions: Sequence[Action], left: Sequence[Action] = ()
-) -> list[str]:
-    """A command for the guest: do each action, verify, attest; ``left`` follow later.
+def command(changeset: Changeset, actions: Sequence[Action]) -> list[str]:
+    """A command for the guest: do each action, verify, attest.
 
     The actions' answers are those of `bootstrap.actions_command`.
     """
+    lines = ["begin", *bootstrap.action_lines(actions), "finish"]
+    return _script(changeset, lines, (), serviced=bool(actions))
+
+
+def begin_command(changeset: Changeset, parts: Parts) -> list[str]:
+    """A command for the guest: begin the actions, verify and attest once the gate may open.
+
+    It tells who goes on with them (`worker`).
+    """
+    lines = [
+        "begin",
+        'rm -f "$begun"',
+        "{",
+        *bootstrap.action_lines(parts.begun),
+        "echo end",
+        '} >"$begun" 2>/dev/null </dev/null &',
+        "echo v worker $!",
+        f"pids={shlex.quote(' '.join(map(str, parts.pids)))}",
+        f"await {' '.join(map(str, range(parts.awaited)))}".rstrip(),
+        "finish",
+    ]
+    return _script(changeset, lines, parts.follow, serviced=True)
+
+
+def follow_command(changeset: Changeset, parts: Parts, worker: int) -> list[str]:
+    """A command for the guest: wait for the end of the actions, do the rest, verify and attest."""
+    lines = [
+        "begin",
+        f"await_worker {worker}",
+        *bootstrap.action_lines(parts.left, len(parts.begun)),
+        "finish",
+    ]
+    return _script(changeset, lines, (), serviced=True)
+
+
+def worker(output: bytes) -> int:
+    """The process that goes on with what `begin_command` began; 0 when it was not told."""
+    match = _WORKER.search(output)
+    return int(match[1]) if match else 0
+
+
+def _script(
+    changeset: Changeset, lines: Sequence[str], left: Sequence[Action], *, serviced: bool
+) -> list[str]:
     head = [
         f"id={changeset.changeset_id}",
-        f"serviced={'yes' if actions else ''}",
+        f"serviced={'yes' if serviced else ''}",
         f"units={shlex.quote(' '.join(sorted(_restarted(changeset, left))))}",
     ]
-    lines = ["begin", *bootstrap.action_lines(actions), "finish"]
     script = "\n".join([*head, _SCRIPT.read_text(encoding="ascii"), *lines])
     return ["/bin/sh", "-c", script, bootstrap.OURS, *_pieces(_attestation(changeset, left))]
 

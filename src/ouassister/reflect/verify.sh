@@ -49,6 +49,21 @@ ask() { # units that have failed, or that fail and are started again and again
 	[ $# -eq 0 ] || systemctl show -p InactiveEnterTimestampMonotonic -- "$@" 2>/dev/null |
 		while read -r line; do [ -z "$line" ] || printf 'v since %s\n' "${line#*=}"; done
 }
+begun=$state/begun # what was begun before the gate and goes on
+told() { # a line there has this word in front
+	while read -r word _; do [ "$word" != "$1" ] || return 0; done 2>/dev/null <"$begun"
+	return 1
+}
+settled() { # these actions are done, and what ran replaced files has ended
+	for number; do told "$number" || return 1; done
+	for pid in $pids; do [ ! -e "/proc/$pid" ] || return 1; done
+}
+await() { until told end || settled "$@"; do sleep 0.1; done; }
+await_worker() {
+	until told end || [ ! -e "/proc/$1" ]; do sleep 0.2; done
+	cat "$begun"
+	rm -f "$begun"
+}
 finish() {
 	health=$hoped
 	[ -z "$serviced" ] || ask
