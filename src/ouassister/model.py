@@ -421,7 +421,7 @@ class Gate(StrEnum):
     """What is done before the links go up; the files always are."""
 
     FULL = "full"  # everything
-    EXPOSED = "exposed"  # what somebody on a network can reach; the rest follows at once
+    EXPOSED = "exposed"  # the end of what is old and can be reached; the rest goes on
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gate",
         choices=[gate.value for gate in Gate],
         default=Gate.FULL.value,
-        help="what is done before the links go up: full (default), everything; exposed, what"
-        " somebody on a network can reach: other services are restarted right after",
+        help="what is done before the links go up: full (default), everything; exposed, the"
+        " end of all old services that somebody on a network can reach: new ones come up after",
     )
     parser.add_argument(
         "--on-conflict",
