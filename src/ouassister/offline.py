@@ -23,6 +23,7 @@ from ouassister.model import (
 )
 from ouassister.packages import apt, update
 from ouassister.packages.owners import files_of, owners
+from ouassister.reaching import links
 from ouassister.reaching.choose import choose, refuse_too_large
 from ouassister.restart import plan as restart_plan
 from ouassister.restart import reach
@@ -95,7 +96,13 @@ def _update_with(
         if stored is not None:
             update.check_same(stored, simulated.changes)
         made = stored or update.make_plan(
-            vm, guest.sleeping.fence, request, simulated, left_out, channel=access.channel
+            vm,
+            guest.sleeping.fence,
+            request,
+            simulated,
+            left_out,
+            channel=access.channel,
+            links=links.notes(access),
         )
         prepared = update.complete(tool, made)
     guest.prove(timeline)
@@ -150,7 +157,14 @@ def _keep(
         )
     recorded, recorded_notes = actions_of(guest.shadow.events())
     actions = coalesce(recorded, due.restarts, due.again)
-    notes = (*_notes(guest), *ground.earlier, *recorded_notes, *due.notes, *ground.notes)
+    notes = (
+        *_notes(guest),
+        *links.notes(access),
+        *ground.earlier,
+        *recorded_notes,
+        *due.notes,
+        *ground.notes,
+    )
     with timeline.phase("store change set"):
         changeset = archive.build(
             extraction,

@@ -32,6 +32,7 @@ from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
 from ouassister.model import Gate, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
+from ouassister.reaching import links
 from ouassister.reaching.choose import choose
 from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
@@ -80,6 +81,7 @@ def plan(config: Vm, request: Request, store: Store, timeline: Timeline, options
             left_out,
             predicted,
             access.channel,
+            links.notes(access),
         )
         store.add_plan(made)
         return made

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from ouassister.access import Access
     from ouassister.provider.disks import Disk
+    from ouassister.provider.links import Link
     from ouassister.provider.management import Management
 
 SCHEME: Final = "libvirt:"
@@ -104,6 +105,11 @@ class Domain:
     def management(self) -> Management | None:
         """Libvirt has no user network that is proved to be closed."""
         return None
+
+    @property
+    def untold_links(self) -> tuple[Link, ...]:
+        """None: the XML of the save has each link's state."""
+        return ()
 
     def state(self) -> str:
         """The domain's state, as libvirt says it: ``running``, ``paused``, ``shut off``..."""

@@ -27,6 +27,7 @@ from ouassister.errors import (
     UsageError,
 )
 from ouassister.provider.cmdline import is_scsi_bus, quote
+from ouassister.provider.links import write_closed
 from ouassister.provider.management import forwarded_port
 from ouassister.provider.qga import Qga
 from ouassister.provider.qmp import Qmp
@@ -165,6 +166,7 @@ class RunningVM:
         self.pid = qmp.pid
         self._agent: Qga | None = None
         self._access = Access()
+        self._gate_closed = False  # by us
         self._ssh: SshChannel | None = None
 
     def __enter__(self) -> RunningVM:
@@ -236,19 +238,37 @@ class RunningVM:
 
     def cont(self) -> None:
         """Let the guest run."""
+        if self._gate_closed:
+            self._write_closed()
         self.qmp.execute("cont")
 
     def set_links(self, *, up: bool) -> None:
         """Open or close every link of the gate.
 
-        One that stays down, or is of the quarantine, is closed and never opened.
+        One that stays down, was down by the guest's memory, or is of the quarantine, is closed and
+        never opened.
 
         Both ends are set: a link that is down at the NIC alone still passes frames of the back
         end to a netdev's filters (net/net.c, qemu_send_packet_async_with_flags).
         """
+        if not up and self.runs():
+            self._write_closed()  # before the guest can notice
         for net in self.config.nets:
-            if not up or not (net.stays_down or net.quarantine):
+            if not up or self._opens(net):
                 self._set_link(net, up=up)
+        self._gate_closed = not up
+        if up:
+            self.config.gate_file.unlink(missing_ok=True)
+
+    def _opens(self, net: Net) -> bool:
+        was_down = net.stays_down is None and net.device in self._access.links_down
+        return not (net.stays_down or net.quarantine or was_down)
+
+    def _write_closed(self) -> None:
+        """Keep what the gate would open, so that a guest that sleeps again behind it is known."""
+        write_closed(
+            self.config.gate_file, (net.device for net in self.config.nets if self._opens(net))
+        )
 
     def open_quarantine(self) -> None:
         """See `interface.Running`."""

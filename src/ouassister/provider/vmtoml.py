@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ouassister.access import AGENT, SSH
 from ouassister.errors import UnsupportedGuestError, UsageError
-from ouassister.provider import management
+from ouassister.provider import links, management
 from ouassister.provider.cmdline import (
     Options,
     devices,
@@ -43,12 +43,13 @@ _SUN_PATH = 107  # unix(7): sun_path holds 108 bytes with its terminator
 class Net:
     """A network device whose link is part of the gate; one that stays down is never opened.
 
-    One of the quarantine is opened after a failure alone, by policy, and no other is then.
+    Where ``stays_down`` is None, the guest's memory tells whether its link was up. One of the
+    quarantine is opened after a failure alone, by policy, and no other is then.
     """
 
     device: str
     netdev: str  # its back end, found in the command; "" when it has none
-    stays_down: bool = False
+    stays_down: bool | None = None
     quarantine: bool = False
 
 
@@ -105,6 +106,26 @@ class VmConfig:
         """See `Vm`: the agent is told of memory more than sshd is, and answers sooner."""
         agent = (AGENT,) if self.agent is not None else ()
         return agent + ((SSH,) if self.management is not None else ())
+
+    @property
+    def gate_file(self) -> Path:
+        """Where it is written which links a closed gate would open (provider/links.py)."""
+        return self.folder / f"{self.name}.gate"
+
+    @property
+    def untold_links(self) -> tuple[links.Link, ...]:
+        """See `Vm`: those of which the file says nothing.
+
+        Raises:
+            StateError: It is not known which links the gate has closed.
+        """
+        untold = [net for net in self.nets if net.stays_down is None and not net.quarantine]
+        if not untold:
+            return ()
+        macs, closed = links.addresses(self.command), links.read_closed(self.gate_file)
+        return tuple(
+            links.Link(net.device, macs.get(net.device, ""), net.device in closed) for net in untold
+        )
 
     def is_running(self) -> bool:
         """Tell whether its QEMU listens, or a process has one of its disks open for writing."""
@@ -301,7 +322,8 @@ def dump(config: VmConfig) -> str:
         lines += [f"guest = {quote(disk.guest)}"] if disk.guest else []
     for net in config.nets:
         lines += ["", "[[net]]", f"device = {quote(net.device)}"]
-        lines += ["stays_down = true"] if net.stays_down else []
+        if net.stays_down is not None:
+            lines.append(f"stays_down = {str(net.stays_down).lower()}")
         lines += ["quarantine = true"] if net.quarantine else []
     if config.management is not None:
         lines += ["", f"[{SSH}]", f"device = {quote(config.management.device)}"]
@@ -373,7 +395,8 @@ def _same(one: Path, other: Path) -> bool:
 
 def _net(table: _Table, options: list[tuple[str, Options]]) -> Net:
     device = table.text("device")
-    stays_down, quarantine = table.flag("stays_down"), table.flag("quarantine")
+    stays_down = table.flag("stays_down") if "stays_down" in table.values else None
+    quarantine = table.flag("quarantine")
     table.end()
     if stays_down and quarantine:
         raise table.error("quarantine", "contradicts stays_down, which never opens a link")

@@ -9,7 +9,7 @@ from ouassister.access import AGENT, SSH, Access
 from ouassister.errors import UnsupportedGuestError
 from ouassister.guest_model import Subject
 from ouassister.provider import ssh
-from ouassister.reaching import agent, sshd
+from ouassister.reaching import agent, links, sshd
 from ouassister.shadow import sandbox
 from ouassister.text import from_text, size, to_text
 
@@ -41,7 +41,8 @@ def choose(guest: Guest) -> Access:
         else:
             access, reason = _by_agent(guest)
         if not reason:
-            return replace(access, carried=config.carried)
+            down, untold = _links(guest)
+            return replace(access, carried=config.carried, links_down=down, links_untold=untold)
         reasons.append(f"{name}: {reason}")
     told = "; ".join(reasons) or "its description names none"
     raise UnsupportedGuestError(
@@ -62,6 +63,15 @@ def refuse_too_large(vm: str, access: Access, layer_bytes: int) -> None:
             f" {size(_CARRY_LIMIT)}",
             hint="give the VM a place for a disk: docs/how-to/channels.md",
         )
+
+
+def _links(guest: Guest) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Devices of the gate whose links were down, and those of which memory does not tell."""
+    untold = guest.sleeping.config.untold_links
+    if not untold:
+        return (), ()
+    view = guest.sleeping.memory.look(guest.sleeping.view, frozenset((Subject.NETWORK,)))
+    return links.judge(untold, view.network_devices or ())
 
 
 def _by_agent(guest: Guest) -> tuple[Access, str]:

@@ -138,6 +138,8 @@ def clone(vm_toml: Path, folder: Path) -> Path:
         disks=tuple(disks),
     )
     (folder / "vm.toml").write_text(vmtoml.dump(copy))
+    if config.gate_file.exists():  # it sleeps behind a closed gate
+        shutil.copyfile(config.gate_file, copy.gate_file)
     return folder / "vm.toml"
 
 
