@@ -10,6 +10,8 @@ from typing import Final
 
 AGENT: Final = "qemu-ga"
 SSH: Final = "ssh"
+PORT: Final = "virtio-port"
+PORT_NAME: Final = "org.ouassister.0"  # of the port that our helper serves
 
 
 @dataclass(frozen=True, slots=True)

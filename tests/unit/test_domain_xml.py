@@ -13,6 +13,7 @@ from ouassister.provider.domain_xml import (
     Link,
     closed,
     has_medium,
+    helper_socket,
     medium,
     parse,
     quarantine,
@@ -29,7 +30,7 @@ DISK = """
 """
 NIC = "<interface type='network'><mac address='52:54:00:00:00:0{0}'/>{1}</interface>"
 UP, DOWN = NIC.format(1, ""), NIC.format(2, "<link state='down'/>")
-CHANNEL = "<channel><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+CHANNEL = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 OTHERS = """
 <disk type='file' device='cdrom'><target dev='sda'/><readonly/></disk>
 <disk type='network' device='disk'><source protocol='nbd'/><target dev='vdb'/><readonly/></disk>
@@ -171,9 +172,26 @@ def test_q35_needs_a_free_port(devices: str, free: bool) -> None:
     assert parse(xml(devices)).lacking == ""
 
 
+def test_port_of_the_helper_is_a_channel_and_libvirt_tells_where_it_is() -> None:
+    assert parse(xml()).channels == ("qemu-ga",)
+    asleep = xml().replace(b"org.qemu.guest_agent.0", b"org.ouassister.0")
+    assert (parse(asleep).channels, parse(asleep).lacking) == (("virtio-port",), "")
+    assert helper_socket(asleep) is None
+    source = b"<channel type='unix'><source mode='bind' path='/run/x/org.ouassister.0'/>"
+    awake = asleep.replace(b"<channel type='unix'>", source)
+    assert helper_socket(awake) == Path("/run/x/org.ouassister.0")
+    assert helper_socket(xml()) is None
+    both = asleep.replace(b"</devices>", CHANNEL.encode() + b"</devices>")
+    assert parse(both).channels == ("qemu-ga", "virtio-port")
+
+
 def test_agent_needs_its_channel_and_the_medium_a_name() -> None:
     other = xml().replace(b"org.qemu.guest_agent.0", b"com.redhat.spice.0")
-    assert parse(other).lacking == "a channel for the guest agent (org.qemu.guest_agent.0)"
+    assert parse(other).lacking == (
+        "a channel for the guest agent (org.qemu.guest_agent.0) or our helper (org.ouassister.0)"
+    )
+    assert parse(other).channels == ()
+    assert parse(xml().replace(b"type='unix'", b"type='spicevmc'")).channels == ()
     many = "".join(DISK.replace("vda", f"vd{letter}") for letter in ascii_lowercase)
     assert parse(xml(many)).lacking == "a free name of a virtio disk"
 

@@ -254,3 +254,19 @@ def test_medium_comes_by_a_disk_that_has_a_place_or_by_the_channel(folder: Path)
     assert _load(folder, vmtoml.dump(carried)) == carried
     with pytest.raises(UsageError, match=r"medium\.by is 'post'"):
         _load(folder, GOOD.replace('bus = "pci.0"', 'by = "post"'))
+
+
+def test_helper_has_a_port_of_its_own_and_comes_after_the_agent(folder: Path) -> None:
+    port = """"-chardev", "socket,id=oua,path=oua.sock,server=on,wait=off",
+    "-device", "virtserialport,chardev=oua,name=org.ouassister.0",
+]
+qmp"""
+    text = GOOD.replace("]\nqmp", port, 1).replace("[[disk]]", 'helper = "oua.sock"\n[[disk]]')
+    config = _load(folder, text)
+    assert (config.helper, config.channels) == (folder / "oua.sock", ("qemu-ga", "virtio-port"))
+    assert _load(folder, vmtoml.dump(config)).helper == config.helper
+    for helper in ("qga.sock", "other.sock"):  # no port of that name, and no socket
+        with pytest.raises(UsageError, match=r"qemu\.helper is .*, which no"):
+            _load(folder, text.replace('helper = "oua.sock"', f'helper = "{helper}"'))
+    alone = _load(folder, text.replace('agent = "qga.sock"\n', ""))
+    assert alone.channels == ("virtio-port",)

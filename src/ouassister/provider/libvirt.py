@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs, urlencode
 
-from ouassister.access import AGENT
+from ouassister.access import AGENT, PORT_NAME
 from ouassister.errors import (
     DeadlineError,
     NotSuspendedError,
@@ -30,6 +30,7 @@ from ouassister.errors import (
 )
 from ouassister.provider import domain_xml
 from ouassister.provider.domain_xml import Hardware
+from ouassister.provider.port import PortChannel
 from ouassister.provider.retire import rename_save
 from ouassister.provider.running import has_writer
 from ouassister.provider.virsh import DEFAULT, NO_DOMAIN, Virsh
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ouassister.access import Access
+    from ouassister.provider.channel import Channel
     from ouassister.provider.disks import Disk
     from ouassister.provider.links import Link
     from ouassister.provider.management import Management
@@ -93,8 +95,8 @@ class Domain:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Libvirt's own alone."""
-        return (AGENT,)
+        """See `Vm`: by the XML."""
+        return self.hardware.channels
 
     @property
     def carried(self) -> bool:
@@ -215,22 +217,42 @@ class RunningDomain:
         self._virsh = domain.virsh
         self._uuid = domain.hardware.uuid
         self._agent: VirshAgent | None = None
+        self._port: PortChannel | None = None
+        self._channel = AGENT
 
     def __enter__(self) -> RunningDomain:
-        """Nothing is held."""
+        """Close at the end of the block."""
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Nothing is held."""
+        """Hang up; the domain goes on."""
+        if self._port is not None:
+            self._port.close()
+            self._port = None
 
     def reach(self, access: Access) -> None:
         """See `Running`."""
-        if access.channel != AGENT:
-            raise UsageError(f"a domain of libvirt is not reached by {access.channel}")
+        if access.channel not in self.domain.channels:
+            raise UsageError(
+                f"the domain {self.domain.name} has no channel {access.channel}",
+                hint="docs/how-to/libvirt.md tells how to give it one",
+            )
+        self._channel = access.channel
 
-    def channel(self) -> VirshAgent:
+    def channel(self) -> Channel:
         """See `Running`."""
-        return self.qga()
+        if self._channel == AGENT:
+            return self.qga()
+        if self._port is None:
+            place = domain_xml.helper_socket(self._virsh.run("dumpxml", self._uuid).encode())
+            if place is None:
+                raise StateError(f"libvirt does not tell where the port of {PORT_NAME} is")
+            try:
+                self._port = PortChannel(place)
+            except OSError as error:
+                message = f"cannot connect to the helper's port {place}: {error.strerror}"
+                raise StateError(message, hint="run as the user who runs QEMU, or root") from error
+        return self._port
 
     def qga(self) -> VirshAgent:
         """The agent, through libvirt, which is connected to its channel all the time."""

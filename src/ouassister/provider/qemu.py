@@ -12,9 +12,9 @@ import select
 import signal
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ouassister.access import AGENT, SSH, Access
+from ouassister.access import AGENT, PORT, SSH, Access
 from ouassister.errors import (
     DeadlineError,
     HostNotReadyError,
@@ -29,18 +29,20 @@ from ouassister.errors import (
 from ouassister.provider.cmdline import is_scsi_bus, quote
 from ouassister.provider.links import write_closed
 from ouassister.provider.management import forwarded_port
+from ouassister.provider.port import PortChannel
 from ouassister.provider.qga import Qga
 from ouassister.provider.qmp import Qmp
 from ouassister.provider.running import is_running as is_running
 from ouassister.provider.ssh import SshChannel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from ouassister.provider.channel import Channel
     from ouassister.provider.vmtoml import Net, VmConfig
 
+T = TypeVar("T", Qga, PortChannel)
 _MEDIUM = "ouassister-medium"
 _POLL_S = 0.002
 # Children that outlive the RunningVM which started them; kept so that they can be reaped.
@@ -168,6 +170,7 @@ class RunningVM:
         self._access = Access()
         self._gate_closed = False  # by us
         self._ssh: SshChannel | None = None
+        self._port: PortChannel | None = None
 
     def __enter__(self) -> RunningVM:
         """Close at the end of the block."""
@@ -179,12 +182,10 @@ class RunningVM:
 
     def close(self) -> None:
         """Hang up; the VM goes on."""
-        if self._agent is not None:
-            self._agent.close()
-            self._agent = None
-        if self._ssh is not None:
-            self._ssh.close()
-            self._ssh = None
+        for channel in (self._agent, self._port, self._ssh):
+            if channel is not None:
+                channel.close()
+        self._agent = self._port = self._ssh = None
         self.qmp.close()
 
     def reach(self, access: Access) -> None:
@@ -200,6 +201,10 @@ class RunningVM:
         """See `interface.Running`."""
         if self._access.channel == AGENT:
             return self.qga()
+        if self._access.channel == PORT and self.config.helper is not None:
+            if self._port is None:
+                self._port = _connected(PortChannel, self.config.helper)
+            return self._port
         management = self.config.management
         if self._ssh is None and management is not None:
             table = self.qmp.execute_with("human-monitor-command", {"command-line": "info usernet"})
@@ -221,11 +226,7 @@ class RunningVM:
             message = f"{self.config.source}: qemu.agent is missing, so the guest is out of reach"
             raise UsageError(message, hint="docs/reference/vm-toml.md tells how to give it one")
         if self._agent is None:
-            try:
-                self._agent = Qga(self.config.agent)
-            except OSError as error:
-                message = f"cannot connect to the agent's channel {self.config.agent}"
-                raise StateError(f"{message}: {error.strerror}") from error
+            self._agent = _connected(Qga, self.config.agent)
         return self._agent
 
     def status(self) -> str:
@@ -407,6 +408,13 @@ class RunningVM:
             if time.monotonic() >= end:
                 raise DeadlineError(f"saving the VM took longer than {timeout_s:.0f} s")
             time.sleep(_POLL_S)
+
+
+def _connected(kind: Callable[[Path], T], path: Path) -> T:
+    try:
+        return kind(path)
+    except OSError as error:
+        raise StateError(f"cannot connect to the guest's port {path}: {error.strerror}") from error
 
 
 def _connect(config: VmConfig, process: subprocess.Popen[bytes]) -> Qmp:

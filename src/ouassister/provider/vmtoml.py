@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ouassister.access import AGENT, SSH
+from ouassister.access import AGENT, PORT, PORT_NAME, SSH
 from ouassister.errors import UnsupportedGuestError, UsageError
 from ouassister.provider import links, management
 from ouassister.provider.cmdline import (
@@ -20,7 +20,9 @@ from ouassister.provider.cmdline import (
     devices,
     disk_files,
     node_names,
+    port_names,
     reserved_option,
+    sockets_at,
     words,
 )
 from ouassister.provider.disks import Disk as Disk
@@ -68,6 +70,7 @@ class VmConfig:
             this host.
         carried: No disk is plugged in at resume: the channel brings what it would bring.
         management: The network of ``[ssh]``; None without one.
+        helper: Host side of the port of our own helper; None without one.
     """
 
     source: Path
@@ -84,6 +87,7 @@ class VmConfig:
     local_mirrors: tuple[tuple[str, int], ...] = ()
     management: Management | None = None
     carried: bool = False
+    helper: Path | None = None
 
     def short(self, path: Path) -> str:
         """Spell a path as QEMU gets it: relative where it lies in the folder."""
@@ -103,9 +107,9 @@ class VmConfig:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """See `Vm`: the agent is told of memory more than sshd is, and answers sooner."""
-        agent = (AGENT,) if self.agent is not None else ()
-        return agent + ((SSH,) if self.management is not None else ())
+        """See `Vm`: a port is told of memory more than sshd is, and answers sooner."""
+        found = ((AGENT, self.agent), (PORT, self.helper), (SSH, self.management))
+        return tuple(name for name, place in found if place is not None)
 
     @property
     def gate_file(self) -> Path:
@@ -262,12 +266,12 @@ def load(path: Path) -> VmConfig:
     if (option := reserved_option(command)) is not None:
         raise qemu.error("command", f"contains {option}, which ouassister adds itself")
     qmp = _socket(qemu, "qmp", folder)
-    agent = _socket(qemu, "agent", folder) if "agent" in qemu.values else None
+    options = words(command)
+    agent, helper = (_port(qemu, key, folder, options) for key in ("agent", "helper"))
+    if helper is not None and PORT_NAME not in port_names(options, helper, folder):
+        raise qemu.error("helper", f"is {helper}, which no port {PORT_NAME!r} of the command has")
     qemu.end()
 
-    options = words(command)
-    if agent is not None and not _has_socket(options, agent, folder):
-        raise qemu.error("agent", f"is {agent}, which no socket -chardev of the command serves")
     disks = tuple(_disk(table, folder, options) for table in root.tables("disk"))
     if not disks:
         raise root.error("disk", "is missing: a VM has at least one [[disk]]")
@@ -290,7 +294,7 @@ def load(path: Path) -> VmConfig:
     _unique(root, "net", "device", (net.device for net in nets))
     return VmConfig(
         source, folder, name, save, command, qmp, agent, disks, nets, bus, host_kernel_mounts,
-        local_mirrors, ssh, carried,
+        local_mirrors, ssh, carried, helper,
     )  # fmt: skip
 
 
@@ -313,8 +317,8 @@ def dump(config: VmConfig) -> str:
     lines += ["", "[qemu]", "command = ["]
     lines += [f"    {quote(word)}," for word in config.command]
     lines += ["]", f"qmp = {quote(config.short(config.qmp))}"]
-    if config.agent is not None:
-        lines.append(f"agent = {quote(config.short(config.agent))}")
+    for key, port in (("agent", config.agent), ("helper", config.helper)):
+        lines += [f"{key} = {quote(config.short(port))}"] if port is not None else []
     for disk in config.disks:
         lines += ["", "[[disk]]", f"node = {quote(disk.node)}"]
         lines += [f"path = {quote(config.short(disk.path))}", f"format = {quote(disk.format)}"]
@@ -361,14 +365,14 @@ def _socket(table: _Table, key: str, folder: Path) -> Path:
     return path
 
 
-def _has_socket(options: Iterable[tuple[str, Options]], agent: Path, folder: Path) -> bool:
-    return any(
-        name == "chardev"
-        and values.get("backend") == "socket"
-        and "path" in values
-        and folder / values["path"] == agent
-        for name, values in options
-    )
+def _port(table: _Table, key: str, folder: Path, options: list[tuple[str, Options]]) -> Path | None:
+    """The host side of a virtio port."""
+    if key not in table.values:
+        return None
+    path = _socket(table, key, folder)
+    if not sockets_at(options, path, folder):
+        raise table.error(key, f"is {path}, which no socket -chardev of the command serves")
+    return path
 
 
 def _disk(table: _Table, folder: Path, options: list[tuple[str, Options]]) -> Disk:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from ouassister.access import AGENT, SSH, Access
+from ouassister.access import AGENT, PORT, SSH, Access
 from ouassister.errors import UnsupportedGuestError
 from ouassister.guest_model import Subject
 from ouassister.provider import ssh
-from ouassister.reaching import agent, links, sshd
+from ouassister.reaching import agent, helper, links, sshd
 from ouassister.shadow import sandbox
 from ouassister.text import from_text, size, to_text
 
@@ -23,6 +23,7 @@ FILES: Final = "ouassister.disk.small_files"
 _CARRY_LIMIT: Final = 64 << 20  # a guest agent brings about 2 MB/s
 _SUBJECTS: Final = {
     AGENT: frozenset((Subject.FILES,)),
+    PORT: frozenset((Subject.FILES,)),
     SSH: frozenset((Subject.FILES, Subject.NETWORK)),
 }
 
@@ -38,6 +39,8 @@ def choose(guest: Guest) -> Access:
     for name in config.channels:
         if name == SSH and config.management is not None:
             access, reason = _by_ssh(guest, config.management)
+        elif name == PORT:
+            access, reason = _by_port(guest)
         else:
             access, reason = _by_agent(guest)
         if not reason:
@@ -78,6 +81,14 @@ def _by_agent(guest: Guest) -> tuple[Access, str]:
     view = guest.sleeping.memory.look(guest.sleeping.view, _SUBJECTS[AGENT])
     (text,) = _read(guest, [agent.configuration(view)])
     return Access(AGENT), agent.problem(view, text)
+
+
+def _by_port(guest: Guest) -> tuple[Access, str]:
+    view = guest.sleeping.memory.look(guest.sleeping.view, _SUBJECTS[PORT])
+    program = helper.program(view)
+    content = _read(guest, [program])[0] if program else None
+    units, wanted = _names(guest, helper.UNITS), _names(guest, helper.WANTS)
+    return Access(PORT), helper.problem(view, content, units, wanted)
 
 
 def _by_ssh(guest: Guest, management: Management) -> tuple[Access, str]:
