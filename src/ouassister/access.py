@@ -10,6 +10,7 @@ from typing import Final
 
 AGENT: Final = "qemu-ga"
 SSH: Final = "ssh"
+ROOT: Final = "root"  # who logs in by it, where nobody else is named
 PORT: Final = "virtio-port"
 PORT_NAME: Final = "org.ouassister.0"  # of the port that our helper serves
 

@@ -232,7 +232,7 @@ class Plan:
     download_bytes: int
     predicted: tuple[PackageMode, ...] = ()
     channel: str = ""  # that the resume will use
-    links: tuple[str, ...] = ()  # what is to be told of those that were not up, or are not known
+    notes: tuple[str, ...] = ()  # what is to be told of the channel and of the links
 
 
 class Kind(StrEnum):

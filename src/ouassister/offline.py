@@ -23,8 +23,7 @@ from ouassister.model import (
 )
 from ouassister.packages import apt, update
 from ouassister.packages.owners import files_of, owners
-from ouassister.reaching import links
-from ouassister.reaching.choose import choose, refuse_too_large
+from ouassister.reaching.choose import choose, refuse_too_large, remarks
 from ouassister.restart import plan as restart_plan
 from ouassister.restart import reach
 from ouassister.restart.actions import coalesce
@@ -102,7 +101,7 @@ def _update_with(
             simulated,
             left_out,
             channel=access.channel,
-            links=links.notes(access),
+            notes=remarks(guest, access),
         )
         prepared = update.complete(tool, made)
     guest.prove(timeline)
@@ -159,7 +158,7 @@ def _keep(
     actions = coalesce(recorded, due.restarts, due.again)
     notes = (
         *_notes(guest),
-        *links.notes(access),
+        *remarks(guest, access),
         *ground.earlier,
         *recorded_notes,
         *due.notes,

@@ -32,8 +32,7 @@ from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
 from ouassister.model import Gate, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
-from ouassister.reaching import links
-from ouassister.reaching.choose import choose
+from ouassister.reaching.choose import choose, remarks
 from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
 from ouassister.reflect.rollback import forget, roll_back
@@ -81,7 +80,7 @@ def plan(config: Vm, request: Request, store: Store, timeline: Timeline, options
             left_out,
             predicted,
             access.channel,
-            links.notes(access),
+            remarks(guest, access),
         )
         store.add_plan(made)
         return made

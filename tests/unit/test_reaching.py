@@ -154,6 +154,47 @@ def look(
     return sshd.problem(seen or view(), 22, settings or {}, [None, authorized], offered)
 
 
+PASSWD = b"""root:x:0:0:root:/root:/bin/bash
+# odd
+deploy:x:1000:1000::/srv/deploy/:
+\xff:x:1001:1001::/srv/x:/bin/sh
+backup:x:34:34:backup:/var/backups:/usr/sbin/nologin
+fisher:x:1002:1002::/srv/f:/usr/bin/fish
+short:x:1003
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "sudoers", "words"),
+    [
+        ("root", None, ""),
+        ("deploy", b"", ""),
+        ("deploy", None, "the guest has no sudo"),
+        ("nobody", b"", "has no user 'nobody'"),
+        ("short", b"", "has no user 'short'"),
+        ("backup", b"", "backup has 'nologin' for a shell"),
+        ("fisher", b"", "fisher has 'fish' for a shell"),
+    ],
+)
+def test_user_who_logs_in_is_looked_up(name: str, sudoers: bytes | None, words: str) -> None:
+    told = sshd.refused_user(sshd.user(PASSWD, name), name, sudoers)
+    assert (words in told) if words else not told
+
+
+def test_keys_are_those_of_the_users_home() -> None:
+    found = sshd.user(PASSWD, "deploy")
+    assert found == sshd.User("deploy", b"/srv/deploy/", b"/bin/sh")
+    assert found.authorized[0] == b"/srv/deploy/.ssh/authorized_keys"
+    unread = sshd.user(None, "root")
+    assert unread is not None
+    assert unread.authorized[1] == b"/root/.ssh/authorized_keys2"
+    other = sshd.problem(
+        view(), 22, {"permitrootlogin": "no"}, [f"{KEY} x".encode()], (KEY,), "deploy"
+    )
+    assert other == ""
+    assert "deploy's authorized_keys" in sshd.problem(view(), 22, {}, [], (KEY,), "deploy")
+
+
 def test_sshd_that_takes_our_key_will_do() -> None:
     assert look() == ""
     assert look(authorized=f'no-pty,environment="A=b c" {KEY}'.encode()) == ""

@@ -221,16 +221,22 @@ def test_management_network_is_read_and_written(folder: Path) -> None:
     assert _load(folder, MANAGED).channels == ("qemu-ga",)
     alone = _load(folder, (MANAGED + SSH).replace('agent = "qga.sock"', ""))
     assert alone.channels == ("ssh",)
+    assert config.management.user == "root"
+    other = _load(folder, MANAGED + SSH + 'user = "web.admin"\n')
+    assert other.management is not None
+    assert other.management.user == "web.admin"
+    assert _load(folder, vmtoml.dump(other)) == other
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         ("restrict=on,", "", "ssh.device 'mgmt0' has a back end without restrict=on"),
+        ('identity = "key"', 'user = "-oProxyCommand=x"', "ssh.user is '-oProxyCommand=x'"),
         ('device = "mgmt0"', 'device = "nic0"', "ssh.device 'nic0' has a back end without"),
         ('device = "mgmt0"', "", "ssh.device is missing"),
         ('identity = "key"', 'identity = "none"', "which is no file"),
-        ('identity = "key"', 'user = "me"', "ssh.user is not a known key"),
+        ('identity = "key"', 'shell = "sh"', "ssh.shell is not a known key"),
         ('device = "nic0"', 'device = "mgmt0"', "ssh.device is 'mgmt0', which"),
     ],
 )

@@ -52,7 +52,7 @@ def test_link_is_opened_that_the_gate_closed_and_stays_down_when_somebody_cut_it
 
     told = "nic0: its link was down when the guest fell asleep, and stays down"
     plan = world.run("plan", "--install", "oua-gone")
-    assert (plan.status, plan.result["links"]) == (0, [told])
+    assert (plan.status, plan.result["notes"]) == (0, [told])
     update = world.run("update", "--install", "oua-gone")
     assert update.status == 0, update
     assert told in update.result["notes"]

@@ -30,7 +30,7 @@ def make_plan(
     left_out: tuple[LeftOut, ...] = (),
     predicted: tuple[PackageMode, ...] = (),
     channel: str = "",
-    links: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> Plan:
     """Freeze what apt simulated; the id hashes everything else."""
     plan = Plan(
@@ -44,7 +44,7 @@ def make_plan(
         download_bytes=sum(archive.size for archive in simulated.archives),
         predicted=predicted,
         channel=channel,
-        links=links,
+        notes=notes,
     )
     return replace(plan, plan_id=codec.digest(plan, without="plan_id"))
 
@@ -98,7 +98,7 @@ def complete(apt: Apt, plan: Plan) -> Prepared:
             simulated,
             left_out,
             channel=plan.channel,
-            links=plan.links,
+            notes=plan.notes,
         )
         gone = before - {change.name for change in plan.changes}
         gone -= {item.package for item in left_out}

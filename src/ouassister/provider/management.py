@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ouassister.access import ROOT
 from ouassister.provider.cmdline import devices, repeated, words
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Management:
         port: The port of loopback; 0: QEMU chooses one.
         guest_port: Where the guest's sshd listens.
         identity: File of the private key; None for those of the user's ssh-agent.
+        user: Who logs in; another than root has sudo run each program.
     """
 
     device: str
@@ -46,9 +48,12 @@ class Management:
     port: int
     guest_port: int
     identity: Path | None
+    user: str = ROOT
 
 
-def find(command: Sequence[str], device: str, identity: Path | None) -> Management:
+def find(
+    command: Sequence[str], device: str, identity: Path | None, user: str = ROOT
+) -> Management:
     """Find the management device in QEMU's command.
 
     Raises:
@@ -80,7 +85,7 @@ def find(command: Sequence[str], device: str, identity: Path | None) -> Manageme
             f"forwards from {match['host'] or 'every address'}: others than this host could reach"
             " the guest"
         )
-    return Management(device, netdev, int(match["port"]), int(match["guest"]), identity)
+    return Management(device, netdev, int(match["port"]), int(match["guest"]), identity, user)
 
 
 def forwarded_port(table: str, management: Management) -> int | None:

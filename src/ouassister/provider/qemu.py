@@ -211,7 +211,8 @@ class RunningVM:
             port = forwarded_port(str(table), management)
             if port is None:
                 raise StateError(f"QEMU forwards no port to {management.device}")
-            self._ssh = SshChannel(port, management.identity, self._access.host_keys)
+            keys = self._access.host_keys
+            self._ssh = SshChannel(port, management.identity, keys, management.user)
         if self._ssh is None:
             raise UsageError(f"{self.config.source}: [{SSH}] is missing")
         return self._ssh

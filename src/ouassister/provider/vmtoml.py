@@ -7,12 +7,13 @@ except that the save file exists: that is a state of the VM, and who opens it sa
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ouassister.access import AGENT, PORT, PORT_NAME, SSH
+from ouassister.access import AGENT, PORT, PORT_NAME, ROOT, SSH
 from ouassister.errors import UnsupportedGuestError, UsageError
 from ouassister.provider import links, management
 from ouassister.provider.cmdline import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _REFERENCE = "docs/reference/vm-toml.md lists the fields"
 _FORMATS = ("qcow2", "raw")
 _DISK, _CHANNEL = "disk", "channel"  # what brings a change set in
+_USER = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # useradd(8), and dots
 _SUN_PATH = 107  # unix(7): sun_path holds 108 bytes with its terminator
 
 
@@ -333,6 +335,8 @@ def dump(config: VmConfig) -> str:
         lines += ["", f"[{SSH}]", f"device = {quote(config.management.device)}"]
         if config.management.identity is not None:
             lines.append(f"identity = {quote(config.short(config.management.identity))}")
+        if config.management.user != ROOT:
+            lines.append(f"user = {quote(config.management.user)}")
     if config.medium_bus or config.carried:
         lines += ["", "[medium]"]
         lines += [f"bus = {quote(config.medium_bus)}"] if config.medium_bus else []
@@ -344,12 +348,15 @@ def _ssh(root: _Table, folder: Path, command: tuple[str, ...]) -> Management:
     table = _Table(root.source, SSH, root.values.pop(SSH))
     device = table.text("device")
     word = table.text("identity", default="")
+    user = table.text("user", default=ROOT)
     table.end()
+    if not _USER.fullmatch(user):
+        raise table.error("user", f"is {user!r}, which is no name of a user")
     identity = folder / word if word else None
     if identity is not None and not identity.is_file():
         raise table.error("identity", f"is {identity}, which is no file")
     try:
-        return management.find(command, device, identity)
+        return management.find(command, device, identity, user)
     except ValueError as error:
         raise table.error("device", f"{device!r} {error}") from error
 

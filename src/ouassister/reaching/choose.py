@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from ouassister.access import AGENT, PORT, SSH, Access
+from ouassister.access import AGENT, PORT, ROOT, SSH, Access
 from ouassister.errors import UnsupportedGuestError
 from ouassister.guest_model import Subject
 from ouassister.provider import ssh
@@ -52,6 +52,18 @@ def choose(guest: Guest) -> Access:
         f"{config.name} cannot be reached at its resume: {told}",
         hint="docs/how-to/channels.md tells what each channel needs in the guest",
     )
+
+
+def remarks(guest: Guest, access: Access) -> tuple[str, ...]:
+    """What is to be told of a choice: links that stay down, and what was not looked at."""
+    management = guest.sleeping.config.management
+    told = links.notes(access)
+    if access.channel == SSH and management is not None and management.user != ROOT:
+        told += (
+            f"whether sudo lets {management.user} run everything without a password is not looked"
+            " at: the resume fails behind the closed gate if not",
+        )
+    return told
 
 
 def refuse_too_large(vm: str, access: Access, layer_bytes: int) -> None:
@@ -102,10 +114,16 @@ def _by_ssh(guest: Guest, management: Management) -> tuple[Access, str]:
         guest,
         [sshd.CONFIGURATION, *(sshd.INCLUDED + b"/" + from_text(one) for one in included)],
     )
-    authorized = _read(guest, sshd.AUTHORIZED)
+    name = management.user
+    users, sudoers = _read(guest, [sshd.USERS, sshd.SUDOERS])
+    user = sshd.user(users, name)
+    reason = sshd.refused_user(user, name, sudoers)
+    if user is None or reason:
+        return Access(SSH, keys), reason
+    authorized = _read(guest, user.authorized)
     settings = sshd.settings_of(text, more)
     offered = ssh.offered(management.identity)
-    reason = sshd.problem(view, management.guest_port, settings, authorized, offered)
+    reason = sshd.problem(view, management.guest_port, settings, authorized, offered, name)
     return Access(SSH, keys), reason
 
 
