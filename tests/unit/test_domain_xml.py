@@ -10,6 +10,7 @@ import pytest
 from ouassister.errors import UnsupportedGuestError
 from ouassister.provider.disks import Disk
 from ouassister.provider.domain_xml import (
+    SETTINGS,
     Link,
     closed,
     has_medium,
@@ -18,7 +19,9 @@ from ouassister.provider.domain_xml import (
     parse,
     quarantine,
     settings,
+    ssh_network,
 )
+from ouassister.provider.management import Management
 
 DISK = """
 <disk type='file' device='disk'>
@@ -185,12 +188,53 @@ def test_port_of_the_helper_is_a_channel_and_libvirt_tells_where_it_is() -> None
     assert parse(both).channels == ("qemu-ga", "virtio-port")
 
 
+NETWORK = "user,id=mgmt,restrict=on,net=10.77.0.0/24,hostfwd=tcp:127.0.0.1:0-:22"
+
+
+def passed_on(network: str) -> bytes:
+    words = ("-netdev", network, "-device", "virtio-net-pci,id=mgmt0,netdev=mgmt,addr=10")
+    args = "".join(f"<q:arg value='{word}'/>" for word in words)
+    space = "http://libvirt.org/schemas/domain/qemu/1.0"
+    return xml(more=f"<q:commandline xmlns:q='{space}'>{args}</q:commandline>")
+
+
+def named(attributes: str) -> bytes:
+    return xml(more=f"<metadata><o:vm xmlns:o='{SETTINGS}' {attributes}/></metadata>")
+
+
+def test_network_for_ssh_is_one_that_is_passed_on_to_qemu(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.touch()
+    told = named(f"ssh-device='mgmt0' ssh-identity='{key}' ssh-user='deploy'")
+    found = ssh_network(told, passed_on(NETWORK))
+    assert found == Management("mgmt0", "mgmt", 0, 22, key, "deploy")
+    assert ssh_network(named("ssh-device='mgmt0'"), passed_on(NETWORK)) == Management(
+        "mgmt0", "mgmt", 0, 22, None
+    )
+    assert ssh_network(named("local-mirrors=''"), passed_on(NETWORK)) is None
+    assert ssh_network(xml(), passed_on(NETWORK)) is None
+
+
+@pytest.mark.parametrize(
+    ("attributes", "network", "words"),
+    [
+        ("ssh-device='other'", NETWORK, "'other' is the id of no -device"),
+        ("ssh-device='mgmt0'", NETWORK.replace("restrict=on,", ""), "without restrict=on"),
+        ("ssh-device='mgmt0' ssh-identity='key'", NETWORK, "which is no file"),
+        ("ssh-device='mgmt0' ssh-identity='/no/key'", NETWORK, "which is no file"),
+        ("ssh-device='mgmt0' ssh-user='a b'", NETWORK, "no name of one"),
+    ],
+)
+def test_network_for_ssh_that_will_not_do_is_refused(
+    attributes: str, network: str, words: str
+) -> None:
+    with pytest.raises(UnsupportedGuestError, match=words):
+        ssh_network(named(attributes), passed_on(network))
+
+
 def test_agent_needs_its_channel_and_the_medium_a_name() -> None:
     other = xml().replace(b"org.qemu.guest_agent.0", b"com.redhat.spice.0")
-    assert parse(other).lacking == (
-        "a channel for the guest agent (org.qemu.guest_agent.0) or our helper (org.ouassister.0)"
-    )
-    assert parse(other).channels == ()
+    assert parse(other).channels == ()  # what can be used is chosen by reaching/
     assert parse(xml().replace(b"type='unix'", b"type='spicevmc'")).channels == ()
     many = "".join(DISK.replace("vda", f"vd{letter}") for letter in ascii_lowercase)
     assert parse(xml(many)).lacking == "a free name of a virtio disk"

@@ -232,7 +232,7 @@ def test_management_network_is_read_and_written(folder: Path) -> None:
     ("old", "new", "words"),
     [
         ("restrict=on,", "", "ssh.device 'mgmt0' has a back end without restrict=on"),
-        ('identity = "key"', 'user = "-oProxyCommand=x"', "ssh.user is '-oProxyCommand=x'"),
+        ('identity = "key"', 'user = "-oProxyCommand=x"', "has the user '-oProxyCommand=x'"),
         ('device = "mgmt0"', 'device = "nic0"', "ssh.device 'nic0' has a back end without"),
         ('device = "mgmt0"', "", "ssh.device is missing"),
         ('identity = "key"', 'identity = "none"', "which is no file"),

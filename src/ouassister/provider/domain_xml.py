@@ -12,12 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from xml.etree import ElementTree
 
-from ouassister.access import AGENT, PORT, PORT_NAME
+from ouassister.access import AGENT, PORT, PORT_NAME, ROOT
 from ouassister.errors import UnsupportedGuestError
+from ouassister.provider import management
 from ouassister.provider.disks import Disk
+
+if TYPE_CHECKING:
+    from ouassister.provider.management import Management
 
 SETTINGS: Final = "urn:ouassister:vm:1"
 GATE: Final = "urn:ouassister:gate:1"
@@ -33,7 +37,6 @@ _DISK_PARTS: Final = frozenset(
 _SOURCE_PARTS: Final = frozenset(("seclabel", "privateData"))
 _AGENT: Final = "org.qemu.guest_agent.0"
 _CHANNELS: Final = ((AGENT, _AGENT), (PORT, PORT_NAME))
-_NO_CHANNEL: Final = f"a channel for the guest agent ({_AGENT}) or our helper ({PORT_NAME})"
 _PORTS: Final = frozenset(("pcie-root-port", "pcie-switch-downstream-port"))
 _BRIDGES: Final = frozenset(("pci-bridge", "pcie-to-pci-bridge"))
 
@@ -86,7 +89,7 @@ def parse(xml: bytes) -> Hardware:
     mirrors, mounts = _settings(root, name)
     target = _free_target(root)
     channels = tuple(name for name, port in _CHANNELS if _port(root, port) is not None)
-    lacking = _lacking(root, target) if channels else _NO_CHANNEL
+    lacking = _lacking(root, target)
     links = _links(root, name)
     return Hardware(name, uuid, disks, links, target, channels, lacking, mirrors, mounts)
 
@@ -119,6 +122,37 @@ def quarantine(xml: bytes, hardware: Hardware) -> tuple[str, ...]:
                 f"{hardware.name}: quarantine holds {mac!r}, which no interface has as its address"
             )
     return macs
+
+
+def ssh_network(told: bytes, xml: bytes) -> Management | None:
+    """The network for ssh that our own metadata names: a device that is passed on to QEMU.
+
+    Args:
+        told: Has the metadata.
+        xml: Of the domain as it sleeps or runs.
+
+    Raises:
+        UnsupportedGuestError: It is not there, or more than this host and the guest could meet
+            there.
+    """
+    root = _root(xml)
+    name, found = root.findtext("name", ""), _root(told).find(f"metadata/{{{SETTINGS}}}vm")
+    device = "" if found is None else found.get("ssh-device", "")
+    if found is None or not device:
+        return None
+    words = [
+        one.get("value", "") for one in root.iterfind(f"{{{_QEMU}}}commandline/{{{_QEMU}}}arg")
+    ]
+    word = found.get("ssh-identity", "")
+    if word and not (Path(word).is_absolute() and Path(word).is_file()):
+        raise UnsupportedGuestError(f"{name}: ssh-identity is {word!r}, which is no file's path")
+    identity = Path(word) if word else None
+    try:
+        return management.find(["", *words], device, identity, found.get("ssh-user", ROOT))
+    except ValueError as error:
+        raise UnsupportedGuestError(
+            f"{name}: ssh-device {device!r} {error}", hint="docs/how-to/libvirt.md tells what it is"
+        ) from error
 
 
 def helper_socket(xml: bytes) -> Path | None:

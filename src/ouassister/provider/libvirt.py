@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs, urlencode
 
-from ouassister.access import AGENT, PORT_NAME
+from ouassister.access import AGENT, PORT_NAME, SSH, Access
 from ouassister.errors import (
     DeadlineError,
     NotSuspendedError,
@@ -30,9 +30,11 @@ from ouassister.errors import (
 )
 from ouassister.provider import domain_xml
 from ouassister.provider.domain_xml import Hardware
+from ouassister.provider.management import Management, forwarded_port
 from ouassister.provider.port import PortChannel
 from ouassister.provider.retire import rename_save
 from ouassister.provider.running import has_writer
+from ouassister.provider.ssh import SshChannel
 from ouassister.provider.virsh import DEFAULT, NO_DOMAIN, Virsh
 from ouassister.provider.virsh_agent import VirshAgent
 from ouassister.state.data import map_file
@@ -42,11 +44,9 @@ from ouassister.state.libvirt_save import read_header
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ouassister.access import Access
     from ouassister.provider.channel import Channel
     from ouassister.provider.disks import Disk
     from ouassister.provider.links import Link
-    from ouassister.provider.management import Management
 
 SCHEME: Final = "libvirt:"
 _SAVE_S: Final = 600.0  # for what reads or writes the whole memory
@@ -67,6 +67,7 @@ class Domain:
     local_mirrors: tuple[tuple[str, int], ...]
     host_kernel_mounts: bool
     quarantine: tuple[str, ...] = ()  # addresses of interfaces; see `Vm`
+    management: Management | None = None
 
     @property
     def name(self) -> str:
@@ -96,17 +97,12 @@ class Domain:
     @property
     def channels(self) -> tuple[str, ...]:
         """See `Vm`: by the XML."""
-        return self.hardware.channels
+        return self.hardware.channels + ((SSH,) if self.management is not None else ())
 
     @property
     def carried(self) -> bool:
         """No: what a domain has not is refused (`refuse_unresumable`)."""
         return False
-
-    @property
-    def management(self) -> Management | None:
-        """Libvirt has no user network that is proved to be closed."""
-        return None
 
     @property
     def untold_links(self) -> tuple[Link, ...]:
@@ -218,7 +214,8 @@ class RunningDomain:
         self._uuid = domain.hardware.uuid
         self._agent: VirshAgent | None = None
         self._port: PortChannel | None = None
-        self._channel = AGENT
+        self._ssh: SshChannel | None = None
+        self._access = Access()
 
     def __enter__(self) -> RunningDomain:
         """Close at the end of the block."""
@@ -226,9 +223,10 @@ class RunningDomain:
 
     def __exit__(self, *_error: object) -> None:
         """Hang up; the domain goes on."""
-        if self._port is not None:
-            self._port.close()
-            self._port = None
+        for channel in (self._port, self._ssh):
+            if channel is not None:
+                channel.close()
+        self._port = self._ssh = None
 
     def reach(self, access: Access) -> None:
         """See `Running`."""
@@ -237,12 +235,22 @@ class RunningDomain:
                 f"the domain {self.domain.name} has no channel {access.channel}",
                 hint="docs/how-to/libvirt.md tells how to give it one",
             )
-        self._channel = access.channel
+        self._access = access
 
     def channel(self) -> Channel:
         """See `Running`."""
-        if self._channel == AGENT:
+        if self._access.channel == AGENT:
             return self.qga()
+        management = self.domain.management
+        if self._access.channel == SSH and management is not None:
+            if self._ssh is None:
+                words = ("qemu-monitor-command", self._uuid, "--hmp", "info usernet")
+                port = forwarded_port(self._virsh.run(*words), management)
+                if port is None:
+                    raise StateError(f"QEMU forwards no port to {management.device}")
+                keys = self._access.host_keys
+                self._ssh = SshChannel(port, management.identity, keys, management.user)
+            return self._ssh
         if self._port is None:
             place = domain_xml.helper_socket(self._virsh.run("dumpxml", self._uuid).encode())
             if place is None:
@@ -382,7 +390,8 @@ def find(word: str, uri: str = DEFAULT, save: Path | None = None) -> Domain:
         raise UsageError(f"{path} is the saved image of {hardware.name} ({hardware.uuid})")
     mirrors, mounts = domain_xml.settings(own or xml)
     apart = domain_xml.quarantine(own or xml, hardware)
-    return Domain(virsh, hardware, path, save is None, mirrors, mounts, apart)
+    network = domain_xml.ssh_network(own or xml, xml)
+    return Domain(virsh, hardware, path, save is None, mirrors, mounts, apart, network)
 
 
 def load(source: str, save: Path | None = None) -> Domain:

@@ -28,6 +28,7 @@ _HARMLESS: Final = frozenset(
 _FORWARD: Final = re.compile(
     r"tcp:(?P<host>[^:]*):(?P<port>[0-9]{1,5})-[^:]*:(?P<guest>[0-9]{1,5})"
 )
+_USER: Final = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # useradd(8), and dots
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ def find(
         ValueError: It is not there, or more than this host and the guest could meet there; the
             message completes "DEVICE ...".
     """
+    if not _USER.fullmatch(user):
+        raise ValueError(f"has the user {user!r}, which is no name of one")
     netdev = next(
         (one.get("netdev", "") for one in devices(words(command)) if one.get("id") == device), None
     )

@@ -7,7 +7,6 @@ except that the save file exists: that is a state of the VM, and who opens it sa
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 _REFERENCE = "docs/reference/vm-toml.md lists the fields"
 _FORMATS = ("qcow2", "raw")
 _DISK, _CHANNEL = "disk", "channel"  # what brings a change set in
-_USER = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # useradd(8), and dots
 _SUN_PATH = 107  # unix(7): sun_path holds 108 bytes with its terminator
 
 
@@ -350,8 +348,6 @@ def _ssh(root: _Table, folder: Path, command: tuple[str, ...]) -> Management:
     word = table.text("identity", default="")
     user = table.text("user", default=ROOT)
     table.end()
-    if not _USER.fullmatch(user):
-        raise table.error("user", f"is {user!r}, which is no name of a user")
     identity = folder / word if word else None
     if identity is not None and not identity.is_file():
         raise table.error("identity", f"is {identity}, which is no file")
