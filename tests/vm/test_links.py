@@ -35,7 +35,7 @@ def test_link_is_opened_that_the_gate_closed_and_stays_down_when_somebody_cut_it
     capture = with_capture(world)
     config = world.config
     # The fixture has suspended it behind a closed gate: its kernel sees no carrier.
-    assert links.read_closed(config.gate_file) == {"nic0"}
+    assert links.read_closed(config.gate_file) == ("nic0",)
     update = world.run("update", "--install", "oua-extra")
     assert update.status == 0, update
     assert not any("nic0" in note for note in update.result["notes"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from ouassister.access import Access
@@ -122,6 +122,13 @@ class Vm(Protocol):
     @property
     def untold_links(self) -> tuple[Link, ...]:
         """Links of the gate of which the description does not say whether they were up."""
+
+    @property
+    def closed_by_gate(self) -> tuple[str, ...]:
+        """Devices whose links a gate of ours had closed when it fell asleep, kept beside the VM."""
+
+    def keep_closed(self, devices: Sequence[str]) -> None:
+        """Keep that, as it was at another time."""
 
     def is_running(self) -> bool:
         """Tell whether it runs, or a process has one of its disks open for writing."""

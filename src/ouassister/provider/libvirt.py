@@ -42,7 +42,7 @@ from ouassister.state.formats import LIBVIRT
 from ouassister.state.libvirt_save import read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ouassister.provider.channel import Channel
     from ouassister.provider.disks import Disk
@@ -108,6 +108,14 @@ class Domain:
     def untold_links(self) -> tuple[Link, ...]:
         """None: the XML of the save has each link's state."""
         return ()
+
+    @property
+    def closed_by_gate(self) -> tuple[str, ...]:
+        """None: the XML of the save has them."""
+        return ()
+
+    def keep_closed(self, devices: Sequence[str]) -> None:
+        """See `closed_by_gate`."""
 
     def state(self) -> str:
         """The domain's state, as libvirt says it: ``running``, ``paused``, ``shut off``..."""

@@ -66,13 +66,16 @@ def addresses(command: Sequence[str]) -> dict[str, str]:
 
 
 def write_closed(path: Path, opened_by_gate: Iterable[str]) -> None:
-    """Keep which devices' links a closed gate would open."""
+    """Keep which devices' links a closed gate would open; none: it is open, or opens none."""
+    if not (found := sorted(opened_by_gate)):
+        path.unlink(missing_ok=True)
+        return
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(sorted(opened_by_gate)) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(found) + "\n", encoding="utf-8")
     part.rename(path)
 
 
-def read_closed(path: Path) -> frozenset[str]:
+def read_closed(path: Path) -> tuple[str, ...]:
     """Which devices' links a closed gate would open; none when no gate was left closed.
 
     Raises:
@@ -82,12 +85,12 @@ def read_closed(path: Path) -> frozenset[str]:
         with path.open("rb") as file:
             value = json.loads(file.read(_LIMIT))
     except FileNotFoundError:
-        return frozenset()
+        return ()
     except (OSError, ValueError, RecursionError) as error:
         raise _odd(path) from error
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise _odd(path)
-    return frozenset(value)
+    return tuple(value)
 
 
 def _odd(path: Path) -> StateError:

@@ -27,7 +27,6 @@ from ouassister.errors import (
     UsageError,
 )
 from ouassister.provider.cmdline import is_scsi_bus, quote
-from ouassister.provider.links import write_closed
 from ouassister.provider.management import forwarded_port
 from ouassister.provider.port import PortChannel
 from ouassister.provider.qga import Qga
@@ -260,7 +259,7 @@ class RunningVM:
                 self._set_link(net, up=up)
         self._gate_closed = not up
         if up:
-            self.config.gate_file.unlink(missing_ok=True)
+            self.config.keep_closed(())
 
     def _opens(self, net: Net) -> bool:
         was_down = net.stays_down is None and net.device in self._access.links_down
@@ -268,9 +267,7 @@ class RunningVM:
 
     def _write_closed(self) -> None:
         """Keep what the gate would open, so that a guest that sleeps again behind it is known."""
-        write_closed(
-            self.config.gate_file, (net.device for net in self.config.nets if self._opens(net))
-        )
+        self.config.keep_closed([net.device for net in self.config.nets if self._opens(net)])
 
     def open_quarantine(self) -> None:
         """See `interface.Running`."""

@@ -31,7 +31,7 @@ from ouassister.provider.management import Management
 from ouassister.state.formats import QEMU_STREAM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from ouassister.provider.qemu import RunningVM
 
@@ -126,10 +126,19 @@ class VmConfig:
         untold = [net for net in self.nets if net.stays_down is None and not net.quarantine]
         if not untold:
             return ()
-        macs, closed = links.addresses(self.command), links.read_closed(self.gate_file)
+        macs, closed = links.addresses(self.command), self.closed_by_gate
         return tuple(
             links.Link(net.device, macs.get(net.device, ""), net.device in closed) for net in untold
         )
+
+    @property
+    def closed_by_gate(self) -> tuple[str, ...]:
+        """See `Vm`."""
+        return links.read_closed(self.gate_file)
+
+    def keep_closed(self, devices: Sequence[str]) -> None:
+        """See `Vm`."""
+        links.write_closed(self.gate_file, devices)
 
     def is_running(self) -> bool:
         """Tell whether its QEMU listens, or a process has one of its disks open for writing."""
