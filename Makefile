@@ -105,6 +105,7 @@ applier: $(APPLIER)
 $(APPLIER): build/deps $(wildcard guest/*.c guest/*.h guest/Makefile)
 	$(MAKE) -C guest all
 	install -D -m 755 build/guest/stub-x86_64 $(@D)/stub-x86_64
+	install -D -m 755 build/guest/port-x86_64 $(@D)/port-x86_64
 	install -D -m 755 build/guest/applier-x86_64 $@
 
 # For guests of arm64, which nothing reads yet: built and tested where a cross compiler is. QEMU's user

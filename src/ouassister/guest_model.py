@@ -199,7 +199,11 @@ class MappedDevice:
 
 @dataclass(frozen=True, slots=True)
 class NetworkDevice:
-    """A network device of init's namespace."""
+    """A network device of init's namespace.
+
+    ``carrier`` is what its driver has last said of the link; many say nothing of a device that is
+    not up. ``permanent_address`` is the hardware's own; "" for a device that is none.
+    """
 
     name: str
     index: int
@@ -209,6 +213,8 @@ class NetworkDevice:
     operstate: str
     hardware_address: str
     addresses: tuple[str, ...]  # with prefix length
+    permanent_address: str = ""
+    carrier: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,6 +234,7 @@ class Plan:
     download_bytes: int
     predicted: tuple[PackageMode, ...] = ()
     channel: str = ""  # that the resume will use
+    notes: tuple[str, ...] = ()  # what is to be told of the channel and of the links
 
 
 class Kind(StrEnum):

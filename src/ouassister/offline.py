@@ -23,7 +23,7 @@ from ouassister.model import (
 )
 from ouassister.packages import apt, update
 from ouassister.packages.owners import files_of, owners
-from ouassister.reaching.choose import choose, refuse_too_large
+from ouassister.reaching.choose import choose, refuse_too_large, remarks
 from ouassister.restart import plan as restart_plan
 from ouassister.restart import reach
 from ouassister.restart.actions import coalesce
@@ -99,7 +99,13 @@ def _update_with(
         if stored is not None:
             update.check_same(stored, simulated.changes)
         made = stored or update.make_plan(
-            vm, guest.sleeping.fence, request, simulated, left_out, channel=access.channel
+            vm,
+            guest.sleeping.fence,
+            request,
+            simulated,
+            left_out,
+            channel=access.channel,
+            notes=remarks(guest, access),
         )
         prepared = update.complete(tool, made, simulated.output)
     guest.prove(timeline)
@@ -230,7 +236,8 @@ def _make(
     recorded, recorded_notes = actions_of(guest.shadow.events())
     actions = coalesce((*ground.made, *recorded), due.restarts, due.again)
     tried = () if instead_of else ground.earlier
-    notes = (*_notes(guest), *tried, *recorded_notes, *due.notes, *ground.left)
+    told = (*_notes(guest), *remarks(guest, access))
+    notes = (*told, *tried, *recorded_notes, *due.notes, *ground.left)
     return archive.build(
         extraction,
         vm=vm,

@@ -32,7 +32,7 @@ from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
 from ouassister.model import Gate, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
-from ouassister.reaching.choose import choose
+from ouassister.reaching.choose import choose, remarks
 from ouassister.reflect import fallback
 from ouassister.reflect.fallback import OnConflict as OnConflict
 from ouassister.reflect.gate import OnFailure as OnFailure
@@ -82,6 +82,7 @@ def plan(config: Vm, request: Request, store: Store, timeline: Timeline, options
             left_out,
             predicted,
             access.channel,
+            remarks(guest, access),
         )
         store.add_plan(made)
         return made

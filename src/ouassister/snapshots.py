@@ -75,6 +75,7 @@ class Snapshot:
     """A VM as it slept before a change set was brought in.
 
     ``below`` are files that nothing is written to, as they were: the backing files of its disks.
+    ``closed_by_gate`` is as `interface.Vm` has it.
     """
 
     snapshot_id: str
@@ -84,6 +85,7 @@ class Snapshot:
     disks: tuple[Copy, ...]
     save: Copy
     below: tuple[FileStamp, ...]
+    closed_by_gate: tuple[str, ...] = ()
 
     @property
     def copies(self) -> tuple[Copy, ...]:
@@ -133,7 +135,8 @@ def take(vm: Vm, changeset_id: str, fence: Fence, folder: Path) -> None:
     save = _beside(vm.save.absolute(), name)
     tops = {one.path for one in disks}
     below = tuple(one for one in fence.disks if str(Path(one.path).resolve()) not in tops)
-    made = Snapshot(name, changeset_id, int(time.time()), Stage.COPYING, disks, save, below)
+    closed, now = vm.closed_by_gate, int(time.time())
+    made = Snapshot(name, changeset_id, now, Stage.COPYING, disks, save, below, closed)
     _refuse_full([one for one in (*disks, save) if one is not save or vm.save.is_symlink()])
     _write(folder, (made, *known(folder)))
     try:
@@ -258,6 +261,7 @@ def go_back(vm: Vm, snapshot: Snapshot, folder: Path) -> None:
     left = [one for one in snapshot.copies if not again or Path(one.copy).exists()]
     _check([one.stamp for one in left] + list(snapshot.below))
     _put(folder, replace(snapshot, stage=Stage.RETURNING))
+    vm.keep_closed(snapshot.closed_by_gate)
     if snapshot.save in left:
         vm.retire_save()  # of a later sleep: it would contradict the disks
     for one in left:

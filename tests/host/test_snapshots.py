@@ -129,6 +129,16 @@ def test_vm_sleeps_as_before_after_it_went_back_again_and_again(sleeper: Sleeper
         assert snapshots.known(sleeper.own) == ()
 
 
+def test_links_that_the_gate_had_closed_are_known_again_after_going_back(sleeper: Sleeper) -> None:
+    for name, before, after in (("1", ("nic0", "nic1"), ()), ("2", (), ("nic0",))):
+        sleeper.config.keep_closed(before)
+        sleeper.resume(name * 64)
+        sleeper.config.keep_closed(after)
+        sleeper.sleep("later")
+        sleeper.go_back()
+        assert sleeper.config.closed_by_gate == before
+
+
 def test_save_that_has_two_names_is_out_of_the_way_all_the_same(tmp_path: Path) -> None:
     save = tmp_path / "save.img"
     save.write_text("memory")

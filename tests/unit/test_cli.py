@@ -18,6 +18,7 @@ from ouassister.cli import main
 from ouassister.cli import main as entry
 from ouassister.cli.main import SCHEMA, VERBS
 from ouassister.errors import StateError, WorkDiskFullError
+from ouassister.provider import helper
 from ouassister.store.database import ChangesetState, Store
 from ouassister.text import size, table
 
@@ -388,6 +389,21 @@ def test_support_lists_each_system_call(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert re.search(r"^uname +emulated +", out, re.M)
     assert re.search(r"^io_uring_setup +denied ENOSYS +", out, re.M)
+
+
+def test_helper_is_written_as_it_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = tmp_path / "built"
+    monkeypatch.setattr(helper, "_BUILT", built)
+    assert main(["helper", str(tmp_path / "out")]) == 2
+    assert "run 'make applier'" in capsys.readouterr().err
+    built.write_bytes(b"a program")
+    assert main(["helper", str(tmp_path / "out" / "deep")]) == 0
+    assert "install.sh" in capsys.readouterr().out
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out/deep").iterdir()}
+    assert found == {"ouassister-port": 0o755, helper.UNIT: 0o644, "install.sh": 0o755}
+    assert (tmp_path / "out/deep/ouassister-port").read_bytes() == b"a program"
 
 
 # --- the page ---

@@ -10,14 +10,18 @@ import pytest
 from ouassister.errors import UnsupportedGuestError
 from ouassister.provider.disks import Disk
 from ouassister.provider.domain_xml import (
+    SETTINGS,
     Link,
     closed,
     has_medium,
+    helper_socket,
     medium,
     parse,
     quarantine,
     settings,
+    ssh_network,
 )
+from ouassister.provider.management import Management
 
 DISK = """
 <disk type='file' device='disk'>
@@ -29,7 +33,7 @@ DISK = """
 """
 NIC = "<interface type='network'><mac address='52:54:00:00:00:0{0}'/>{1}</interface>"
 UP, DOWN = NIC.format(1, ""), NIC.format(2, "<link state='down'/>")
-CHANNEL = "<channel><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+CHANNEL = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 OTHERS = """
 <disk type='file' device='cdrom'><target dev='sda'/><readonly/></disk>
 <disk type='network' device='disk'><source protocol='nbd'/><target dev='vdb'/><readonly/></disk>
@@ -171,9 +175,67 @@ def test_q35_needs_a_free_port(devices: str, free: bool) -> None:
     assert parse(xml(devices)).lacking == ""
 
 
+def test_port_of_the_helper_is_a_channel_and_libvirt_tells_where_it_is() -> None:
+    assert parse(xml()).channels == ("qemu-ga",)
+    asleep = xml().replace(b"org.qemu.guest_agent.0", b"org.ouassister.0")
+    assert (parse(asleep).channels, parse(asleep).lacking) == (("virtio-port",), "")
+    assert helper_socket(asleep) is None
+    source = b"<channel type='unix'><source mode='bind' path='/run/x/org.ouassister.0'/>"
+    awake = asleep.replace(b"<channel type='unix'>", source)
+    assert helper_socket(awake) == Path("/run/x/org.ouassister.0")
+    assert helper_socket(xml()) is None
+    both = asleep.replace(b"</devices>", CHANNEL.encode() + b"</devices>")
+    assert parse(both).channels == ("qemu-ga", "virtio-port")
+
+
+NETWORK = "user,id=mgmt,restrict=on,net=10.77.0.0/24,hostfwd=tcp:127.0.0.1:0-:22"
+
+
+def passed_on(network: str) -> bytes:
+    words = ("-netdev", network, "-device", "virtio-net-pci,id=mgmt0,netdev=mgmt,addr=10")
+    args = "".join(f"<q:arg value='{word}'/>" for word in words)
+    space = "http://libvirt.org/schemas/domain/qemu/1.0"
+    return xml(more=f"<q:commandline xmlns:q='{space}'>{args}</q:commandline>")
+
+
+def named(attributes: str) -> bytes:
+    return xml(more=f"<metadata><o:vm xmlns:o='{SETTINGS}' {attributes}/></metadata>")
+
+
+def test_network_for_ssh_is_one_that_is_passed_on_to_qemu(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.touch()
+    told = named(f"ssh-device='mgmt0' ssh-identity='{key}' ssh-user='deploy'")
+    found = ssh_network(told, passed_on(NETWORK))
+    assert found == Management("mgmt0", "mgmt", 0, 22, key, "deploy")
+    assert ssh_network(named("ssh-device='mgmt0'"), passed_on(NETWORK)) == Management(
+        "mgmt0", "mgmt", 0, 22, None
+    )
+    assert ssh_network(named("local-mirrors=''"), passed_on(NETWORK)) is None
+    assert ssh_network(xml(), passed_on(NETWORK)) is None
+
+
+@pytest.mark.parametrize(
+    ("attributes", "network", "words"),
+    [
+        ("ssh-device='other'", NETWORK, "'other' is the id of no -device"),
+        ("ssh-device='mgmt0'", NETWORK.replace("restrict=on,", ""), "without restrict=on"),
+        ("ssh-device='mgmt0' ssh-identity='key'", NETWORK, "which is no file"),
+        ("ssh-device='mgmt0' ssh-identity='/no/key'", NETWORK, "which is no file"),
+        ("ssh-device='mgmt0' ssh-user='a b'", NETWORK, "no name of one"),
+    ],
+)
+def test_network_for_ssh_that_will_not_do_is_refused(
+    attributes: str, network: str, words: str
+) -> None:
+    with pytest.raises(UnsupportedGuestError, match=words):
+        ssh_network(named(attributes), passed_on(network))
+
+
 def test_agent_needs_its_channel_and_the_medium_a_name() -> None:
     other = xml().replace(b"org.qemu.guest_agent.0", b"com.redhat.spice.0")
-    assert parse(other).lacking == "a channel for the guest agent (org.qemu.guest_agent.0)"
+    assert parse(other).channels == ()  # what can be used is chosen by reaching/
+    assert parse(xml().replace(b"type='unix'", b"type='spicevmc'")).channels == ()
     many = "".join(DISK.replace("vda", f"vd{letter}") for letter in ascii_lowercase)
     assert parse(xml(many)).lacking == "a free name of a virtio disk"
 

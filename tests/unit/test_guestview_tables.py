@@ -300,7 +300,8 @@ def guest_with_network() -> FakeGuest:
     guest.struct("net", ("dev_base_head", "list_head"))
     guest.struct("net_device", ("name", 16), ("dev_list", "list_head"), ("ifindex", "i"),
                  ("flags", "I"), ("mtu", "I"), ("operstate", "B"), ("addr_len", "B"), ("pad", 2),
-                 ("dev_addr", "p"), ("ip_ptr", "p"), ("rtnl_link_ops", "p"))  # fmt: skip
+                 ("dev_addr", "p"), ("ip_ptr", "p"), ("rtnl_link_ops", "p"),
+                 ("perm_addr", 32), ("state", "Q"))  # fmt: skip
     guest.struct("rtnl_link_ops", ("kind", "p"))
     guest.struct("in_device", ("ifa_list", "p"))
     guest.struct("in_ifaddr", ("ifa_next", "p"), ("ifa_local", "I"), ("ifa_prefixlen", "B"))
@@ -328,6 +329,24 @@ def test_network_device_with_addresses() -> None:
     assert (device.name, device.kind, device.operstate) == ("br0", "bridge", "up")
     assert device.hardware_address == "52:54:00:01:02:03"
     assert device.addresses == ("127.0.0.1/8", "192.0.2.2/24")
+    assert (device.permanent_address, device.carrier) == ("", True)
+
+
+def test_network_card_has_its_own_address_and_tells_of_its_link() -> None:
+    guest = guest_with_network()
+    add_device(
+        guest,
+        name=b"eth0",
+        ifindex=2,
+        flags=0x1003,
+        addr_len=6,
+        state=0b111,
+        dev_addr=guest.string(b"\2\2\2\2\2\2"),
+        perm_addr=b"\x52\x54\0\x12\x34\x56",
+    )
+    (device,) = NetworkDevices(guest.kernel).read()
+    assert device.hardware_address == "02:02:02:02:02:02"
+    assert (device.permanent_address, device.carrier) == ("52:54:00:12:34:56", False)
 
 
 def test_network_device_with_an_absurd_address_is_corrupt() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ouassister.access import AGENT, SSH, Access
 from ouassister.errors import AgentError, DeadlineError, UnsupportedGuestError, UsageError
 from ouassister.provider import libvirt
 from ouassister.provider.domain_xml import Hardware
@@ -18,7 +19,7 @@ from ouassister.provider.virsh_agent import VirshAgent
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HARDWARE = Hardware("web1", "u-1", (), (), "vdz", "", (), host_kernel_mounts=False)
+HARDWARE = Hardware("web1", "u-1", (), (), "vdz", (AGENT,), "", (), host_kernel_mounts=False)
 ABSENT = Answer(False, "", "Guest agent is not responding: QEMU guest agent is not connected")
 SILENT = Answer(False, "", "Guest agent is not responding: Guest agent not available for now")
 
@@ -32,6 +33,14 @@ def test_domain_is_found_again_by_its_source(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(libvirt, "find", lambda *words: asked.append(words))
     libvirt.load(domain.source, Path("/a"))
     assert asked == [("u-1", "qemu:///system", Path("/a"))]
+
+
+def test_domain_is_reached_by_what_its_xml_has_a_port_for() -> None:
+    domain = libvirt.Domain(Virsh("qemu:///system"), HARDWARE, Path("/s"), True, (), False)
+    assert domain.channels == (AGENT,)
+    assert domain.untold_links == ()
+    with pytest.raises(UsageError, match="has no channel ssh"):
+        libvirt.RunningDomain(domain).reach(Access(SSH))
 
 
 def test_domain_that_lacks_something_cannot_be_updated() -> None:

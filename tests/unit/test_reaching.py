@@ -12,7 +12,9 @@ from ouassister.access import Access
 from ouassister.disk import small_files
 from ouassister.errors import UnsupportedGuestError
 from ouassister.model import GuestPid, OpenFile, ProcessFiles, Socket, Sockets
-from ouassister.reaching import agent, sshd
+from ouassister.provider.helper import UNIT
+from ouassister.provider.port import PROTOCOL_NAME
+from ouassister.reaching import agent, helper, sshd
 from ouassister.reaching.choose import refuse_too_large
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGsCjSSkTjBhogUO8af7PTcFCKZGg+J89WMxB
 OTHER = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKsCjSSkTjBhogUO8af7PTcFCKZGg+J89WMxBVTIrkA7"
 AGENT = replace(
     SYSTEMD, pid=GuestPid(300), comm=b"qemu-ga", exe=b"/usr/sbin/qemu-ga", cmdline=(b"qemu-ga",)
+)
+HELPER = replace(
+    SYSTEMD,
+    pid=GuestPid(500),
+    comm=b"ouassister-port",
+    exe=b"/usr/local/sbin/ouassister-port",
+    cmdline=(b"/usr/local/sbin/ouassister-port", b"/dev/virtio-ports/org.ouassister.0"),
 )
 SSHD = replace(SYSTEMD, pid=GuestPid(400), comm=b"sshd", exe=b"/usr/sbin/sshd")
 
@@ -95,6 +104,47 @@ def test_command_line_counts_before_the_file_and_names_it() -> None:
     assert agent.problem(seen, b"[general]\nblock-rpcs=guest-exec\n") == ""
 
 
+def helped(**changes: object) -> GuestView:
+    task = replace(HELPER, **changes)  # type: ignore[arg-type]
+    return view(tasks=(SYSTEMD, task), files=(held(500, b"/dev/null", b"/dev/vport3p2"),))
+
+
+def port(
+    seen: GuestView | None = None,
+    content: bytes | None = b"\x7fELF" + PROTOCOL_NAME + b"\0",
+    units: tuple[str, ...] = (UNIT,),
+    wanted: tuple[str, ...] = (UNIT,),
+) -> str:
+    return helper.problem(seen or helped(), content, units, wanted)
+
+
+def test_helper_that_runs_with_its_port_open_will_do() -> None:
+    assert port() == ""
+    assert helper.program(helped()) == HELPER.exe
+    assert port(content=None) == ""  # it was replaced since it started, for one
+    assert port(units=(), wanted=()) == ""  # somebody has installed it in another way
+    assert len(HELPER.comm) == 15  # what the kernel keeps of a name
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (port(view(), units=()), "has no ouassister-port.service: 'ouassister helper'"),
+        (port(view(), wanted=()), "is not enabled"),
+        (port(view()), "no ouassister-port ran"),
+        (port(replace(helped(), files=None)), "memory does not tell"),
+        (port(helped(uid=1000)), "no ouassister-port of root had"),
+        (port(helped(cmdline=(b"ouassister-port", b"/dev/virtio-ports/x"))), "of root had"),
+        (port(replace(helped(), files=(held(500, b"/dev/null"),))), "of root had"),
+        (port(replace(helped(), files=(held(300, b"/dev/vport3p2"),))), "of root had"),
+        (port(content=b"ouassister-port protocol 0"), "of another version"),
+    ],
+)
+def test_helper_that_cannot_be_used_is_told_with_the_reason(problem: str, words: str) -> None:
+    assert words in problem
+    assert helper.program(view()) is None
+
+
 def look(
     seen: GuestView | None = None,
     settings: dict[str, str] | None = None,
@@ -102,6 +152,47 @@ def look(
     offered: tuple[str, ...] = (OTHER, KEY),
 ) -> str:
     return sshd.problem(seen or view(), 22, settings or {}, [None, authorized], offered)
+
+
+PASSWD = b"""root:x:0:0:root:/root:/bin/bash
+# odd
+deploy:x:1000:1000::/srv/deploy/:
+\xff:x:1001:1001::/srv/x:/bin/sh
+backup:x:34:34:backup:/var/backups:/usr/sbin/nologin
+fisher:x:1002:1002::/srv/f:/usr/bin/fish
+short:x:1003
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "sudoers", "words"),
+    [
+        ("root", None, ""),
+        ("deploy", b"", ""),
+        ("deploy", None, "the guest has no sudo"),
+        ("nobody", b"", "has no user 'nobody'"),
+        ("short", b"", "has no user 'short'"),
+        ("backup", b"", "backup has 'nologin' for a shell"),
+        ("fisher", b"", "fisher has 'fish' for a shell"),
+    ],
+)
+def test_user_who_logs_in_is_looked_up(name: str, sudoers: bytes | None, words: str) -> None:
+    told = sshd.refused_user(sshd.user(PASSWD, name), name, sudoers)
+    assert (words in told) if words else not told
+
+
+def test_keys_are_those_of_the_users_home() -> None:
+    found = sshd.user(PASSWD, "deploy")
+    assert found == sshd.User("deploy", b"/srv/deploy/", b"/bin/sh")
+    assert found.authorized[0] == b"/srv/deploy/.ssh/authorized_keys"
+    unread = sshd.user(None, "root")
+    assert unread is not None
+    assert unread.authorized[1] == b"/root/.ssh/authorized_keys2"
+    other = sshd.problem(
+        view(), 22, {"permitrootlogin": "no"}, [f"{KEY} x".encode()], (KEY,), "deploy"
+    )
+    assert other == ""
+    assert "deploy's authorized_keys" in sshd.problem(view(), 22, {}, [], (KEY,), "deploy")
 
 
 def test_sshd_that_takes_our_key_will_do() -> None:

@@ -96,6 +96,9 @@ def test_words_reach_the_program_through_the_shell_and_long_ones_by_its_input() 
     words, ahead = ssh.told(["printf", "x" * 200_000], MARK)
     assert len(words) < 200
     assert ahead == b"printf " + b"x" * 200_000
+    words, ahead = ssh.told(["id", "-u"], MARK, by_sudo=True)
+    assert words.startswith("sudo -n -- /bin/sh -c 'printf")
+    assert f"' {MARK} id -u; printf" in words
 
 
 def test_control_path_and_keys_of_any_name_are_one_word_of_ssh(tmp_path: Path) -> None:

@@ -221,16 +221,22 @@ def test_management_network_is_read_and_written(folder: Path) -> None:
     assert _load(folder, MANAGED).channels == ("qemu-ga",)
     alone = _load(folder, (MANAGED + SSH).replace('agent = "qga.sock"', ""))
     assert alone.channels == ("ssh",)
+    assert config.management.user == "root"
+    other = _load(folder, MANAGED + SSH + 'user = "web.admin"\n')
+    assert other.management is not None
+    assert other.management.user == "web.admin"
+    assert _load(folder, vmtoml.dump(other)) == other
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         ("restrict=on,", "", "ssh.device 'mgmt0' has a back end without restrict=on"),
+        ('identity = "key"', 'user = "-oProxyCommand=x"', "has the user '-oProxyCommand=x'"),
         ('device = "mgmt0"', 'device = "nic0"', "ssh.device 'nic0' has a back end without"),
         ('device = "mgmt0"', "", "ssh.device is missing"),
         ('identity = "key"', 'identity = "none"', "which is no file"),
-        ('identity = "key"', 'user = "me"', "ssh.user is not a known key"),
+        ('identity = "key"', 'shell = "sh"', "ssh.shell is not a known key"),
         ('device = "nic0"', 'device = "mgmt0"', "ssh.device is 'mgmt0', which"),
     ],
 )
@@ -254,3 +260,19 @@ def test_medium_comes_by_a_disk_that_has_a_place_or_by_the_channel(folder: Path)
     assert _load(folder, vmtoml.dump(carried)) == carried
     with pytest.raises(UsageError, match=r"medium\.by is 'post'"):
         _load(folder, GOOD.replace('bus = "pci.0"', 'by = "post"'))
+
+
+def test_helper_has_a_port_of_its_own_and_comes_after_the_agent(folder: Path) -> None:
+    port = """"-chardev", "socket,id=oua,path=oua.sock,server=on,wait=off",
+    "-device", "virtserialport,chardev=oua,name=org.ouassister.0",
+]
+qmp"""
+    text = GOOD.replace("]\nqmp", port, 1).replace("[[disk]]", 'helper = "oua.sock"\n[[disk]]')
+    config = _load(folder, text)
+    assert (config.helper, config.channels) == (folder / "oua.sock", ("qemu-ga", "virtio-port"))
+    assert _load(folder, vmtoml.dump(config)).helper == config.helper
+    for helper in ("qga.sock", "other.sock"):  # no port of that name, and no socket
+        with pytest.raises(UsageError, match=r"qemu\.helper is .*, which no"):
+            _load(folder, text.replace('helper = "oua.sock"', f'helper = "{helper}"'))
+    alone = _load(folder, text.replace('agent = "qga.sock"\n', ""))
+    assert alone.channels == ("virtio-port",)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _PORTS = 8
 SAVES = "var/lib/libvirt/qemu/save"
-UP, DOWN = "52:54:00:00:00:01", "52:54:00:00:00:02"
+UP, DOWN, SSH_CARD = "52:54:00:00:00:01", "52:54:00:00:00:02", "52:54:00:00:00:03"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,7 @@ def running(folder: Path) -> Iterator[Inside]:
 def domain(image: GuestImage, folder: Path, port: int, machine: str = "q35") -> str:
     """The XML of a domain with two interfaces, one of them down; the other's frames are kept.
 
+    A third one, which libvirt knows nothing of, is for ssh alone.
     A q35 has so many root ports that one is left for the medium.
     """
     ports = ""
@@ -117,6 +118,9 @@ def domain(image: GuestImage, folder: Path, port: int, machine: str = "q35") -> 
         ports = "<controller type='pci' index='0' model='pcie-root'/>"
         ports += "<controller type='pci' model='pcie-root-port'/>" * _PORTS
     frames = f"filter-dump,id=frames,netdev=hostnet0,file={folder}/frames.pcap"
+    network = "user,id=mgmt,restrict=on,ipv6=off,net=10.77.0.0/24,hostfwd=tcp:127.0.0.1:0-:22"
+    card = f"virtio-net-pci,id=mgmt0,netdev=mgmt,mac={SSH_CARD}"
+    card += f",bus={'pcie' if machine == 'q35' else 'pci'}.0,addr=0x1c"
     return f"""
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{image.hostname}</name>
@@ -144,11 +148,14 @@ def domain(image: GuestImage, folder: Path, port: int, machine: str = "q35") -> 
       <mac address='{DOWN}'/><model type='virtio'/><link state='down'/>
     </interface>
     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <channel type='unix'><target type='virtio' name='org.ouassister.0'/></channel>
     <serial type='file'><source path='{folder}/console.log'/></serial>
     <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
   </devices>
   <qemu:commandline>
     <qemu:arg value='-object'/><qemu:arg value='{frames}'/>
+    <qemu:arg value='-netdev'/><qemu:arg value='{network}'/>
+    <qemu:arg value='-device'/><qemu:arg value='{card}'/>
   </qemu:commandline>
 </domain>
 """

@@ -6,30 +6,33 @@ import socket
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import need
+from tests.conftest import lacking, need
 from tests.vm.conftest import kill
 from tests.vm.management import with_management
+from tests.vm.port import with_port
 from tests.vm.world import World, with_capture
 
 from ouassister import pipeline
-from ouassister.access import AGENT, SSH, Access
+from ouassister.access import AGENT, PORT, SSH, Access
 from ouassister.demo.frames import count_frames
-from ouassister.errors import ChannelError
+from ouassister.errors import ChannelError, DeadlineError
 from ouassister.provider import qemu, vmtoml
 from ouassister.provider.qemu import RunningVM
 from ouassister.provider.ssh import SshChannel, offered
+from ouassister.reflect import apart
 from ouassister.store.database import Store
 from ouassister.testing import clone as make_clone
 from ouassister.testing import forwarded_port, guest_run
 from ouassister.testing.channel import check_channel
+from ouassister.testing.guest import Recipe
 from ouassister.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -40,14 +43,15 @@ KEYS = "cat /etc/ssh/ssh_host_*_key.pub"
 
 @pytest.fixture(scope="module")
 def managed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prepared guest with a management network. Read only."""
+    """The prepared guest with a management network, and our helper on a port. Read only."""
     need("ssh-keygen")
-    return with_management(prepared, tmp_path_factory.mktemp("managed"))
+    network = with_management(prepared, tmp_path_factory.mktemp("managed"))
+    return with_port(network, tmp_path_factory.mktemp("port"))
 
 
 @pytest.fixture
 def sleeper(managed: Path, tmp_path: Path) -> Iterator[World]:
-    """A fresh twin of it that both channels reach."""
+    """A fresh twin of it that every channel reaches."""
     toml = make_clone(managed, tmp_path / "sleeper")
     yield World(toml, tmp_path / "home")
     kill(vmtoml.load(toml))
@@ -61,10 +65,13 @@ def _host_keys(vm: RunningVM) -> tuple[str, ...]:
 def _only(world: World, channel: str) -> None:
     """Leave the VM with one channel."""
     config = world.config
-    if channel == AGENT:
-        world.toml.write_text(vmtoml.dump(replace(config, management=None)))
-    else:
-        world.toml.write_text(vmtoml.dump(replace(config, agent=None)))
+    if channel != AGENT:
+        config = replace(config, agent=None)
+    if channel != PORT:
+        config = replace(config, helper=None)
+    if channel != SSH:
+        config = replace(config, management=None)
+    world.toml.write_text(vmtoml.dump(config))
 
 
 def test_every_channel_keeps_the_rules_and_comes_back_when_its_other_end_dies(
@@ -76,6 +83,7 @@ def test_every_channel_keeps_the_rules_and_comes_back_when_its_other_end_dies(
         keys = _host_keys(vm)
         for name, end in (
             (AGENT, "systemctl restart qemu-guest-agent"),
+            (PORT, "systemctl restart ouassister-port"),
             (SSH, "pkill -f 'sshd: root@notty'"),
         ):
             vm.reach(Access(name, keys))
@@ -89,7 +97,22 @@ def test_every_channel_keeps_the_rules_and_comes_back_when_its_other_end_dies(
             assert channel.run(["/bin/echo", "back"], timeout_s=60).stdout == b"back\n"
         _check_keys(vm, keys, monkeypatch)
         _check_closed(vm)
-        vm.kill()
+        _check_cut_off(sleeper, vm)
+
+
+def _check_cut_off(world: World, vm: RunningVM) -> None:
+    """A guest that falls asleep while the helper is in the middle of a line answers afterwards."""
+    vm.reach(Access(PORT))
+    with pytest.raises(DeadlineError):
+        vm.channel().run(["/bin/sh", "-c", "while :; do echo line; done"], timeout_s=5)
+    world.config.save.unlink()
+    vm.suspend()
+    with qemu.restore(world.config, links_up=False) as again:
+        again.reach(Access(PORT))
+        channel = again.channel()
+        again.cont()
+        assert channel.run(["/bin/echo", "awake"], timeout_s=120).stdout == b"awake\n"
+        again.kill()
 
 
 def _check_keys(vm: RunningVM, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +187,12 @@ def test_guest_whose_agent_may_run_nothing_is_updated_by_ssh_behind_the_closed_g
     assert (refused.status, refused.code) == (23, "unsupported-guest"), refused
     assert "forbids guest-exec, guest-exec-status" in refused.value["error"]["message"]
 
-    sleeper.toml.write_text(vmtoml.dump(replace(both, agent=None, management=None)))
+    sleeper.toml.write_text(vmtoml.dump(replace(both, agent=None, helper=None, management=None)))
     refused = sleeper.run("plan", "--install", "oua-extra")
     assert (refused.status, refused.code) == (23, "unsupported-guest"), refused
     assert "its description names none" in refused.value["error"]["message"]
 
-    sleeper.toml.write_text(vmtoml.dump(replace(both, carried=True)))
+    sleeper.toml.write_text(vmtoml.dump(replace(both, carried=True, helper=None)))
     capture = with_capture(sleeper)
     before = sleeper.hashes()
     # One that is staged and one that is emulated.
@@ -203,3 +226,135 @@ def test_guest_whose_agent_may_run_nothing_is_updated_by_ssh_behind_the_closed_g
         vm.reach(Access(SSH, keys))
         done = vm.channel().run(["/bin/sh", "-c", _LEFT], timeout_s=60)
         assert done.stdout == b"extra\n"
+
+
+# Whoever restarts that service restarts the helper, with all that it has started.
+_TIED = """d=/etc/systemd/system/ouassister-port.service.d; mkdir -p $d
+printf '[Unit]\\nPartOf=oua-script.service\\n' >$d/tied.conf; systemctl daemon-reload; sync"""
+
+
+def test_guest_whose_agent_may_run_nothing_is_updated_by_the_helper_that_ends_in_the_middle(
+    sleeper: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with qemu.restore(sleeper.config, links_up=False) as vm:
+        vm.cont()
+        guest_run(vm, _TIED, timeout_s=120)
+        sleeper.config.save.unlink()
+        vm.suspend()
+    _agent_forbids(sleeper)
+    _only(sleeper, PORT)
+    capture = with_capture(sleeper)
+    before = sleeper.hashes()
+    plan = sleeper.run("plan", "--install", "oua-daemon")
+    assert (plan.status, plan.result["channel"]) == (0, PORT), plan
+    update = sleeper.run("update", "--install", "oua-daemon", "--install", "oua-extra")
+    assert update.status == 0, update
+    assert update.result["channel"] == PORT
+    assert sleeper.hashes() == before
+
+    frames: list[int] = []
+    again: list[str] = []
+    set_links, run_apart = RunningVM.set_links, apart.run
+
+    def counted(vm: RunningVM, *, up: bool) -> None:
+        if up:
+            frames.append(count_frames(capture))
+        set_links(vm, up=up)
+
+    def told(*words: object, **more: object) -> object:
+        again.append("apart")
+        return run_apart(*words, **more)  # type: ignore[arg-type]
+
+    with Store(sleeper.home) as opened, monkeypatch.context() as patch:
+        patch.setattr(RunningVM, "set_links", counted)
+        patch.setattr(apart, "run", told)
+        resumed = pipeline.resume(sleeper.config, opened, Timeline())
+    assert again == ["apart"]  # the shell with the actions ended with the helper
+    assert frames == [0]
+    assert resumed.failed_actions == ()
+    assert "no restarted unit has failed" in resumed.verified
+    print(f"{PORT}: {resumed.online_s:.1f} s, {resumed.phases}")
+    with qemu.attach(sleeper.config) as vm:
+        vm.reach(Access(PORT))
+        done = vm.channel().run(["/bin/sh", "-c", _LEFT], timeout_s=60)
+        assert done.stdout == b"extra\n"
+        vm.kill()
+
+
+def test_helper_that_is_not_there_is_told_while_the_guest_sleeps(sleeper: World) -> None:
+    with qemu.restore(sleeper.config, links_up=False) as vm:
+        vm.cont()
+        guest_run(vm, "systemctl stop ouassister-port; sync", timeout_s=120)
+        sleeper.config.save.unlink()
+        vm.suspend()
+    _only(sleeper, PORT)
+    refused = sleeper.run("plan", "--install", "oua-extra")
+    assert (refused.status, refused.code) == (23, "unsupported-guest"), refused
+    assert "no ouassister-port ran" in refused.value["error"]["message"]
+
+
+# Debian's sudo, a user that it lets do everything, and one whom it asks for a password.
+_USERS = """cd /root; dpkg -i sudo.deb >/dev/null
+for user in deploy asked; do useradd -m -s /bin/bash $user; chmod go-w /home/$user
+install -d -m 700 -o $user /home/$user/.ssh
+install -m 600 -o $user /root/.ssh/authorized_keys /home/$user/.ssh/authorized_keys; done
+echo 'deploy ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/deploy
+echo 'asked ALL=(ALL) ALL' >/etc/sudoers.d/asked
+printf 'PermitRootLogin no\\n' >/etc/ssh/sshd_config.d/no-root.conf; systemctl restart ssh; sync"""
+
+
+def test_other_user_than_root_logs_in_and_sudo_runs_the_update(
+    sleeper: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    archive = _archive("sudo", tmp_path)
+    with qemu.restore(sleeper.config, links_up=False) as vm:
+        vm.cont()
+        vm.qga().write_file("/root/sudo.deb", archive.read_bytes(), timeout_s=120)
+        guest_run(vm, _USERS, timeout_s=180)
+        keys = _host_keys(vm)
+        port, network = forwarded_port(vm, 22), vm.config.management
+        assert network is not None
+        channel = SshChannel(port, network.identity, keys, "deploy")
+        check_channel(channel)
+        channel.close()
+        channel = SshChannel(port, network.identity, keys, "asked")
+        with pytest.raises(ChannelError, match=r"sudo lets asked run nothing.*password"):
+            channel.ping(timeout_s=60)
+        channel.close()
+        sleeper.config.save.unlink()
+        vm.suspend()
+
+    _only(sleeper, SSH)
+    for user, words in (("root", "PermitRootLogin no"), ("nobody9", "has no user 'nobody9'")):
+        _log_in_as(sleeper, user)
+        refused = sleeper.run("plan", "--install", "oua-extra")
+        assert (refused.status, refused.code) == (23, "unsupported-guest"), refused
+        assert words in refused.value["error"]["message"]
+    _log_in_as(sleeper, "deploy")
+    update = sleeper.run("update", "--install", "oua-extra", "--install", "oua-live")
+    assert update.status == 0, update
+    assert any("whether sudo lets deploy" in note for note in update.result["notes"])
+    resumed = sleeper.run("resume")
+    assert resumed.status == 0, resumed
+    assert resumed.result["staged"][0]["status"] == "installed"
+
+
+def _log_in_as(world: World, user: str) -> None:
+    network = world.config.management
+    assert network is not None
+    changed = replace(world.config, management=replace(network, user=user))
+    world.toml.write_text(vmtoml.dump(changed))
+
+
+def _archive(package: str, folder: Path) -> Path:
+    """A package of the release that host and guest have, by the host's own apt."""
+    if f"={Recipe().suite}\n" not in Path("/etc/os-release").read_text():
+        lacking(f"the host is no Debian {Recipe().suite}, of which it would fetch {package}")
+    # apt drops its privileges where it can.
+    command = ["apt-get", "-o", "APT::Sandbox::User=root", "-q", "download", package]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lacking(f"apt-get cannot fetch {package}: {done.stderr[-300:]}")
+    (archive,) = folder.glob(f"{package}_*.deb")
+    return archive

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conformance.libvirt import SETTINGS
-from tests.conftest import GUESTS
+from tests.conformance.libvirt import SETTINGS, wait_until
+from tests.conftest import GUESTS, need
 from tests.vm import packages
-from tests.vm.libvirt_host import DOWN, UP, Inside, Sleeper, domain, running
+from tests.vm.libvirt_host import DOWN, SSH_CARD, UP, Inside, Sleeper, domain, running
 from tests.vm.repository import build
 from tests.vm.session_host import URI, session
 from tests.vm.world import NOTHING, leftovers, until
 
 from ouassister.demo.frames import count_frames
-from ouassister.errors import AgentError
+from ouassister.errors import AgentError, DeadlineError
+from ouassister.provider import helper
 from ouassister.provider.virsh_agent import VirshAgent
 from ouassister.state.data import map_file
 from ouassister.state.libvirt_save import read_header
@@ -227,6 +229,73 @@ def test_gate_lets_nothing_through_until_it_is_opened_for_links_that_were_up(
     sleeper.guest(knock)
     assert sleeper.guest(carrier).split() == ["1", "0"]
     assert count_frames(frames) > 0
+
+
+# The helper and the key are installed, and then the agent goes.
+_CHANNELS = """sh /root/helper/install.sh
+card=$(grep -l {card} /sys/class/net/*/address | cut -d/ -f5)
+ip addr add 10.77.0.15/24 dev $card; ip link set $card up
+mkdir -p -m 700 /root/.ssh; echo '{key}' >/root/.ssh/authorized_keys
+until systemctl is-active --quiet ouassister-port; do sleep 0.1; done
+systemd-run --on-active=1 systemctl stop qemu-guest-agent; sync"""
+_RUN = """
+from ouassister.access import Access
+from ouassister.provider import libvirt
+with libvirt.find("web1").attach() as vm:
+    vm.reach(Access("virtio-port"))
+    print(vm.channel().run(["/bin/sh", "-c", {script!r}], timeout_s=120).stdout.decode())
+"""
+
+
+def _agent_is_gone(virsh: Inside) -> bool:
+    try:
+        VirshAgent(virsh, "web1").ping(timeout_s=1)
+    except (AgentError, DeadlineError):
+        return True
+    return False
+
+
+def test_domain_without_its_agent_is_updated_by_the_helper_and_without_that_by_ssh(
+    sleeper: Sleeper, repository: Repository
+) -> None:
+    need("ssh-keygen")
+    key = sleeper.folder / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    public = " ".join(key.with_suffix(".pub").read_text().split()[:2])
+    sleeper.virsh.run("start", "web1", timeout_s=120)
+    sleeper.guest("mkdir -p /root/helper")
+    for name, content in helper.files().items():
+        VirshAgent(sleeper.virsh, "web1").write_file(f"/root/helper/{name}", content)
+    sleeper.guest(_CHANNELS.format(card=SSH_CARD, key=public))
+    wait_until(lambda: _agent_is_gone(sleeper.virsh))
+    sleeper.virsh.run("managedsave", "web1", timeout_s=120)
+    told = f"local-mirrors='127.0.0.1:{repository.port}' ssh-device='mgmt0' ssh-identity='{key}'"
+    words = ("metadata", "web1", "urn:ouassister:vm:1", "--config", "--key", "ouassister")
+    sleeper.virsh.run(*words, "--set", f"<vm {told}/>")
+    update = sleeper.run("update", "--install", "oua-extra")
+    assert (update.status, update.result["channel"]) == (0, "virtio-port"), update
+    resumed = sleeper.run("resume")
+    assert resumed.status == 0, resumed
+    out = sleeper.python(_RUN.format(script="oua-extra; dpkg --audit"))
+    assert out.split() == ["extra"]
+    links = [sleeper.virsh.run("domif-getlink", "web1", mac).split()[-1] for mac in (UP, DOWN)]
+    assert links == ["up", "down"]
+
+    stop = "systemd-run --on-active=1 systemctl stop ouassister-port; sync"
+    sleeper.python(_RUN.format(script=stop))
+    ask = _RUN.format(script="true").replace("timeout_s=120", "timeout_s=1")
+    wait_until(lambda: "Deadline" in _last_words(sleeper, ask))
+    sleeper.virsh.run("managedsave", "web1", timeout_s=120)
+    update = sleeper.run("update", "--install", "oua-gone")
+    assert (update.status, update.result["channel"]) == (0, "ssh"), update
+    resumed = sleeper.run("resume")
+    assert resumed.status == 0, resumed
+    assert "completion marker of this change set" in resumed.result["verified"]
+
+
+def _last_words(sleeper: Sleeper, script: str) -> str:
+    argv = [*sleeper.virsh.enter(), sys.executable, "-c", script]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120).stderr
 
 
 def test_medium_that_cannot_be_plugged_in_leaves_the_domain_asleep(sleeper: Sleeper) -> None:

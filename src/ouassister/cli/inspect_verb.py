@@ -121,11 +121,11 @@ def _network(view: GuestView) -> list[str]:
     lines = []
     if view.network_devices:
         rows = [
-            (one.name, one.kind or "-", one.operstate, one.hardware_address or "-",
-             " ".join(one.addresses) or "-")
+            (one.name, one.kind or "-", one.operstate, "yes" if one.carrier else "no",
+             one.hardware_address or "-", " ".join(one.addresses) or "-")
             for one in view.network_devices
         ]  # fmt: skip
-        head = ("NAME", "KIND", "STATE", "HARDWARE ADDRESS", "ADDRESSES")
+        head = ("NAME", "KIND", "STATE", "LINK", "HARDWARE ADDRESS", "ADDRESSES")
         lines += ["", "network", table([head, *rows], "  ")]
     if view.sockets:
         ports = sorted(

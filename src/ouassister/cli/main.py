@@ -33,6 +33,7 @@ VERBS: Final = (
     "discard",
     "run",
     "suspend",
+    "helper",
     "demo",
     "doctor",
     "support",

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> common.Result:
         for one in plan.predicted
     ]
     lines.append(f"the resume will reach the guest by {plan.channel}")
+    lines += [f"  {line}" for line in plan.notes]
     if plan.changes:
         lines.append(f"to carry it out: ouassister update {arguments.vm} --plan {plan.plan_id}")
     status = 0 if plan.changes else common.NOTHING_TO_DO

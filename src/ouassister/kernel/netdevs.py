@@ -1,6 +1,8 @@
 """Network devices of init's namespace, as ``ip address`` shows them.
 
-Source: Linux v6.1 ``include/linux/netdevice.h``, ``include/net/net_namespace.h`` (``struct net``),
+Source: Linux v6.1 ``include/linux/netdevice.h`` (``__LINK_STATE_NOCARRIER``), ``net/core/dev.c``
+(``register_netdevice``: ``perm_addr`` is set where the address is the hardware's own),
+``include/net/net_namespace.h`` (``struct net``),
 ``include/linux/inetdevice.h`` (``struct in_device``, ``struct in_ifaddr``),
 ``include/net/if_inet6.h`` (``struct inet6_dev``, ``struct inet6_ifaddr``), ``net/core/net-sysfs.c``
 (``operstates``).
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _MAX_DEVICES: Final = 1 << 14
 _MAX_ADDRESSES: Final = 1 << 16  # of all devices
 _MAX_HARDWARE_ADDRESS: Final = 32  # MAX_ADDR_LEN
+_NO_CARRIER: Final = 1 << 2  # of net_device.state
 _OPERSTATES: Final = (
     "unknown", "notpresent", "down", "lowerlayerdown", "testing", "dormant", "up",
 )  # fmt: skip
@@ -43,7 +46,7 @@ class NetworkDevices:
         self._left = _MAX_ADDRESSES
         self._device = Fields(kernel, "struct net_device", "name", "ifindex", "flags", "mtu",
                               "operstate", "addr_len", "dev_addr", "ip_ptr", "rtnl_link_ops",
-                              )  # fmt: skip
+                              "perm_addr", "state")  # fmt: skip
         self._place = offset(kernel, "struct net_device", "dev_list")
         self._kind = Fields(kernel, "struct rtnl_link_ops", "kind")
         self._in_device = Fields(kernel, "struct in_device", "ifa_list")
@@ -67,7 +70,9 @@ class NetworkDevices:
 
     def _describe(self, device: int) -> NetworkDevice:
         kernel = self._kernel
-        (name, index, flags, mtu, state, length, hardware, ip, link) = self._device.read(device)
+        (name, index, flags, mtu, state, length, hardware, ip, link, permanent, bits) = (
+            self._device.read(device)
+        )
         if length > _MAX_HARDWARE_ADDRESS:
             raise CorruptGuestError(f"a network device has an address of {length} bytes")
         kind = self._kind.read(link)[0] if link else 0
@@ -81,6 +86,8 @@ class NetworkDevices:
             operstate=_OPERSTATES[state] if state < len(_OPERSTATES) else str(state),
             hardware_address=raw.hex(":"),
             addresses=(*self._ipv4(ip), *self._ipv6(device)),
+            permanent_address=permanent[:length].hex(":") if any(permanent) else "",
+            carrier=not bits & _NO_CARRIER,
         )
 
     def _ipv4(self, device: int) -> Iterator[str]:

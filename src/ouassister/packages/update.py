@@ -34,6 +34,7 @@ def make_plan(
     left_out: tuple[LeftOut, ...] = (),
     predicted: tuple[PackageMode, ...] = (),
     channel: str = "",
+    notes: tuple[str, ...] = (),
 ) -> Plan:
     """Freeze what apt simulated; the id hashes everything else."""
     plan = Plan(
@@ -47,6 +48,7 @@ def make_plan(
         download_bytes=sum(archive.size for archive in simulated.archives),
         predicted=predicted,
         channel=channel,
+        notes=notes,
     )
     return replace(plan, plan_id=codec.digest(plan, without="plan_id"))
 
@@ -99,7 +101,15 @@ def complete(apt: Apt, plan: Plan, order: str) -> Prepared:
         for change in lost:
             if change in simulated.changes:  # else this loop would not end
                 raise UpdaterError(f"apt-get plans {change.name} again, which cannot be fetched")
-        plan = make_plan(plan.vm, plan.fence, request, simulated, left_out, channel=plan.channel)
+        plan = make_plan(
+            plan.vm,
+            plan.fence,
+            request,
+            simulated,
+            left_out,
+            channel=plan.channel,
+            notes=plan.notes,
+        )
         gone = before - {change.name for change in plan.changes}
         gone -= {item.package for item in left_out}
         left_out += tuple(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 Options = dict[str, str]
 
@@ -119,6 +120,24 @@ def disk_files(options: list[tuple[str, Options]], node: str) -> set[str]:
 def devices(options: list[tuple[str, Options]]) -> list[Options]:
     """The values of every ``-device``."""
     return [values for name, values in options if name == "device"]
+
+
+def sockets_at(options: list[tuple[str, Options]], path: Path, folder: Path) -> set[str]:
+    """Ids of the socket ``-chardev``s at a path; relative ones lie in ``folder``."""
+    return {
+        values.get("id", "")
+        for name, values in options
+        if name == "chardev"
+        and values.get("backend") == "socket"
+        and "path" in values
+        and folder / values["path"] == path
+    }
+
+
+def port_names(options: list[tuple[str, Options]], path: Path, folder: Path) -> set[str]:
+    """Names of the virtio ports whose other end is the socket at a path."""
+    ends = sockets_at(options, path, folder)
+    return {one.get("name", "") for one in devices(options) if one.get("chardev") in ends}
 
 
 def is_scsi_bus(command: Sequence[str], bus: str) -> bool:

@@ -12,11 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from xml.etree import ElementTree
 
+from ouassister.access import AGENT, PORT, PORT_NAME, ROOT
 from ouassister.errors import UnsupportedGuestError
+from ouassister.provider import management
 from ouassister.provider.disks import Disk
+
+if TYPE_CHECKING:
+    from ouassister.provider.management import Management
 
 SETTINGS: Final = "urn:ouassister:vm:1"
 GATE: Final = "urn:ouassister:gate:1"
@@ -31,6 +36,7 @@ _DISK_PARTS: Final = frozenset(
 )  # fmt: skip
 _SOURCE_PARTS: Final = frozenset(("seclabel", "privateData"))
 _AGENT: Final = "org.qemu.guest_agent.0"
+_CHANNELS: Final = ((AGENT, _AGENT), (PORT, PORT_NAME))
 _PORTS: Final = frozenset(("pcie-root-port", "pcie-switch-downstream-port"))
 _BRIDGES: Final = frozenset(("pci-bridge", "pcie-to-pci-bridge"))
 
@@ -50,6 +56,7 @@ class Hardware:
     Attributes:
         links: Every interface; ``up`` as it shall be once the gate opens.
         target: A free name of a virtio disk, for the medium.
+        channels: Names of those that it has a port for; see `ouassister.access`.
         lacking: What an update needs at resume and the domain has not; "" when it has all.
         local_mirrors: From our own metadata; see `vmtoml.VmConfig`.
         host_kernel_mounts: The same.
@@ -60,6 +67,7 @@ class Hardware:
     disks: tuple[Disk, ...]
     links: tuple[Link, ...]
     target: str
+    channels: tuple[str, ...]
     lacking: str
     local_mirrors: tuple[tuple[str, int], ...]
     host_kernel_mounts: bool
@@ -80,8 +88,10 @@ def parse(xml: bytes) -> Hardware:
         raise UnsupportedGuestError(f"{name} has no disk that it may write to")
     mirrors, mounts = _settings(root, name)
     target = _free_target(root)
+    channels = tuple(name for name, port in _CHANNELS if _port(root, port) is not None)
     lacking = _lacking(root, target)
-    return Hardware(name, uuid, disks, _links(root, name), target, lacking, mirrors, mounts)
+    links = _links(root, name)
+    return Hardware(name, uuid, disks, links, target, channels, lacking, mirrors, mounts)
 
 
 def identity(xml: bytes) -> tuple[str, str]:
@@ -112,6 +122,44 @@ def quarantine(xml: bytes, hardware: Hardware) -> tuple[str, ...]:
                 f"{hardware.name}: quarantine holds {mac!r}, which no interface has as its address"
             )
     return macs
+
+
+def ssh_network(told: bytes, xml: bytes) -> Management | None:
+    """The network for ssh that our own metadata names: a device that is passed on to QEMU.
+
+    Args:
+        told: Has the metadata.
+        xml: Of the domain as it sleeps or runs.
+
+    Raises:
+        UnsupportedGuestError: It is not there, or more than this host and the guest could meet
+            there.
+    """
+    root = _root(xml)
+    name, found = root.findtext("name", ""), _root(told).find(f"metadata/{{{SETTINGS}}}vm")
+    device = "" if found is None else found.get("ssh-device", "")
+    if found is None or not device:
+        return None
+    words = [
+        one.get("value", "") for one in root.iterfind(f"{{{_QEMU}}}commandline/{{{_QEMU}}}arg")
+    ]
+    word = found.get("ssh-identity", "")
+    if word and not (Path(word).is_absolute() and Path(word).is_file()):
+        raise UnsupportedGuestError(f"{name}: ssh-identity is {word!r}, which is no file's path")
+    identity = Path(word) if word else None
+    try:
+        return management.find(["", *words], device, identity, found.get("ssh-user", ROOT))
+    except ValueError as error:
+        raise UnsupportedGuestError(
+            f"{name}: ssh-device {device!r} {error}", hint="docs/how-to/libvirt.md tells what it is"
+        ) from error
+
+
+def helper_socket(xml: bytes) -> Path | None:
+    """The host's end of our helper's port, in the XML of a domain that runs or is paused."""
+    source = _port(_root(xml), PORT_NAME)
+    place = "" if source is None else source.get("path", "")
+    return Path(place) if place else None
 
 
 def closed(xml: bytes) -> bytes:
@@ -251,10 +299,7 @@ def _free_target(root: ElementTree.Element) -> str:
 
 
 def _lacking(root: ElementTree.Element, target: str) -> str:
-    """What the medium or the agent would miss: pcie.0 of a q35 takes no device while it runs."""
-    channels = root.iterfind("devices/channel/target[@type='virtio']")
-    if all(channel.get("name") != _AGENT for channel in channels):
-        return f"a channel for the guest agent ({_AGENT})"
+    """What the medium would miss: pcie.0 of a q35 takes no device while it runs."""
     if not target:
         return "a free name of a virtio disk"
     kind = root.find("os/type")
@@ -267,6 +312,16 @@ def _lacking(root: ElementTree.Element, target: str) -> str:
         if controller.get("model") in _BRIDGES or (controller.get("model") in _PORTS and free):
             return ""
     return "a free pcie-root-port"
+
+
+def _port(root: ElementTree.Element, name: str) -> ElementTree.Element | None:
+    """The host's end of the virtio port of a name; an empty one where libvirt has yet to choose."""
+    for channel in root.iterfind("devices/channel[@type='unix']"):
+        target = channel.find("target[@type='virtio']")
+        if target is not None and target.get("name") == name:
+            found = channel.find("source")
+            return channel if found is None else found
+    return None
 
 
 def _quarantine(root: ElementTree.Element) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from ouassister.access import Access
     from ouassister.provider.channel import Channel
     from ouassister.provider.disks import Disk
+    from ouassister.provider.links import Link
     from ouassister.provider.management import Management
 
 
@@ -28,6 +29,8 @@ class Running(Protocol):
 
     def reach(self, access: Access) -> None:
         """Say by which channel programs are run in the guest; else it is the guest agent.
+
+        It says as well which links stay down when the gate opens.
 
         Raises:
             UsageError: The VM has none of that name.
@@ -115,6 +118,17 @@ class Vm(Protocol):
     @property
     def quarantine(self) -> tuple[str, ...]:
         """Network devices whose links go up after a failure, when that is the policy."""
+
+    @property
+    def untold_links(self) -> tuple[Link, ...]:
+        """Links of the gate of which the description does not say whether they were up."""
+
+    @property
+    def closed_by_gate(self) -> tuple[str, ...]:
+        """Devices whose links a gate of ours had closed when it fell asleep, kept beside the VM."""
+
+    def keep_closed(self, devices: Sequence[str]) -> None:
+        """Keep that, as it was at another time."""
 
     def is_running(self) -> bool:
         """Tell whether it runs, or a process has one of its disks open for writing."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs, urlencode
 
-from ouassister.access import AGENT
+from ouassister.access import AGENT, PORT_NAME, SSH, Access
 from ouassister.errors import (
     DeadlineError,
     NotSuspendedError,
@@ -30,8 +30,11 @@ from ouassister.errors import (
 )
 from ouassister.provider import domain_xml
 from ouassister.provider.domain_xml import Hardware
+from ouassister.provider.management import Management, forwarded_port
+from ouassister.provider.port import PortChannel
 from ouassister.provider.retire import rename_save
 from ouassister.provider.running import has_writer
+from ouassister.provider.ssh import SshChannel
 from ouassister.provider.virsh import DEFAULT, NO_DOMAIN, Virsh
 from ouassister.provider.virsh_agent import VirshAgent
 from ouassister.state.data import map_file
@@ -39,11 +42,11 @@ from ouassister.state.formats import LIBVIRT
 from ouassister.state.libvirt_save import read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from ouassister.access import Access
+    from ouassister.provider.channel import Channel
     from ouassister.provider.disks import Disk
-    from ouassister.provider.management import Management
+    from ouassister.provider.links import Link
 
 SCHEME: Final = "libvirt:"
 _SAVE_S: Final = 600.0  # for what reads or writes the whole memory
@@ -64,6 +67,7 @@ class Domain:
     local_mirrors: tuple[tuple[str, int], ...]
     host_kernel_mounts: bool
     quarantine: tuple[str, ...] = ()  # addresses of interfaces; see `Vm`
+    management: Management | None = None
 
     @property
     def name(self) -> str:
@@ -92,8 +96,8 @@ class Domain:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Libvirt's own alone."""
-        return (AGENT,)
+        """See `Vm`: by the XML."""
+        return self.hardware.channels + ((SSH,) if self.management is not None else ())
 
     @property
     def carried(self) -> bool:
@@ -101,9 +105,17 @@ class Domain:
         return False
 
     @property
-    def management(self) -> Management | None:
-        """Libvirt has no user network that is proved to be closed."""
-        return None
+    def untold_links(self) -> tuple[Link, ...]:
+        """None: the XML of the save has each link's state."""
+        return ()
+
+    @property
+    def closed_by_gate(self) -> tuple[str, ...]:
+        """None: the XML of the save has them."""
+        return ()
+
+    def keep_closed(self, devices: Sequence[str]) -> None:
+        """See `closed_by_gate`."""
 
     def state(self) -> str:
         """The domain's state, as libvirt says it: ``running``, ``paused``, ``shut off``..."""
@@ -209,22 +221,54 @@ class RunningDomain:
         self._virsh = domain.virsh
         self._uuid = domain.hardware.uuid
         self._agent: VirshAgent | None = None
+        self._port: PortChannel | None = None
+        self._ssh: SshChannel | None = None
+        self._access = Access()
 
     def __enter__(self) -> RunningDomain:
-        """Nothing is held."""
+        """Close at the end of the block."""
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Nothing is held."""
+        """Hang up; the domain goes on."""
+        for channel in (self._port, self._ssh):
+            if channel is not None:
+                channel.close()
+        self._port = self._ssh = None
 
     def reach(self, access: Access) -> None:
         """See `Running`."""
-        if access.channel != AGENT:
-            raise UsageError(f"a domain of libvirt is not reached by {access.channel}")
+        if access.channel not in self.domain.channels:
+            raise UsageError(
+                f"the domain {self.domain.name} has no channel {access.channel}",
+                hint="docs/how-to/libvirt.md tells how to give it one",
+            )
+        self._access = access
 
-    def channel(self) -> VirshAgent:
+    def channel(self) -> Channel:
         """See `Running`."""
-        return self.qga()
+        if self._access.channel == AGENT:
+            return self.qga()
+        management = self.domain.management
+        if self._access.channel == SSH and management is not None:
+            if self._ssh is None:
+                words = ("qemu-monitor-command", self._uuid, "--hmp", "info usernet")
+                port = forwarded_port(self._virsh.run(*words), management)
+                if port is None:
+                    raise StateError(f"QEMU forwards no port to {management.device}")
+                keys = self._access.host_keys
+                self._ssh = SshChannel(port, management.identity, keys, management.user)
+            return self._ssh
+        if self._port is None:
+            place = domain_xml.helper_socket(self._virsh.run("dumpxml", self._uuid).encode())
+            if place is None:
+                raise StateError(f"libvirt does not tell where the port of {PORT_NAME} is")
+            try:
+                self._port = PortChannel(place)
+            except OSError as error:
+                message = f"cannot connect to the helper's port {place}: {error.strerror}"
+                raise StateError(message, hint="run as the user who runs QEMU, or root") from error
+        return self._port
 
     def qga(self) -> VirshAgent:
         """The agent, through libvirt, which is connected to its channel all the time."""
@@ -354,7 +398,8 @@ def find(word: str, uri: str = DEFAULT, save: Path | None = None) -> Domain:
         raise UsageError(f"{path} is the saved image of {hardware.name} ({hardware.uuid})")
     mirrors, mounts = domain_xml.settings(own or xml)
     apart = domain_xml.quarantine(own or xml, hardware)
-    return Domain(virsh, hardware, path, save is None, mirrors, mounts, apart)
+    network = domain_xml.ssh_network(own or xml, xml)
+    return Domain(virsh, hardware, path, save is None, mirrors, mounts, apart, network)
 
 
 def load(source: str, save: Path | None = None) -> Domain:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ouassister.access import ROOT
 from ouassister.provider.cmdline import devices, repeated, words
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _HARMLESS: Final = frozenset(
 _FORWARD: Final = re.compile(
     r"tcp:(?P<host>[^:]*):(?P<port>[0-9]{1,5})-[^:]*:(?P<guest>[0-9]{1,5})"
 )
+_USER: Final = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # useradd(8), and dots
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Management:
         port: The port of loopback; 0: QEMU chooses one.
         guest_port: Where the guest's sshd listens.
         identity: File of the private key; None for those of the user's ssh-agent.
+        user: Who logs in; another than root has sudo run each program.
     """
 
     device: str
@@ -46,15 +49,20 @@ class Management:
     port: int
     guest_port: int
     identity: Path | None
+    user: str = ROOT
 
 
-def find(command: Sequence[str], device: str, identity: Path | None) -> Management:
+def find(
+    command: Sequence[str], device: str, identity: Path | None, user: str = ROOT
+) -> Management:
     """Find the management device in QEMU's command.
 
     Raises:
         ValueError: It is not there, or more than this host and the guest could meet there; the
             message completes "DEVICE ...".
     """
+    if not _USER.fullmatch(user):
+        raise ValueError(f"has the user {user!r}, which is no name of one")
     netdev = next(
         (one.get("netdev", "") for one in devices(words(command)) if one.get("id") == device), None
     )
@@ -80,7 +88,7 @@ def find(command: Sequence[str], device: str, identity: Path | None) -> Manageme
             f"forwards from {match['host'] or 'every address'}: others than this host could reach"
             " the guest"
         )
-    return Management(device, netdev, int(match["port"]), int(match["guest"]), identity)
+    return Management(device, netdev, int(match["port"]), int(match["guest"]), identity, user)
 
 
 def forwarded_port(table: str, management: Management) -> int | None:

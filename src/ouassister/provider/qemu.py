@@ -12,9 +12,9 @@ import select
 import signal
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ouassister.access import AGENT, SSH, Access
+from ouassister.access import AGENT, PORT, SSH, Access
 from ouassister.errors import (
     DeadlineError,
     HostNotReadyError,
@@ -28,18 +28,20 @@ from ouassister.errors import (
 )
 from ouassister.provider.cmdline import is_scsi_bus, quote
 from ouassister.provider.management import forwarded_port
+from ouassister.provider.port import PortChannel
 from ouassister.provider.qga import Qga
 from ouassister.provider.qmp import Qmp
 from ouassister.provider.running import is_running as is_running
 from ouassister.provider.ssh import SshChannel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from ouassister.provider.channel import Channel
     from ouassister.provider.vmtoml import Net, VmConfig
 
+T = TypeVar("T", Qga, PortChannel)
 _MEDIUM = "ouassister-medium"
 _POLL_S = 0.002
 # Children that outlive the RunningVM which started them; kept so that they can be reaped.
@@ -165,7 +167,9 @@ class RunningVM:
         self.pid = qmp.pid
         self._agent: Qga | None = None
         self._access = Access()
+        self._gate_closed = False  # by us
         self._ssh: SshChannel | None = None
+        self._port: PortChannel | None = None
 
     def __enter__(self) -> RunningVM:
         """Close at the end of the block."""
@@ -177,12 +181,10 @@ class RunningVM:
 
     def close(self) -> None:
         """Hang up; the VM goes on."""
-        if self._agent is not None:
-            self._agent.close()
-            self._agent = None
-        if self._ssh is not None:
-            self._ssh.close()
-            self._ssh = None
+        for channel in (self._agent, self._port, self._ssh):
+            if channel is not None:
+                channel.close()
+        self._agent = self._port = self._ssh = None
         self.qmp.close()
 
     def reach(self, access: Access) -> None:
@@ -198,13 +200,18 @@ class RunningVM:
         """See `interface.Running`."""
         if self._access.channel == AGENT:
             return self.qga()
+        if self._access.channel == PORT and self.config.helper is not None:
+            if self._port is None:
+                self._port = _connected(PortChannel, self.config.helper)
+            return self._port
         management = self.config.management
         if self._ssh is None and management is not None:
             table = self.qmp.execute_with("human-monitor-command", {"command-line": "info usernet"})
             port = forwarded_port(str(table), management)
             if port is None:
                 raise StateError(f"QEMU forwards no port to {management.device}")
-            self._ssh = SshChannel(port, management.identity, self._access.host_keys)
+            keys = self._access.host_keys
+            self._ssh = SshChannel(port, management.identity, keys, management.user)
         if self._ssh is None:
             raise UsageError(f"{self.config.source}: [{SSH}] is missing")
         return self._ssh
@@ -219,11 +226,7 @@ class RunningVM:
             message = f"{self.config.source}: qemu.agent is missing, so the guest is out of reach"
             raise UsageError(message, hint="docs/reference/vm-toml.md tells how to give it one")
         if self._agent is None:
-            try:
-                self._agent = Qga(self.config.agent)
-            except OSError as error:
-                message = f"cannot connect to the agent's channel {self.config.agent}"
-                raise StateError(f"{message}: {error.strerror}") from error
+            self._agent = _connected(Qga, self.config.agent)
         return self._agent
 
     def status(self) -> str:
@@ -236,19 +239,35 @@ class RunningVM:
 
     def cont(self) -> None:
         """Let the guest run."""
+        if self._gate_closed:
+            self._write_closed()
         self.qmp.execute("cont")
 
     def set_links(self, *, up: bool) -> None:
         """Open or close every link of the gate.
 
-        One that stays down, or is of the quarantine, is closed and never opened.
+        One that stays down, was down by the guest's memory, or is of the quarantine, is closed and
+        never opened.
 
         Both ends are set: a link that is down at the NIC alone still passes frames of the back
         end to a netdev's filters (net/net.c, qemu_send_packet_async_with_flags).
         """
+        if not up and self.runs():
+            self._write_closed()  # before the guest can notice
         for net in self.config.nets:
-            if not up or not (net.stays_down or net.quarantine):
+            if not up or self._opens(net):
                 self._set_link(net, up=up)
+        self._gate_closed = not up
+        if up:
+            self.config.keep_closed(())
+
+    def _opens(self, net: Net) -> bool:
+        was_down = net.stays_down is None and net.device in self._access.links_down
+        return not (net.stays_down or net.quarantine or was_down)
+
+    def _write_closed(self) -> None:
+        """Keep what the gate would open, so that a guest that sleeps again behind it is known."""
+        self.config.keep_closed([net.device for net in self.config.nets if self._opens(net)])
 
     def open_quarantine(self) -> None:
         """See `interface.Running`."""
@@ -387,6 +406,13 @@ class RunningVM:
             if time.monotonic() >= end:
                 raise DeadlineError(f"saving the VM took longer than {timeout_s:.0f} s")
             time.sleep(_POLL_S)
+
+
+def _connected(kind: Callable[[Path], T], path: Path) -> T:
+    try:
+        return kind(path)
+    except OSError as error:
+        raise StateError(f"cannot connect to the guest's port {path}: {error.strerror}") from error
 
 
 def _connect(config: VmConfig, process: subprocess.Popen[bytes]) -> Qmp:

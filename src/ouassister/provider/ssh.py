@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, ClassVar, Final
 
-from ouassister.access import SSH
+from ouassister.access import ROOT, SSH
 from ouassister.errors import ChannelError, DeadlineError, HostNotReadyError
 from ouassister.provider.channel import OUTPUT_LIMIT, Channel, ExecResult
 
@@ -62,8 +62,10 @@ _OPTIONS: Final = (
     "ServerAliveInterval=15",
     "ServerAliveCountMax=8",
     "LogLevel=ERROR",
-    "User=root",
 )
+# Who is not root has sudo run each program, without a question; this word of the program's own
+# shell is in its standard error before anything else, or sudo did not run it.
+_SUDO: Final = """sudo -n -- /bin/sh -c 'printf "\\n%s begun\\n" "$0" >&2; exec "$@"' """
 
 
 class SshChannel(Channel):
@@ -71,8 +73,9 @@ class SshChannel(Channel):
 
     Args:
         port: Of loopback; it leads to the guest's sshd.
-        identity: File of the private key; None for those of the user's ssh-agent.
+        identity: File of the private key; None for those of this host's user's ssh-agent.
         host_keys: The guest's own; see `ouassister.access.Access`.
+        user: Who logs in.
 
     Raises:
         ChannelError: Without host keys, anybody could answer.
@@ -81,7 +84,9 @@ class SshChannel(Channel):
 
     name: ClassVar[str] = SSH
 
-    def __init__(self, port: int, identity: Path | None, host_keys: tuple[str, ...]) -> None:
+    def __init__(
+        self, port: int, identity: Path | None, host_keys: tuple[str, ...], user: str = ROOT
+    ) -> None:
         keys = [key for key in host_keys if _KEY.fullmatch(key)]
         if not keys or len(keys) != len(host_keys):
             raise ChannelError("the guest's host keys are not known, so anybody could answer")
@@ -91,7 +96,8 @@ class SshChannel(Channel):
         known = self._folder / "known_hosts"
         known.write_text("".join(f"{_ALIAS} {key}\n" for key in keys), encoding="ascii")
         self._control = self._folder / "control"
-        chosen = [f"UserKnownHostsFile={_escape(known)}"]
+        self._user = user
+        chosen = [f"User={user}", f"UserKnownHostsFile={_escape(known)}"]
         if identity is None:
             chosen.append("IdentityFile=none")
         else:
@@ -123,7 +129,8 @@ class SshChannel(Channel):
         end = time.monotonic() + timeout_s
         self._connect(end)
         token = secrets.token_hex(16)
-        command, ahead = told(argv, token)
+        by_sudo = self._user != ROOT
+        command, ahead = told(argv, token, by_sudo=by_sudo)
         process = subprocess.Popen(
             [*self._ssh, _HOST, command],
             stdin=subprocess.PIPE,
@@ -143,6 +150,13 @@ class SshChannel(Channel):
             self._end()
             words = _words(err.data + err.tail)
             raise ChannelError(f"the end of {argv[0]} in the guest is unknown: {words}")
+        if by_sudo:
+            _warnings, begun, errors = errors.partition(f"\n{token} begun\n".encode())
+            if not begun:
+                raise ChannelError(
+                    f"sudo lets {self._user} run nothing in the guest: {_words(_warnings)}",
+                    hint=f"the guest's sudoers needs: {self._user} ALL=(ALL) NOPASSWD: ALL",
+                )
         return ExecResult(status, out.data, errors, out.lost or err.lost)
 
     def write_file(self, path: str, content: bytes, *, timeout_s: float = 30.0) -> None:
@@ -216,12 +230,15 @@ class Stream:
         self.data = bytes(self._parts)
 
 
-def told(argv: Sequence[str], token: str) -> tuple[str, bytes]:
+def told(argv: Sequence[str], token: str, *, by_sudo: bool = False) -> tuple[str, bytes]:
     """What the guest's shell is told: a command, and what its input has before the program's.
 
-    Behind the program's standard error comes a line with ``token`` and its exit status.
+    Behind the program's standard error comes a line with ``token`` and its exit status; before it
+    one that says that sudo has run it.
     """
     words = shlex.join(argv)
+    if by_sudo:
+        words = f"{_SUDO}{token} {words}"
     ahead = b""
     if len(words.encode()) > _COMMAND_LIMIT:
         ahead = words.encode()

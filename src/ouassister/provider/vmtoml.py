@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ouassister.access import AGENT, SSH
+from ouassister.access import AGENT, PORT, PORT_NAME, ROOT, SSH
 from ouassister.errors import UnsupportedGuestError, UsageError
-from ouassister.provider import management
+from ouassister.provider import links, management
 from ouassister.provider.cmdline import (
     Options,
     devices,
     disk_files,
     node_names,
+    port_names,
     reserved_option,
+    sockets_at,
     words,
 )
 from ouassister.provider.disks import Disk as Disk
@@ -29,7 +31,7 @@ from ouassister.provider.management import Management
 from ouassister.state.formats import QEMU_STREAM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from ouassister.provider.qemu import RunningVM
 
@@ -43,12 +45,13 @@ _SUN_PATH = 107  # unix(7): sun_path holds 108 bytes with its terminator
 class Net:
     """A network device whose link is part of the gate; one that stays down is never opened.
 
-    One of the quarantine is opened after a failure alone, by policy, and no other is then.
+    Where ``stays_down`` is None, the guest's memory tells whether its link was up. One of the
+    quarantine is opened after a failure alone, by policy, and no other is then.
     """
 
     device: str
     netdev: str  # its back end, found in the command; "" when it has none
-    stays_down: bool = False
+    stays_down: bool | None = None
     quarantine: bool = False
 
 
@@ -67,6 +70,7 @@ class VmConfig:
             this host.
         carried: No disk is plugged in at resume: the channel brings what it would bring.
         management: The network of ``[ssh]``; None without one.
+        helper: Host side of the port of our own helper; None without one.
     """
 
     source: Path
@@ -83,6 +87,7 @@ class VmConfig:
     local_mirrors: tuple[tuple[str, int], ...] = ()
     management: Management | None = None
     carried: bool = False
+    helper: Path | None = None
 
     def short(self, path: Path) -> str:
         """Spell a path as QEMU gets it: relative where it lies in the folder."""
@@ -102,9 +107,38 @@ class VmConfig:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """See `Vm`: the agent is told of memory more than sshd is, and answers sooner."""
-        agent = (AGENT,) if self.agent is not None else ()
-        return agent + ((SSH,) if self.management is not None else ())
+        """See `Vm`: a port is told of memory more than sshd is, and answers sooner."""
+        found = ((AGENT, self.agent), (PORT, self.helper), (SSH, self.management))
+        return tuple(name for name, place in found if place is not None)
+
+    @property
+    def gate_file(self) -> Path:
+        """Where it is written which links a closed gate would open (provider/links.py)."""
+        return self.folder / f"{self.name}.gate"
+
+    @property
+    def untold_links(self) -> tuple[links.Link, ...]:
+        """See `Vm`: those of which the file says nothing.
+
+        Raises:
+            StateError: It is not known which links the gate has closed.
+        """
+        untold = [net for net in self.nets if net.stays_down is None and not net.quarantine]
+        if not untold:
+            return ()
+        macs, closed = links.addresses(self.command), self.closed_by_gate
+        return tuple(
+            links.Link(net.device, macs.get(net.device, ""), net.device in closed) for net in untold
+        )
+
+    @property
+    def closed_by_gate(self) -> tuple[str, ...]:
+        """See `Vm`."""
+        return links.read_closed(self.gate_file)
+
+    def keep_closed(self, devices: Sequence[str]) -> None:
+        """See `Vm`."""
+        links.write_closed(self.gate_file, devices)
 
     def is_running(self) -> bool:
         """Tell whether its QEMU listens, or a process has one of its disks open for writing."""
@@ -241,12 +275,12 @@ def load(path: Path) -> VmConfig:
     if (option := reserved_option(command)) is not None:
         raise qemu.error("command", f"contains {option}, which ouassister adds itself")
     qmp = _socket(qemu, "qmp", folder)
-    agent = _socket(qemu, "agent", folder) if "agent" in qemu.values else None
+    options = words(command)
+    agent, helper = (_port(qemu, key, folder, options) for key in ("agent", "helper"))
+    if helper is not None and PORT_NAME not in port_names(options, helper, folder):
+        raise qemu.error("helper", f"is {helper}, which no port {PORT_NAME!r} of the command has")
     qemu.end()
 
-    options = words(command)
-    if agent is not None and not _has_socket(options, agent, folder):
-        raise qemu.error("agent", f"is {agent}, which no socket -chardev of the command serves")
     disks = tuple(_disk(table, folder, options) for table in root.tables("disk"))
     if not disks:
         raise root.error("disk", "is missing: a VM has at least one [[disk]]")
@@ -269,7 +303,7 @@ def load(path: Path) -> VmConfig:
     _unique(root, "net", "device", (net.device for net in nets))
     return VmConfig(
         source, folder, name, save, command, qmp, agent, disks, nets, bus, host_kernel_mounts,
-        local_mirrors, ssh, carried,
+        local_mirrors, ssh, carried, helper,
     )  # fmt: skip
 
 
@@ -292,8 +326,8 @@ def dump(config: VmConfig) -> str:
     lines += ["", "[qemu]", "command = ["]
     lines += [f"    {quote(word)}," for word in config.command]
     lines += ["]", f"qmp = {quote(config.short(config.qmp))}"]
-    if config.agent is not None:
-        lines.append(f"agent = {quote(config.short(config.agent))}")
+    for key, port in (("agent", config.agent), ("helper", config.helper)):
+        lines += [f"{key} = {quote(config.short(port))}"] if port is not None else []
     for disk in config.disks:
         lines += ["", "[[disk]]", f"node = {quote(disk.node)}"]
         lines += [f"path = {quote(config.short(disk.path))}", f"format = {quote(disk.format)}"]
@@ -301,12 +335,15 @@ def dump(config: VmConfig) -> str:
         lines += [f"guest = {quote(disk.guest)}"] if disk.guest else []
     for net in config.nets:
         lines += ["", "[[net]]", f"device = {quote(net.device)}"]
-        lines += ["stays_down = true"] if net.stays_down else []
+        if net.stays_down is not None:
+            lines.append(f"stays_down = {str(net.stays_down).lower()}")
         lines += ["quarantine = true"] if net.quarantine else []
     if config.management is not None:
         lines += ["", f"[{SSH}]", f"device = {quote(config.management.device)}"]
         if config.management.identity is not None:
             lines.append(f"identity = {quote(config.short(config.management.identity))}")
+        if config.management.user != ROOT:
+            lines.append(f"user = {quote(config.management.user)}")
     if config.medium_bus or config.carried:
         lines += ["", "[medium]"]
         lines += [f"bus = {quote(config.medium_bus)}"] if config.medium_bus else []
@@ -318,12 +355,13 @@ def _ssh(root: _Table, folder: Path, command: tuple[str, ...]) -> Management:
     table = _Table(root.source, SSH, root.values.pop(SSH))
     device = table.text("device")
     word = table.text("identity", default="")
+    user = table.text("user", default=ROOT)
     table.end()
     identity = folder / word if word else None
     if identity is not None and not identity.is_file():
         raise table.error("identity", f"is {identity}, which is no file")
     try:
-        return management.find(command, device, identity)
+        return management.find(command, device, identity, user)
     except ValueError as error:
         raise table.error("device", f"{device!r} {error}") from error
 
@@ -339,14 +377,14 @@ def _socket(table: _Table, key: str, folder: Path) -> Path:
     return path
 
 
-def _has_socket(options: Iterable[tuple[str, Options]], agent: Path, folder: Path) -> bool:
-    return any(
-        name == "chardev"
-        and values.get("backend") == "socket"
-        and "path" in values
-        and folder / values["path"] == agent
-        for name, values in options
-    )
+def _port(table: _Table, key: str, folder: Path, options: list[tuple[str, Options]]) -> Path | None:
+    """The host side of a virtio port."""
+    if key not in table.values:
+        return None
+    path = _socket(table, key, folder)
+    if not sockets_at(options, path, folder):
+        raise table.error(key, f"is {path}, which no socket -chardev of the command serves")
+    return path
 
 
 def _disk(table: _Table, folder: Path, options: list[tuple[str, Options]]) -> Disk:
@@ -373,7 +411,8 @@ def _same(one: Path, other: Path) -> bool:
 
 def _net(table: _Table, options: list[tuple[str, Options]]) -> Net:
     device = table.text("device")
-    stays_down, quarantine = table.flag("stays_down"), table.flag("quarantine")
+    stays_down = table.flag("stays_down") if "stays_down" in table.values else None
+    quarantine = table.flag("quarantine")
     table.end()
     if stays_down and quarantine:
         raise table.error("quarantine", "contradicts stays_down, which never opens a link")

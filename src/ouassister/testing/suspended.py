@@ -135,9 +135,12 @@ def clone(vm_toml: Path, folder: Path) -> Path:
         command=tuple(command),
         qmp=folder / config.qmp.name,
         agent=folder / config.agent.name if config.agent else None,
+        helper=folder / config.helper.name if config.helper else None,
         disks=tuple(disks),
     )
     (folder / "vm.toml").write_text(vmtoml.dump(copy))
+    if config.gate_file.exists():  # it sleeps behind a closed gate
+        shutil.copyfile(config.gate_file, copy.gate_file)
     return folder / "vm.toml"
 
 
