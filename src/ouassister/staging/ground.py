@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ouassister.guest_shadow import Guest
     from ouassister.model import PackageChange, Staged, StagedStep
     from ouassister.packages.apt import Apt, Ran
+    from ouassister.packages.apt_status import Work
     from ouassister.packages.update import Prepared
     from ouassister.restart.uses import ProcessUse
     from ouassister.shadow.events import Event
@@ -66,6 +67,7 @@ class RealGround:
         self.steps: tuple[StagedStep, ...] = ()
         self.notes: tuple[str, ...] = ()
         self.earlier: tuple[str, ...] = ()  # notes on what is done over: what it tried stays told
+        self.works: tuple[Work, ...] = ()  # of the last run
         self.extraction: Extraction
 
     def uses(self) -> tuple[ProcessUse, ...]:
@@ -82,7 +84,9 @@ class RealGround:
     def emulate(self, request: Request) -> Ran:
         """Run the guest's updater."""
         with self._timeline.phase("emulate"):
-            return self._tool.emulate(request)
+            ran = self._tool.emulate(request)
+        self.works = ran.works
+        return ran
 
     def events(self) -> Iterable[Event]:
         """What it recorded."""
