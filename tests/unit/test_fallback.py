@@ -16,6 +16,7 @@ from tests.unit.played_guest import KilledError, PlayedGuest, PlayedVm
 from ouassister import pipeline
 from ouassister.changeset import archive
 from ouassister.changeset.extract import Extraction
+from ouassister.cli import resume_verb
 from ouassister.errors import (
     ConflictError,
     GateClosedError,
@@ -193,6 +194,14 @@ def test_conflict_falls_back_to_the_guests_own_dpkg_and_is_reported(world: World
     last = world.store.last_applied("web1")
     assert last is not None
     assert last.changeset_id == world.spare.changeset_id
+
+
+def test_report_for_a_person_names_paths_and_packages(world: World) -> None:
+    world.guest.conflicts = (Differing(b"/etc/\x1b.conf", WHY),) * 21
+    lines = resume_verb.lines(world.resume())
+    assert lines.count(f"  conflict: /etc/\\x1b.conf: {WHY}") == 20
+    assert "  … and 1 more conflicts" in lines
+    assert "  so the guest itself installed what was emulated: app, libfoo" in lines
 
 
 def test_without_a_conflict_what_was_kept_for_one_goes(world: World) -> None:
