@@ -75,7 +75,7 @@ def _is_updated(world: World, new: dict[str, str]) -> None:
         assert _out(vm, "oua-hello; oua-extra") == "two\nextra"
         assert _out(vm, "test ! -e /usr/share/oua-hello/gone && echo gone") == "gone"
         assert _out(vm, "readlink /usr/share/oua-hello/becomes-link") == "new"
-        left = "ls -d /var/cache/ouassister /run/ouassister-* /var/lib/ouassister/journal"
+        left = "ls -d /var/cache/ouassister /run/ouassister-*.sh /var/lib/ouassister/journal"
         assert _out(vm, f"{left} 2>/dev/null; true") == ""
         assert json.loads(_out(vm, "cat /var/lib/ouassister/attestation.json"))["result"] == (
             "verified"
