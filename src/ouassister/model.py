@@ -37,6 +37,7 @@ from ouassister.guest_model import TmpfsContent as TmpfsContent
 from ouassister.guest_model import TmpfsNode as TmpfsNode
 from ouassister.guest_model import VirtAddr as VirtAddr
 from ouassister.guest_model import Vma as Vma
+from ouassister.partial_model import Portions as Portions
 from ouassister.restart_model import WRITE_FILE as WRITE_FILE
 from ouassister.restart_model import Action as Action
 from ouassister.restart_model import Exposed as Exposed
@@ -343,7 +344,8 @@ class Changeset:
 
     Every byte of the layer is covered: each file by its entry's SHA-256, the whole by
     ``layer_sha256``. ``out_of_reach`` has units of the actions that nobody on a network reaches.
-    ``instead_of`` is the id of the one that this one stands in for when that meets a conflict.
+    ``instead_of`` is the id of the one that this one stands in for when that meets a conflict, and
+    ``portions`` what of that belongs to which package.
     """
 
     changeset_id: str
@@ -368,6 +370,7 @@ class Changeset:
     access: Access = field(default=Access())
     out_of_reach: tuple[str, ...] = ()
     instead_of: str = ""
+    portions: Portions | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,13 @@ from ouassister.model import (
     UpdateReport,
 )
 from ouassister.packages import apt, update
-from ouassister.packages.owners import files_of, owners
+from ouassister.packages.owners import files_of, lists_of, owners, status_of
+from ouassister.partial.attribute import portions_of
 from ouassister.reaching.choose import choose, refuse_too_large, remarks
 from ouassister.restart import plan as restart_plan
 from ouassister.restart import reach
 from ouassister.restart.actions import coalesce
-from ouassister.shadow.events import actions_of
+from ouassister.shadow.events import actions_of, deferred
 from ouassister.staging import held, predict
 from ouassister.staging.ground import LAYER, RealGround
 from ouassister.staging.settle import settle
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from ouassister.access import Access
     from ouassister.changeset.extract import Extraction
     from ouassister.guest_shadow import Guest, Options
-    from ouassister.model import PackageChange
+    from ouassister.model import PackageChange, Portions
     from ouassister.packages.update import Prepared
     from ouassister.staging.held import Running
     from ouassister.store.database import Store
@@ -192,7 +193,18 @@ def _make_fallback(
 ) -> Changeset:
     """Make what stands in for a change set: the same packages, all of them staged."""
     all_of_them = {change: staged.get(change, _CONFLICT) for change in prepared.plan.changes}
+    names = [change.name for change in prepared.plan.changes]
+    new = lists_of(guest.shadow, names)
+    calls = deferred(guest.shadow.events())
     ground.start_over()
+    old = lists_of(guest.shadow, names)
+    portions = portions_of(
+        changeset.entries,
+        {name: old[name] | new[name] for name in names},
+        ground.works,
+        status_of(guest.shadow),
+        calls,
+    )
     extraction = ground.extract_to(_FALLBACK_LAYER, all_of_them)
     return _make(
         guest,
@@ -203,6 +215,7 @@ def _make_fallback(
         all_of_them,
         timeline,
         instead_of=changeset.changeset_id,
+        portions=portions,
     )
 
 
@@ -216,6 +229,7 @@ def _make(
     timeline: Timeline,
     *,
     instead_of: str = "",
+    portions: Portions | None = None,
 ) -> Changeset:
     """Make a change set of what was extracted; the shadow has it."""
     vm = prepared.plan.vm
@@ -257,6 +271,7 @@ def _make(
         access=access,
         out_of_reach=reach.of_actions(actions, ground.out_of_reach()),
         instead_of=instead_of,
+        portions=portions,
     )
 
 

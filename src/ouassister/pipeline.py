@@ -32,8 +32,10 @@ from ouassister.guest_shadow import Options as Options
 from ouassister.guest_shadow import open_guest
 from ouassister.model import Gate, Plan, Request, UpdateReport
 from ouassister.packages import apt, update
-from ouassister.reaching.choose import choose, remarks
-from ouassister.reflect import fallback
+from ouassister.partial import make as partial
+from ouassister.reaching.choose import choose, refuse_too_large, remarks
+from ouassister.reflect import conflicts, fallback
+from ouassister.reflect.fallback import Fallback
 from ouassister.reflect.fallback import OnConflict as OnConflict
 from ouassister.reflect.gate import OnFailure as OnFailure
 from ouassister.reflect.reflection import reflect
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
     from ouassister.model import Differing, ResumeReport, RollbackReport
     from ouassister.provider.interface import Vm
+    from ouassister.reflect.applier_protocol import ApplierResult
     from ouassister.snapshots import Snapshot
     from ouassister.timeline import Timeline
 
@@ -208,18 +211,25 @@ def resume(
         snapshots.sweep(own, "" if asleep else sleep_id)
         doing = changeset
 
-        def fall_back(found: tuple[Differing, ...]) -> None:
-            nonlocal doing
-            if spare is not None:
-                fallback.begin(store, changeset, spare.changeset, found)
-                doing = spare.changeset
-
         try:
             if asleep and keep_snapshots:
                 with timeline.phase("snapshot"):
                     snapshots.take(config, sleep_id, changeset.fence, own)
                 check_fence(changeset.fence)  # who started the VM meanwhile was copied half-way
             with _medium_folder(config, store) as folder:
+
+                def fall_back(result: ApplierResult, found: tuple[Differing, ...]) -> Fallback:
+                    nonlocal doing
+                    assert spare is not None  # noqa: S101 - else nobody falls back
+                    whole = Fallback(changeset, layer)
+                    if conflicts.are_all(result, found):
+                        chosen = _fewest(whole, spare, found, folder, store, timeline)
+                    else:
+                        chosen = spare
+                    fallback.begin(store, changeset, chosen.changeset, found)
+                    doing = chosen.changeset
+                    return chosen
+
                 report = reflect(
                     config,
                     changeset,
@@ -246,6 +256,31 @@ def resume(
         with timeline.phase("prune snapshots"):
             snapshots.prune(own, keep_snapshots)
         return replace(report, notes=(*report.notes, _told(sleep_id, own)))
+
+
+def _fewest(
+    whole: Fallback,
+    spare: Fallback,
+    found: tuple[Differing, ...],
+    place: Path,
+    store: Store,
+    timeline: Timeline,
+) -> Fallback:
+    """Leave out as few packages as can be; all of them where less is not known to be right."""
+    vm = whole.changeset.vm
+    layer = place / archive.LAYER
+    try:
+        made = partial.make(
+            partial.Stored(whole.changeset, whole.layer),
+            partial.Stored(spare.changeset, spare.layer),
+            found,
+            layer,
+        )
+        refuse_too_large(vm, made.access, made.layer_size)
+        return Fallback(made, archive.save(made, layer, store.changesets(vm)) / archive.LAYER)
+    except (partial.WholeError, OUassisterError) as error:
+        timeline.say(f"the guest installs all packages itself: {error}")
+        return spare
 
 
 def rollback(

@@ -28,7 +28,7 @@ MODULES: Final = sorted(SOURCE.rglob("*.py"))
 MAX_LINES: Final = 500
 
 BASE: Final = frozenset(
-    ("access", "errors", "guest_model", "restart_model", "model", "text", "codec")
+    ("access", "errors", "guest_model", "partial_model", "restart_model", "model", "text", "codec")
 )
 ALLOWED: Final[dict[str, frozenset[str]]] = {
     "access": frozenset(),
@@ -36,7 +36,8 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "text": frozenset(),
     "guest_model": frozenset(),
     "restart_model": frozenset(("guest_model",)),
-    "model": frozenset(("access", "guest_model", "restart_model")),
+    "partial_model": frozenset(),
+    "model": frozenset(("access", "guest_model", "partial_model", "restart_model")),
     "codec": frozenset(("text",)),
     "timeline": BASE,
     "interrupts": BASE,
@@ -49,6 +50,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     "changeset": BASE | {"state", "memory", "kernel", "disk"},
     "packages": BASE | {"state", "memory", "kernel", "disk", "shadow", "changeset", "timeline"},
     "restart": BASE | {"disk", "kernel", "memory", "shadow", "state"},
+    "partial": BASE | {"changeset", "packages", "restart", "shadow"},
     "provider": BASE | {"state"},
     "reflect": BASE | {"changeset", "provider", "restart", "state", "store", "timeline"},
     "snapshots": BASE | {"provider", "state"},
@@ -73,11 +75,31 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "restart", "shadow"}
     | {"timeline"},
     "offline": BASE
-    | {"changeset", "guest_shadow", "packages", "reaching", "restart", "shadow", "staging", "state"}
+    | {
+        "changeset",
+        "guest_shadow",
+        "packages",
+        "partial",
+        "reaching",
+        "restart",
+        "shadow",
+        "staging",
+        "state",
+    }
     | {"store", "timeline"},
     "pipeline": BASE
     | {"changeset", "disk", "guest_shadow", "kernel", "memory", "packages", "provider", "reflect"}
-    | {"offline", "reaching", "restart", "shadow", "sleeping", "snapshots", "state", "store"}
+    | {
+        "partial",
+        "offline",
+        "reaching",
+        "restart",
+        "shadow",
+        "sleeping",
+        "snapshots",
+        "state",
+        "store",
+    }
     | {"timeline"},
     "doctor": BASE | {"provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},

@@ -157,6 +157,14 @@ def test_plan_does_not_go_with_a_wish(
     assert message.startswith("--plan says what to do")
 
 
+def test_nothing_staged_does_not_go_with_staging_a_conflict(
+    folder: Path, fails: Callable[..., str]
+) -> None:
+    words = ["--no-staging", "--on-conflict", "stage"]
+    message = fails(2, "usage", "update", "vm.toml", *words)
+    assert message.startswith("--no-staging has the guest install nothing")
+
+
 @pytest.mark.parametrize("end", [[], ["--"]])
 def test_run_without_a_command_is_a_usage_error(
     folder: Path, fails: Callable[..., str], end: list[str]

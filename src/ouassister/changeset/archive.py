@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Identity,
         LeftOut,
         PackageChange,
+        Portions,
         Restart,
         Staged,
         StagedStep,
@@ -76,6 +77,7 @@ def build(
     access: Access = BY_AGENT,
     out_of_reach: tuple[str, ...] = (),
     instead_of: str = "",
+    portions: Portions | None = None,
 ) -> Changeset:
     """Make the record of a change set; its id follows from all the rest.
 
@@ -105,6 +107,7 @@ def build(
         access=access,
         out_of_reach=out_of_reach,
         instead_of=instead_of,
+        portions=portions,
     )
     for defect in _defects(draft):
         raise InternalError(f"change set of {vm}: {defect}")

@@ -79,12 +79,14 @@ class LayerWriter:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WorkDiskFullError(f"no room for the layer at {self._path}") from error
 
-    def add(self, entry: Entry, source: int | None = None) -> Entry:
+    def add(self, entry: Entry, source: int | None = None, start: int | None = None) -> Entry:
         """Append one entry.
 
         Args:
             entry: What to write; a file's ``size`` is what must be read.
             source: Descriptor of the content, for a file.
+            start: Where the content begins in a larger file, another layer: the holes of the
+                entry stay as they are told. None: it is the whole file.
 
         Returns:
             The entry; for a file with its offset in the layer, its SHA-256 and its holes.
@@ -104,7 +106,7 @@ class LayerWriter:
         if source is None:
             raise InternalError(f"no content for {to_text(entry.path)}")
         offset = self.size
-        sha256, holes = self._copy(source, entry)
+        sha256, holes = self._copy(source, entry, start)
         self._write(bytes(-self.size % tarfile.BLOCKSIZE))
         return dataclasses.replace(entry, offset=offset, sha256=sha256, holes=holes)
 
@@ -122,11 +124,14 @@ class LayerWriter:
         sync_directory(self._path.parent)
         return self._hash.hexdigest(), self.size
 
-    def _copy(self, source: int, entry: Entry) -> tuple[str, int]:
+    def _copy(self, source: int, entry: Entry, start: int | None) -> tuple[str, int]:
         content = hashlib.sha256()
-        left, holes = entry.size, 0
-        sparse = _is_sparse(source)
-        while count := os.readv(source, [self._buffer[: left + 1]]):
+        part = start is not None
+        left, holes = entry.size, entry.holes if part else 0
+        sparse = not part and _is_sparse(source)
+        if start is not None:
+            os.lseek(source, start, os.SEEK_SET)
+        while count := os.readv(source, [self._buffer[: left if part else left + 1]]):
             if count > left:
                 break
             if sparse:

@@ -23,6 +23,7 @@ _MAX_PATHS: Final = 256
 _MAX_BYTES: Final = 64 << 20
 _TIMEOUT_S: Final = 120.0
 _OUTPUT: Final = "owners"
+_EACH: Final = 'for one; do echo ">$one"; dpkg-query --listfiles -- "$one" 2>/dev/null; done; true'
 
 
 def owners(shadow: Shadow, paths: Iterable[bytes]) -> dict[bytes, tuple[str, ...]]:
@@ -44,8 +45,31 @@ def files_of(shadow: Shadow, packages: Iterable[str]) -> frozenset[bytes]:
     if not names:
         return frozenset()
     lines = _query(shadow, "--listfiles", "--", *names, most=1).splitlines()
-    listed = {line for line in lines if line.startswith(b"/")}
-    return frozenset(listed | {b"/usr" + path for path in listed if path.startswith(_MERGED)})
+    return frozenset(_merged({line for line in lines if line.startswith(b"/")}))
+
+
+def lists_of(shadow: Shadow, packages: Iterable[str]) -> dict[str, frozenset[bytes]]:
+    """The paths of each package, as `files_of` spells them; none of one that is not installed."""
+    names = tuple(packages)
+    argv = ["sh", "-c", _EACH, "ouassister", *names]
+    found: dict[str, set[bytes]] = {name: set() for name in names}
+    name = ""
+    for line in _run(shadow, argv, most=0).splitlines():
+        if line.startswith(b">"):
+            name = line[1:].decode("ascii", "replace")
+        elif line.startswith(b"/") and name in found:
+            found[name].add(line)
+    return {one: frozenset(_merged(paths)) for one, paths in found.items()}
+
+
+def status_of(shadow: Shadow) -> bytes:
+    """The package database, as dpkg keeps it."""
+    return _run(shadow, ["cat", "/var/lib/dpkg/status"], most=0)
+
+
+def _merged(paths: set[bytes]) -> set[bytes]:
+    """The same with what a merged /usr calls them."""
+    return paths | {b"/usr" + path for path in paths if path.startswith(_MERGED)}
 
 
 def parse_search(output: bytes) -> dict[bytes, tuple[str, ...]]:
@@ -61,13 +85,16 @@ def parse_search(output: bytes) -> dict[bytes, tuple[str, ...]]:
 
 
 def _query(shadow: Shadow, *words: str, most: int) -> bytes:
-    argv = ["dpkg-query", *words]
+    return _run(shadow, ["dpkg-query", *words], most=most)
+
+
+def _run(shadow: Shadow, argv: list[str], *, most: int) -> bytes:
     status = shadow.run(argv, package_cache=False, output=_OUTPUT, timeout_s=_TIMEOUT_S)
     path = shadow.output_path(_OUTPUT)
     with open_regular(path) as file:
         raw = file.read(_MAX_BYTES)
     if status > most:
-        raise UpdaterError(f"the guest's dpkg-query {words[0]} ended with {status}")
+        raise UpdaterError(f"the guest's {' '.join(argv[:2])} ended with {status}")
     return raw
 
 

@@ -6,6 +6,7 @@ A conflict refuses the whole change set, or its packages are installed by the gu
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset.medium import PACKAGE_DATABASES
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ouassister.reflect.applier_protocol import ApplierResult
 
 CODE: Final = "conflict"
+_COUNT: Final = re.compile(r"; ([0-9]{1,9}) paths are not as expected$")  # guest/check.c
 
 
 def told(output: bytes) -> tuple[Differing, ...]:
@@ -28,6 +30,17 @@ def told(output: bytes) -> tuple[Differing, ...]:
         ProtocolError: A line of it is none that an applier prints.
     """
     return applier_protocol.differing(output, CODE)
+
+
+def are_all(result: ApplierResult, found: tuple[Differing, ...]) -> bool:
+    """Whether every path that differs was told.
+
+    The applier counts those that it does not tell. One that has undone its work had met the first.
+    """
+    if result.outcome is not Outcome.REFUSED:
+        return False
+    match = _COUNT.search(result.reason)
+    return len(found) == (int(match[1]) if match else 1)
 
 
 def is_of_database(paths: Iterable[bytes]) -> bool:

@@ -74,7 +74,7 @@ def begin(
     """Record, durably, that the other one is being applied now, and why."""
     kept = [(to_text(one.path), one.reason) for one in found[:_MOST_KEPT]]
     store.log(changeset.vm, "resume", _STEP, json.dumps(kept))
-    store.fall_back(changeset.changeset_id, chosen.changeset_id)
+    store.fall_back(changeset.vm, changeset.changeset_id, chosen.changeset_id)
 
 
 def sweep(store: Store, vm: str) -> None:
@@ -101,9 +101,15 @@ def told(store: Store, report: ResumeReport, changeset: Changeset) -> ResumeRepo
     folder = store.changesets(changeset.vm)
     before, _layer = archive.load(folder, changeset.instead_of)
     planned = {(one.name, one.architecture) for one in before.staged}
-    reason = f"paths conflicted: {applier_protocol.named(found)}" if found else "paths conflicted"
+    is_part = len(changeset.staged) < len(changeset.changes)
+    all_of_them = f"paths conflicted: {applier_protocol.named(found)}"
     fell_back = tuple(
-        PackageMode(one.name, one.architecture, Mode.STAGED, reason)
+        PackageMode(
+            one.name,
+            one.architecture,
+            Mode.STAGED,
+            one.reason if is_part else all_of_them,
+        )
         for one in changeset.staged
         if (one.name, one.architecture) not in planned
     )

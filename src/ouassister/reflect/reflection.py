@@ -103,7 +103,7 @@ def reflect(
     extent: Gate = Gate.FULL,
     on_retire: Callable[[], None] = lambda: None,
     fallback: Fallback | None = None,
-    on_fallback: Callable[[tuple[Differing, ...]], None] = lambda _found: None,
+    on_fallback: Callable[[ApplierResult, tuple[Differing, ...]], Fallback] | None = None,
 ) -> ResumeReport:
     """Resume the VM and make the change set true in it.
 
@@ -119,8 +119,8 @@ def reflect(
         extent: How much is done behind the closed gate.
         on_retire: Called before the save file is put out of the way; the guest has not run since
             it slept, and sleeps on when this raises.
-        fallback: What is applied instead when paths of the guest conflict.
-        on_fallback: Records that it is from now on, durably, with the paths.
+        fallback: What can be applied instead when paths of the guest conflict.
+        on_fallback: Chooses what is, and records it, durably, with the paths.
 
     Raises:
         ApplyError: The guest is as it was suspended; the gate is closed, but for the policy.
@@ -159,13 +159,14 @@ def reflect(
                 if spare is None or not conflicts.may_fall_back(result, found):
                     _refuse(result, found)
                     spare, found = None, ()
-            if fallback and spare:
+            if fallback and on_fallback and spare:
                 found = found or (Differing(result.path, result.reason),)
-                timeline.say(
-                    f"the guest installs all packages itself: {applier_protocol.named(found)}"
-                )
-                on_fallback(found)
-                changeset = fallback.changeset
+                timeline.say(f"paths conflict: {applier_protocol.named(found)}")
+                with timeline.phase("choose what stands in"):
+                    chosen = on_fallback(result, found)
+                    if chosen is not fallback:
+                        spare = make_medium(chosen.changeset, chosen.layer, folder, _SPARE)
+                changeset = chosen.changeset
                 with timeline.phase("apply what stands in"):
                     medium = _change_medium(vm, medium, spare)
                     result, more = _apply(vm, medium, again=False)

@@ -197,6 +197,15 @@ def actions_of(events: Iterable[Event]) -> tuple[tuple[Action, ...], tuple[str, 
     return head + tuple(merged), tuple(dict.fromkeys(notes))
 
 
+def deferred(events: Iterable[Event]) -> tuple[Event, ...]:
+    """Those that `actions_of` makes actions of."""
+    return tuple(
+        event
+        for event in events
+        if event.outcome is Outcome.DEFERRED and all(map(_WORD.fullmatch, event.words))
+    )
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a file of a folder that the guest's programs can write to.
 

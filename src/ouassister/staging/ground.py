@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ouassister.guest_shadow import Guest
     from ouassister.model import Action, PackageChange, Staged, StagedStep
     from ouassister.packages.apt import Apt, Ran
+    from ouassister.packages.apt_status import Work
     from ouassister.packages.update import Prepared
     from ouassister.restart.uses import ProcessUse
     from ouassister.shadow.events import Event
@@ -71,6 +72,7 @@ class RealGround:
         self.steps: tuple[StagedStep, ...] = ()
         self.notes: tuple[str, ...] = ()
         self.earlier: tuple[str, ...] = ()  # notes on what is done over: what it tried stays told
+        self.works: tuple[Work, ...] = ()  # of the last run
         self.extraction: Extraction
         self.made: tuple[Action, ...] = ()  # what scripts made in memory, made again
         self.made_notes: tuple[str, ...] = ()
@@ -98,7 +100,9 @@ class RealGround:
         """Run the guest's updater."""
         self._since_ns = time.time_ns()
         with self._timeline.phase("emulate"):
-            return self._tool.emulate(request, sorted(self._automatic))
+            ran = self._tool.emulate(request, sorted(self._automatic))
+        self.works = ran.works
+        return ran
 
     def events(self) -> Iterable[Event]:
         """What it recorded."""

@@ -218,15 +218,16 @@ class Store:
             )
             self._database.executemany("INSERT OR REPLACE INTO changeset VALUES (?, ?, ?, ?)", rows)
 
-    def fall_back(self, changeset_id: str, fallback_id: str) -> None:
+    def fall_back(self, vm: str, changeset_id: str, fallback_id: str) -> None:
         """A change set has met a conflict, and another one is being applied in its place."""
         with self._transaction():
-            self._database.executemany(
+            self._database.execute(
                 "UPDATE changeset SET state = ? WHERE changeset_id = ?",
-                (
-                    (ChangesetState.FAILED, changeset_id),
-                    (ChangesetState.APPLYING, fallback_id),
-                ),
+                (ChangesetState.FAILED, changeset_id),
+            )
+            self._database.execute(
+                "INSERT OR REPLACE INTO changeset VALUES (?, ?, ?, ?)",
+                (fallback_id, vm, int(time.time()), ChangesetState.APPLYING),
             )
 
     def set_state(self, changeset_id: str, state: ChangesetState) -> None:
