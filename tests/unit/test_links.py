@@ -29,8 +29,9 @@ def test_addresses_are_given_as_qemu_does() -> None:
     found = links.addresses(
         ["qemu", "-device", "virtio-net-pci,id=a,netdev=n", "-device", "virtio-blk-pci,id=d",
          "-device", "e1000,id=b,mac=52:54:00:12:34:57", "-device", "virtio-net-pci",
-         "-device", "rtl8139,id=c", "-device", '{"driver":"e1000e","id":"e","mac":"AA:0:0:0:0:1"}',
-         "-device", "igb,id=f,mac=AA-BB-CC-00-11-22"]
+         "-device", "rtl8139,id=c", "-device", "e1000e,id=e,mac=AA:0:0:0:0:1",
+         "-device", "igb,id=f,mac=AA-BB-CC-00-11-22", "-device", "e1000,id=g",
+         "-device", "e1000,id=h,mac=52:54:00:12:34:5a"]
     )  # fmt: skip
     assert found == {
         "a": MAC,
@@ -38,7 +39,15 @@ def test_addresses_are_given_as_qemu_does() -> None:
         "c": "52:54:00:12:34:59",
         "e": "",
         "f": "aa:bb:cc:00:11:22",
+        "g": "52:54:00:12:34:5a",
+        "h": "52:54:00:12:34:5a",  # QEMU did not know of it
     }
+
+
+def test_addresses_are_not_guessed_beside_devices_in_json() -> None:
+    odd = f'{{"driver":"e1000","id":"b","mac":"{OTHER}"}}'
+    found = links.addresses(["qemu", "-device", "e1000,id=a", "-device", odd])
+    assert found == {"a": "", "b": OTHER}
 
 
 @pytest.mark.parametrize("option", ["-nic", "-net"])

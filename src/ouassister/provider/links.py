@@ -4,7 +4,8 @@ A save does not tell QEMU's user whether a link was up; the guest's memory does,
 that address. But a gate that was closed and never opened looks the same there, so what a run behind
 a closed gate would open is written beside the ``vm.toml`` as long as it is closed.
 
-Source: QEMU v7.2.0 net/net.c (``qemu_macaddr_default_if_unset``, ``qemu_macaddr_get_free``).
+Source: QEMU v7.2.0 net/net.c (``qemu_macaddr_default_if_unset``, ``qemu_macaddr_get_free``),
+softmmu/vl.c (``qemu_create_cli_devices``).
 """
 
 from __future__ import annotations
@@ -49,17 +50,20 @@ class Link:
 
 
 def addresses(command: Sequence[str]) -> dict[str, str]:
-    """The address of each network device that has an id, by the command; "" when not known."""
+    """The address of each network device that has an id, by the command; "" when not known.
+
+    QEMU makes the devices in their order, and knows of no address that comes later.
+    """
     options = words(command)
-    cards = [one for one in devices(options) if _is_card(one)]
-    given = [one.get("mac", "").replace("-", ":").lower() for one in cards]
     known = not any(name in _ELSEWHERE for name, _values in options)
-    taken = {mac for mac in given if mac.startswith(_PREFIX)}
-    found = {}
-    for card, mac in zip(cards, given, strict=True):
+    known = known and not any(word.startswith("{") for word in command)  # made after all others
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for card in (one for one in devices(options) if _is_card(one)):
+        mac = card.get("mac", "").replace("-", ":").lower()
         if not mac and known:
             mac = _free(taken)
-            taken.add(mac)
+        taken.add(mac)
         if "id" in card:
             found[card["id"]] = mac if _MAC.fullmatch(mac) else ""
     return found
