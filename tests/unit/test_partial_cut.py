@@ -269,6 +269,12 @@ def test_what_an_old_version_does_not_bear_goes_with_it(tmp_path: Path) -> None:
     assert names(made) == {"app", "lib", "user"}
 
 
+def test_chain_of_dependents_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ouassister.partial.make._MOST_ROUNDS", 1)
+    with pytest.raises(WholeError, match="does not end"):
+        world.make(b"/usr/lib/lib.so")
+
+
 def test_new_package_that_is_left_out_has_no_stanza(world: World) -> None:
     made = world.make(b"/usr/bin/tool")
     assert names(made) == {"tool"}
