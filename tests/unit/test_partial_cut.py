@@ -269,6 +269,12 @@ def test_what_an_old_version_does_not_bear_goes_with_it(tmp_path: Path) -> None:
     assert names(made) == {"app", "lib", "user"}
 
 
+def test_chain_of_dependents_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ouassister.partial.make._MOST_ROUNDS", 1)
+    with pytest.raises(WholeError, match="does not end"):
+        world.make(b"/usr/lib/lib.so")
+
+
 def test_new_package_that_is_left_out_has_no_stanza(world: World) -> None:
     made = world.make(b"/usr/bin/tool")
     assert names(made) == {"tool"}
@@ -322,20 +328,26 @@ def test_conflict_of_nobody_leaves_all_out(world: World, path: bytes, words: str
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
+    ("entry", "stays"),
     [
-        (file(b"/srv/x", mtime_ns=110 * 10**9), "nobody knows which package wrote /srv/x"),
-        (file(b"/srv/x", mtime_ns=10**9), "nobody knows which package wrote /srv/x"),
-        (Entry(b"/srv/x", Kind.DELETE, STATE), "nobody knows which package wrote /srv/x"),
-        (
-            Entry(b"/usr/bin/zlink", Kind.HARDLINK, None, target=b"/usr/bin/app"),
-            "nobody knows",
-        ),
+        (file(b"/srv/x", mtime_ns=110 * 10**9), True),  # lib's, or its own
+        (file(b"/srv/x", mtime_ns=115 * 10**9), False),
+        (file(b"/srv/x", mtime_ns=10**9), True),
+        (Entry(b"/srv/x", Kind.DELETE, STATE), True),
     ],
 )
-def test_entry_of_nobody_leaves_all_out(tmp_path: Path, entry: Entry, words: str) -> None:
-    with pytest.raises(WholeError, match=words):
-        World(tmp_path, (*ENTRIES, entry)).make(b"/usr/bin/app")
+def test_entry_of_nobody_goes_when_none_but_the_left_out_could_have_written_it(
+    tmp_path: Path, entry: Entry, *, stays: bool
+) -> None:
+    made = World(tmp_path, (*ENTRIES, entry)).make(b"/usr/bin/app")
+    assert names(made) == {"app"}
+    assert (b"/srv/x" in {one.path for one in made.entries}) is stays
+
+
+def test_link_to_what_is_left_out_leaves_all_out(tmp_path: Path) -> None:
+    link = Entry(b"/usr/bin/zlink", Kind.HARDLINK, None, target=b"/usr/bin/app")
+    with pytest.raises(WholeError, match="zlink is a link to what is left out"):
+        World(tmp_path, (*ENTRIES[:5], link, *ENTRIES[5:])).make(b"/usr/bin/app")
 
 
 def test_entry_that_another_package_wrote_stays(tmp_path: Path) -> None:
@@ -344,11 +356,26 @@ def test_entry_that_another_package_wrote_stays(tmp_path: Path) -> None:
     assert b"/srv/x" in {one.path for one in made.entries}
 
 
-def test_nothing_that_stays_needs_what_does_not(tmp_path: Path) -> None:
-    folder = Entry(b"/usr/share/app", Kind.DIRECTORY, None, mode=0o755)
+NEW_FOLDER = Entry(b"/usr/share/app", Kind.DIRECTORY, None, mode=0o755)
+
+
+def test_who_wrote_below_what_goes_goes_with_it(tmp_path: Path) -> None:
     below = file(b"/usr/share/app/z", expected=None, mtime_ns=125 * 10**9)
-    entries = (*ENTRIES[:6], folder, below, *ENTRIES[7:])
-    with pytest.raises(WholeError, match="/usr/share/app/z is below what is left out"):
+    entries = (*ENTRIES[:6], NEW_FOLDER, below, *ENTRIES[7:])
+    assert names(World(tmp_path, entries).make(b"/usr/bin/app")) == {"app", "tool"}
+
+
+def test_entry_of_nobody_below_what_goes_leaves_all_out(tmp_path: Path) -> None:
+    below = file(b"/usr/share/app/z", expected=None, mtime_ns=10**9)
+    entries = (*ENTRIES[:6], NEW_FOLDER, below, *ENTRIES[7:])
+    with pytest.raises(WholeError, match="nobody knows which package wrote /usr/share/app/z"):
+        World(tmp_path, entries).make(b"/usr/bin/app")
+
+
+def test_trigger_that_wrote_below_what_goes_leaves_all_out(tmp_path: Path) -> None:
+    below = file(b"/usr/share/app/z", expected=None, mtime_ns=135 * 10**9)
+    entries = (*ENTRIES[:6], NEW_FOLDER, below, *ENTRIES[7:])
+    with pytest.raises(WholeError, match="libc-bin would have to be left out, and cannot be"):
         World(tmp_path, entries).make(b"/usr/bin/app")
 
 

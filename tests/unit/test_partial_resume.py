@@ -10,9 +10,10 @@ from tests.unit.test_partial_cut import World
 
 from ouassister import pipeline
 from ouassister.changeset import archive
+from ouassister.errors import ConflictError
 from ouassister.model import Differing
 from ouassister.pipeline import OnConflict
-from ouassister.reflect import conflicts, reflection
+from ouassister.reflect import conflicts, fallback, reflection
 from ouassister.reflect.applier_protocol import ApplierResult, Outcome
 from ouassister.state.fence import fence
 from ouassister.store.database import Store
@@ -103,6 +104,24 @@ def test_host_that_dies_is_followed_by_one_that_goes_on(resume: Resume, place: s
     assert [one.name for one in report.fell_back] == ["app"]
     assert report.conflicts == (PATH,)
     assert resume.vm.guest.up
+
+
+def test_what_was_made_and_not_recorded_is_removed(
+    resume: Resume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_arguments: object) -> None:
+        raise KilledError
+
+    resume.vm.guest.conflicts = (PATH,)
+    with monkeypatch.context() as patch:
+        patch.setattr(fallback, "begin", dies)
+        with pytest.raises(KilledError):
+            resume()
+    assert resume.layers() == {"whole", "spare", "rest"}
+    assert resume.states() == {"whole": "applying", "spare": "fallback"}
+    with pytest.raises(ConflictError):
+        resume(OnConflict.REFUSE)
+    assert resume.layers() == {"whole"}
 
 
 def test_conflict_of_nobody_leaves_all_out(resume: Resume) -> None:

@@ -139,6 +139,15 @@ def test_relations_of_what_is_not_installed_do_not_count() -> None:
     assert {one.package for one in relations.broken(database(gone, wants))} == {"wants"}
 
 
+def test_work_on_a_hostile_database_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relations, "_MOST_WORK", 50_000)
+    many = [stanza(f"p{n:05}", "1", "Provides: x (= 1)", "Depends: x (>= 2)") for n in range(100)]
+    with pytest.raises(StatusError, match="more relations than any"):
+        relations.broken(database(*many))
+    lines = stanza("app", "1.0") + b"\n line" * 100_000
+    assert len(database(lines)[0].fields["description"]) > 500_000
+
+
 def test_names_of_a_relation() -> None:
     assert relations.names("lib:any (>= 2), b | c (= 1) [amd64]".replace(", ", " | ")) == {
         "lib",

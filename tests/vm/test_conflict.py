@@ -9,8 +9,11 @@ import pytest
 from tests.vm.world import with_capture
 
 from ouassister import pipeline
+from ouassister.changeset import archive
 from ouassister.demo.frames import count_frames
 from ouassister.errors import ConflictError
+from ouassister.model import Kind
+from ouassister.partial import status
 from ouassister.pipeline import OnConflict
 from ouassister.provider import qemu
 from ouassister.provider.qemu import RunningVM
@@ -82,6 +85,27 @@ def _is_updated(world: World, new: dict[str, str]) -> None:
         )
 
 
+def _is_as_emulated(world: World, changeset_id: str) -> None:
+    """Every file of the whole update, and every stanza of its package database."""
+    with Store(world.home) as store:
+        changeset, layer = archive.load(store.changesets(world.config.name), changeset_id)
+    files = {
+        entry.path.decode(): entry
+        for entry in changeset.entries
+        if entry.kind is Kind.FILE and entry.path != status.OLD_PATH
+    }
+    database = files.pop(status.PATH.decode())
+    raw = layer.read_bytes()[database.offset :][: database.size]
+    with qemu.attach(world.config) as vm:
+        sums = _out(vm, f"sha256sum {' '.join(files)}").splitlines()
+        found = guest_run(vm, f"cat {status.PATH.decode()}").stdout
+    assert len(files) > 10
+    assert {line.split()[1]: line.split()[0] for line in sums} == {
+        path: entry.sha256 for path, entry in files.items()
+    }
+    assert {one.text for one in status.parse(found)} == {one.text for one in status.parse(raw)}
+
+
 def _frames(world: World, capture: Path, patch: pytest.MonkeyPatch) -> list[int]:
     """What the guest has sent whenever its links are opened."""
     frames: list[int] = []
@@ -124,6 +148,7 @@ def test_conflict_costs_its_package_behind_the_closed_gate(
     assert report.failed_actions == ()
     assert "version and state of every staged package" in report.verified
     _is_updated(world, NEW)
+    _is_as_emulated(world, update.result["changeset_id"])
     refused = world.run("rollback")
     assert (refused.status, refused.code) == (20, "rollback-refused")
 

@@ -1,8 +1,9 @@
 """Which packages must be left out of a change set, and which of its entries stay.
 
 Left out are the owners of the paths that conflict, what shares an entry with them, and what the
-database would be inconsistent without. An entry that has no owner belongs to whoever was at work
-when it was written. Where that does not tell, nothing is cut: all of the packages are left out.
+database would be inconsistent without. An entry that has no owner goes when it was written while
+none but those were at work. Else it stays as it was emulated: scripts may be run again on what they
+left (Debian Policy 6.2, "Maintainer scripts idempotency"), and those of what is left out are.
 """
 
 from __future__ import annotations
@@ -109,10 +110,21 @@ def _holds(folder: bytes, path: bytes) -> bool:
 
 
 def _sharers(parts: tuple[_Part, ...], left_out: frozenset[str]) -> Iterator[str]:
-    """Packages that have a file together with one that is left out."""
-    for entry, owners, _writers in parts:
-        if entry.kind is not Kind.DIRECTORY and left_out.intersection(owners):
-            yield from owners
+    """Packages that have a file together with one that is left out, or one below what goes."""
+    gone = {entry.path for entry, owners, _writers in parts if owners and left_out >= set(owners)}
+    for entry, owners, writers in parts:
+        if owners:
+            if entry.kind is not Kind.DIRECTORY and left_out.intersection(owners):
+                yield from owners
+        elif any(parent in gone for parent in _parents(entry.path)):
+            if not writers:
+                raise WholeError(f"nobody knows which package wrote {to_text(entry.path)}")
+            yield from writers
+
+
+def _parents(path: bytes) -> Iterator[bytes]:
+    while path := path.rpartition(b"/")[0]:
+        yield path
 
 
 def _stays(
@@ -123,9 +135,7 @@ def _stays(
     if any(entry.path == one or (one[-1:] == b"/" and entry.path.startswith(one))
            for one in _MADE_ANEW):  # fmt: skip
         return True
-    if not writers or (left_out.intersection(writers) and not left_out.issuperset(writers)):
-        raise WholeError(f"nobody knows which package wrote {to_text(entry.path)}")
-    return not left_out.issuperset(writers)
+    return not writers or not left_out.issuperset(writers)
 
 
 def _is_archive(path: bytes, folder: bytes) -> bool:
@@ -140,11 +150,8 @@ def _refuse_torn(entries: tuple[Entry, ...], kept: tuple[Entry, ...]) -> None:
     for entry in kept:
         if entry.kind is Kind.HARDLINK and entry.target not in there:
             raise WholeError(f"{to_text(entry.path)} is a link to what is left out")
-        parent = entry.path.rpartition(b"/")[0]
-        while parent:
-            if parent in gone:
-                raise WholeError(f"{to_text(entry.path)} is below what is left out")
-            parent = parent.rpartition(b"/")[0]
+        if any(parent in gone for parent in _parents(entry.path)):
+            raise WholeError(f"{to_text(entry.path)} is below what is left out")
 
 
 def _some(names: Collection[str]) -> str:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ouassister.partial_model import Portions
 
 _MAX_STATUS: Final = 64 << 20
+_MOST_ROUNDS: Final = 20
 _NAMED: Final = 4
 
 
@@ -109,9 +110,13 @@ class _Database:
         everything = status.without(self._new, self._old)
         # What does not hold before or after the whole update is not of our making.
         self._known = relations.broken(self._new) | relations.broken(everything)
+        self._asked = 0
 
     def needed(self, left_out: frozenset[str]) -> frozenset[str]:
         """Packages that must be left out, too: their relations, or those to them, do not hold."""
+        self._asked += 1
+        if self._asked > _MOST_ROUNDS:
+            raise WholeError("what depends on what does not end")
         more: set[str] = set()
         for one in relations.broken(self._packages(left_out)) - self._known:
             if one.package not in left_out:

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from ouassister.partial.status import StatusError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _WANTS: Final = ("pre-depends", "depends")
 _FORBIDS: Final = ("conflicts", "breaks")
+_STEP: Final = 10  # of work, about as much as a character
+_MOST_WORK: Final = 3_000_000  # the database of a server with 800 packages takes 170,000
 _RELATION: Final = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9+.-]*)(?::[a-z0-9-]+)?"
     r"(?:\s*\(\s*(?P<sign><<|<=|=|>=|>>)\s*(?P<version>[^\s)]+)\s*\))?(?:\s*\[[^\]]*\])?"
@@ -42,7 +46,12 @@ class Broken:
 
 
 def broken(packages: Iterable[Package]) -> frozenset[Broken]:
-    """All relations of installed packages that do not hold."""
+    """All relations of installed packages that do not hold.
+
+    Raises:
+        StatusError: There are more than any guest has.
+    """
+    work = _Work()
     installed = [package for package in packages if package.is_installed]
     there: dict[str, list[tuple[str, str, bool]]] = {}  # provider, version, by its own name
     for package in installed:
@@ -55,11 +64,11 @@ def broken(packages: Iterable[Package]) -> frozenset[Broken]:
     for package in installed:
         for field in _WANTS:
             for words in _clauses(package, field):
-                if not any(_fits(match, there) for match in _alternatives(words)):
+                if not any(_fits(match, there, work) for match in _alternatives(words)):
                     found.add(Broken(package.name, field, words))
         for field in _FORBIDS:
             for words in _clauses(package, field):
-                if any(_fits(match, there, but=package.name) for match in _alternatives(words)):
+                if any(_fits(match, there, work, package.name) for match in _alternatives(words)):
                     found.add(Broken(package.name, field, words))
     return frozenset(found)
 
@@ -81,10 +90,27 @@ def _alternatives(words: str) -> Iterator[re.Match[str]]:
             yield match
 
 
+class _Work:
+    """What may be looked at; a guest could have written a database that takes for ever."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_WORK
+
+    def add(self, amount: int) -> None:
+        self._left -= amount
+        if self._left < 0:
+            raise StatusError("the package database has more relations than any")
+
+
 def _fits(
-    match: re.Match[str], there: dict[str, list[tuple[str, str, bool]]], but: str = ""
+    match: re.Match[str],
+    there: dict[str, list[tuple[str, str, bool]]],
+    work: _Work,
+    but: str = "",
 ) -> bool:
+    work.add(len(match[0]))
     for provider, version, real in there.get(match["name"], ()):
+        work.add(_STEP + len(version))
         if provider == but:
             continue
         if match["sign"] is None:
@@ -97,6 +123,8 @@ def _fits(
 
 def compare(one: str, other: str) -> int:
     """Order two versions: -1, 0 or 1."""
+    if one == other:
+        return 0
     first, second = _parts(one), _parts(other)
     if first[0] != second[0]:
         return -1 if first[0] < second[0] else 1

@@ -92,19 +92,20 @@ def dump(packages: Iterable[Package]) -> bytes:
 
 def _package(text: bytes) -> Package:
     text = text.strip(b"\n")
-    fields: dict[str, str] = {}
+    lines: dict[str, list[str]] = {}
     last = ""
     for line in text.split(b"\n"):
         if line[:1] in (b" ", b"\t") and last:
-            fields[last] += " " + line.strip().decode("utf-8", "replace")
+            lines[last].append(line.strip().decode("utf-8", "replace"))
             continue
         match = _FIELD.fullmatch(line)
         if match is None:
             raise StatusError("a line of the package database is no field")
         last = match[1].decode("ascii").lower()
-        if last in fields:
+        if last in lines:
             raise StatusError(f"a package has two fields {last}")
-        fields[last] = match[2].decode("utf-8", "replace")
+        lines[last] = [match[2].decode("utf-8", "replace")]
+    fields = {name: " ".join(parts) for name, parts in lines.items()}
     name = fields.get("package", "")
     if not _NAME.fullmatch(name):
         raise StatusError("a package of the database has no name")

@@ -7,6 +7,7 @@ being applied, and a resume that takes up an earlier one goes on with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset import archive
-from ouassister.errors import UsageError
+from ouassister.errors import TamperedError, UsageError
 from ouassister.model import Changeset, Differing, Mode, PackageMode
 from ouassister.reflect import applier_protocol
 from ouassister.store.database import ChangesetState
@@ -78,13 +79,22 @@ def begin(
 
 
 def sweep(store: Store, vm: str) -> None:
-    """Remove what can stand in for nothing any more: its change set was applied, or failed."""
+    """Remove what can stand in for nothing any more: its change set was applied, or failed.
+
+    So does what a run had made when it was killed, and had not recorded.
+    """
     if store.pending(vm) is not None:
         return
-    for row in store.changeset_rows(vm):
+    folder = store.changesets(vm)
+    rows = store.changeset_rows(vm)
+    for row in rows:
         if row.state is ChangesetState.FALLBACK:
             store.set_state(row.changeset_id, ChangesetState.DISCARDED)
-            archive.discard(store.changesets(vm) / row.changeset_id)
+            archive.discard(folder / row.changeset_id)
+    for path in set(folder.iterdir()) - {folder / row.changeset_id for row in rows}:
+        with contextlib.suppress(TamperedError):
+            if archive.load(folder, path.name)[0].instead_of:
+                archive.discard(path)
 
 
 def told(store: Store, report: ResumeReport, changeset: Changeset) -> ResumeReport:
