@@ -120,7 +120,10 @@ def domain(image: GuestImage, folder: Path, port: int, machine: str = "q35") -> 
     frames = f"filter-dump,id=frames,netdev=hostnet0,file={folder}/frames.pcap"
     network = "user,id=mgmt,restrict=on,ipv6=off,net=10.77.0.0/24,hostfwd=tcp:127.0.0.1:0-:22"
     card = f"virtio-net-pci,id=mgmt0,netdev=mgmt,mac={SSH_CARD}"
-    card += f",bus={'pcie' if machine == 'q35' else 'pci'}.0,addr=0x1c"
+    # The last bus, so that the guest calls the others eth0 and eth1.
+    last = "pcie-root-port,id=mgmt-port,bus=pcie.0,addr=0x1c,chassis=99"
+    card += ",bus=mgmt-port" if machine == "q35" else ",bus=pci.0,addr=0x1c"
+    bridge = f"<qemu:arg value='-device'/><qemu:arg value='{last}'/>" if machine == "q35" else ""
     return f"""
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{image.hostname}</name>
@@ -155,6 +158,7 @@ def domain(image: GuestImage, folder: Path, port: int, machine: str = "q35") -> 
   <qemu:commandline>
     <qemu:arg value='-object'/><qemu:arg value='{frames}'/>
     <qemu:arg value='-netdev'/><qemu:arg value='{network}'/>
+    {bridge}
     <qemu:arg value='-device'/><qemu:arg value='{card}'/>
   </qemu:commandline>
 </domain>
