@@ -37,7 +37,9 @@ def _differences(pair: twins.Pair) -> str:
             pair.theirs.texts[name].splitlines(), pair.ours.texts[name].splitlines(), "twin", "ours"
         )
     ]
-    return "\n".join([*found, *texts, *pair.update["notes"]])
+    told = "\n".join([*found, *texts, *pair.update["notes"]])
+    print(told)
+    return told
 
 
 def test_all_that_packages_do_in_one_update_makes_twins(

@@ -11,6 +11,7 @@ import pytest
 from ouassister.model import WRITE_FILE, TmpfsNode
 from ouassister.restart import run_files
 from ouassister.shadow import tmpfs_made
+from ouassister.shadow.events import Event, Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,6 +26,7 @@ def _node(path: str, mode: int, **more: str | int | None) -> dict[str, Any]:
         "content": None,
         "target": None,
     }
+    plain["ruled"] = False
     if stat.S_ISREG(mode):
         plain["content"] = ""
     return {"path": path, "mode": mode, **plain, **more}
@@ -92,6 +94,13 @@ def test_what_cannot_be_made_safely_is_told(node: dict[str, Any]) -> None:
     assert node["path"] in notes[0]
 
 
+def test_what_a_rule_makes_is_left_to_it_where_rules_are_followed() -> None:
+    nodes = [_node("/web", 0o040755, ruled=True), _node("/other", 0o040755)]
+    call = Event(Outcome.DEFERRED, ("systemd-tmpfiles", "--create", "web.conf"))
+    assert len(run_files.actions_for(nodes, [], [call])[0]) == 1
+    assert len(run_files.actions_for(nodes, [])[0]) == 2
+
+
 def test_there_are_bounds() -> None:
     many = [_node(f"/{number:04}", 0o040755) for number in range(500)]
     actions, notes = run_files.actions_for(many, [])
@@ -105,6 +114,9 @@ def test_what_is_younger_is_listed(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "file").write_text("old")
     (tmp_path / "systemd").mkdir()
+    (tmp_path / "rules").mkdir()
+    (tmp_path / "rules/a.conf").write_text("# d /run/old/new\nd /var/run/sub/ 0711 - -\nq\n")
+    (tmp_path / "rules/b.txt").write_text("d /run/large\n")
     time.sleep(0.02)  # ctime has the kernel's tick
     since_ns = time.time_ns()
     time.sleep(0.02)
@@ -113,12 +125,15 @@ def test_what_is_younger_is_listed(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir(mode=0o711)
     (tmp_path / "sub" / "li\nnk").symlink_to("x")
     (tmp_path / "large").write_bytes(bytes((8 << 10) + 1))
+    rules = [{"root": str(tmp_path), "path": "/rules"}]
     argument = {"folder": str(tmp_path), "since_ns": since_ns, "apart": ["systemd"]}
+    argument |= {"where": "/run", "rules": rules}
     found = {one["path"]: one for one in tmpfs_made.list_made(argument)}
     assert list(found) == ["/large", "/old", "/old/new", "/sub", "/sub/li\\x0ank"]
     assert found["/old/new"]["content"] == "AG5ldwo="
     assert found["/large"]["content"] is None
     assert found["/sub"]["mode"] == 0o040711
+    assert [path for path, one in found.items() if one["ruled"]] == ["/sub"]
     assert found["/sub/li\\x0ank"]["target"] == "x"
 
 
@@ -129,7 +144,7 @@ def test_a_tree_without_end_is_bounded(tmp_path: Path) -> None:
         deep.mkdir()
     for number in range(1100):
         (tmp_path / f"f{number}").touch()
-    argument = {"folder": str(tmp_path), "since_ns": 0, "apart": []}
+    argument = {"folder": str(tmp_path), "since_ns": 0, "apart": [], "where": "/run", "rules": []}
     found = tmpfs_made.list_made(argument)
     assert len(found) == 1024
     assert max(one["path"].count("/") for one in found) == 16

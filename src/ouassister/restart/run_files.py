@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ouassister.model import TmpfsNode
+    from ouassister.shadow.events import Event
 
 RUN: Final = b"/run"
+RULES: Final = (b"/usr/lib/tmpfiles.d", b"/etc/tmpfiles.d")
 # At its top: each is another's, who makes it anew or is told otherwise.
 APART: Final = (
     "systemd", "udev", "user", "ouassister", "log", "lock", "dbus", "mount", "credentials",
@@ -42,13 +44,17 @@ _MOST_NAMED: Final = 8
 
 
 def actions_for(
-    nodes: Iterable[Mapping[str, Any]], before: Sequence[TmpfsNode]
+    nodes: Iterable[Mapping[str, Any]],
+    before: Sequence[TmpfsNode],
+    events: Iterable[Event] = (),
 ) -> tuple[tuple[Action, ...], tuple[str, ...]]:
     """Make actions of what is new.
 
     Args:
         nodes: Of the tmpfs at /run, as `ouassister.shadow.tmpfs_made` tells them.
         before: What it had when the guest fell asleep; paths start at its root.
+        events: What scripts did; where they called systemd-tmpfiles(8), which is done again in the
+            guest, what rules speak of is its own.
 
     Returns:
         The actions, folders before what is in them; and notes on what is not carried.
@@ -59,10 +65,13 @@ def actions_for(
     actions: list[Action] = []
     left: list[str] = []
     room = _MOST_CHARS
+    by_rules = any(event.words[:1] == ("systemd-tmpfiles",) for event in events)
     for node in nodes:
         path, mode = from_text(node["path"]), int(node["mode"])
         owners[path] = int(node["uid"]), mode
-        if path.endswith(_OF_PROCESSES) or _is_as_before(node, known.get(path)):
+        if path.endswith(_OF_PROCESSES) or (by_rules and node["ruled"]):
+            continue
+        if _is_as_before(node, known.get(path)):
             continue
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             continue

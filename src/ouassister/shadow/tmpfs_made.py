@@ -11,13 +11,16 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import re
 import stat
 from typing import Any, Final
 
-from ouassister.text import to_text
+from ouassister.disk import small_files
+from ouassister.text import from_text, to_text
 
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_LEGACY: Final = re.compile(rb"^/var/run(?=/)")
 _MOST_NODES: Final = 1 << 16
 _MOST_TOLD: Final = 1024
 _MOST_DEPTH: Final = 16
@@ -29,12 +32,14 @@ def list_made(argument: dict[str, Any]) -> list[dict[str, Any]]:
 
     Args:
         argument: ``folder``: where the tmpfs is mounted. ``since_ns``: seconds of the host's clock,
-            times 10^9. ``apart``: names at its top that are not looked at, escaped.
+            times 10^9. ``apart``: names at its top that are not looked at, escaped. ``where``: its
+            place in the guest. ``rules``: folders of tmpfiles.d(5), each the ``root`` of a tree and
+            a ``path`` in it.
 
     Returns:
         For each, a directory before what is in it: ``path`` from the top, escaped; ``mode``,
         ``uid``, ``gid``, ``size``, ``mtime_ns`` as of lstat(2); ``content`` in base64, None where
-        it is too long or none; ``target`` of a link, escaped.
+        it is too long or none; ``target`` of a link, escaped; ``ruled``: a rule speaks of it.
     """
     found: list[dict[str, Any]] = []
     top = os.open(argument["folder"], _FOLDER_FLAGS)
@@ -42,7 +47,27 @@ def list_made(argument: dict[str, Any]) -> list[dict[str, Any]]:
         _walk(top, b"", argument["since_ns"], frozenset(argument["apart"]), found, [_MOST_NODES])
     finally:
         os.close(top)
-    return found
+    ruled = _ruled(argument["rules"]) if found else frozenset()
+    where = argument["where"].encode()
+    return [one | {"ruled": where + from_text(one["path"]) in ruled} for one in found]
+
+
+def _ruled(folders: list[dict[str, str]]) -> frozenset[bytes]:
+    """Paths that rules of tmpfiles.d(5) speak of; names of folders in memory are /run's."""
+    paths: set[bytes] = set()
+    for folder in folders:
+        names = small_files.names(folder)
+        files = [
+            {"root": folder["root"], "path": f"{folder['path']}/{name}"}
+            for name in names
+            if name.endswith(".conf")
+        ]
+        for content in small_files.read(files):
+            for line in from_text(content or "").splitlines():
+                words = line.split(None, 2)
+                if len(words) > 1 and not line.startswith(b"#"):
+                    paths.add(_LEGACY.sub(b"/run", words[1].rstrip(b"/")))
+    return frozenset(paths)
 
 
 def _walk(

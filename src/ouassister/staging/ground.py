@@ -145,6 +145,8 @@ class RealGround:
                     "folder": f"{sandbox.TMPFS}/{place.number}",
                     "since_ns": self._since_ns,
                     "apart": run_files.APART,
+                    "where": "/run",
+                    "rules": _rules(self._guest.sleeping.layout),
                 }
                 return self._guest.shadow.begin(MADE, "list_made", argument)
         return None
@@ -155,7 +157,7 @@ class RealGround:
         nodes = self._guest.shadow.finish(call)
         contents = self._guest.sleeping.view.tmpfs_content or ()
         before = next((one.tmpfs.nodes for one in contents if one.tmpfs.target == b"/run"), ())
-        self.made, self.made_notes = run_files.actions_for(nodes, before)
+        self.made, self.made_notes = run_files.actions_for(nodes, before, self.events())
 
     def held(self, extraction: Extraction, ran: Ran, names: frozenset[str]) -> Reasons:
         """Packages that wrote what sleeping processes hold open."""
@@ -260,6 +262,15 @@ def _word(change: PackageChange) -> str:
     """What asks apt for this version."""
     where = "" if change.architecture in ("all", "") else f":{change.architecture}"
     return f"{change.name}{where}={change.new}"
+
+
+def _rules(layout: Layout) -> list[dict[str, str]]:
+    """Where rules of tmpfiles.d(5) lie in the updated trees."""
+    found = []
+    for path in run_files.RULES:
+        volume, inside = layout.locate(path)
+        found.append({"root": sandbox.merged(volume), "path": to_text(inside)})
+    return found
 
 
 def _trees(layout: Layout) -> list[dict[str, object]]:
