@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from ouassister import offline, snapshots
 from ouassister.changeset import archive
 from ouassister.errors import (
+    InterruptedRunError,
     NothingPendingError,
     OUassisterError,
     RollbackRefusedError,
@@ -278,7 +279,9 @@ def _fewest(
         )
         refuse_too_large(vm, made.access, made.layer_size)
         return Fallback(made, archive.save(made, layer, store.changesets(vm)) / archive.LAYER)
-    except (partial.WholeError, OUassisterError) as error:
+    except InterruptedRunError:
+        raise
+    except (partial.WholeError, OUassisterError, OSError) as error:
         timeline.say(f"the guest installs all packages itself: {error}")
         return spare
 

@@ -94,6 +94,9 @@ ENTRIES = (
 )
 
 
+NEW_FOLDER = Entry(b"/usr/share/app", Kind.DIRECTORY, None, mode=0o755)
+
+
 class World:
     """An update of four packages, and what stands in for it, on disk."""
 
@@ -223,6 +226,7 @@ def test_conflict_costs_its_package_and_no_other(world: World) -> None:
         b"/usr/bin/user",
         b"/usr/lib/lib.so",
         b"/usr/share/both",
+        b"/var/lib/app/made",
         b"/var/cache/ouassister",
         FOLDER,
         archived,
@@ -328,35 +332,31 @@ def test_conflict_of_nobody_leaves_all_out(world: World, path: bytes, words: str
 
 
 @pytest.mark.parametrize(
-    ("entry", "stays"),
+    "entry",
     [
-        (file(b"/srv/x", mtime_ns=110 * 10**9), True),  # lib's, or its own
-        (file(b"/srv/x", mtime_ns=115 * 10**9), False),
-        (file(b"/srv/x", mtime_ns=10**9), True),
-        (Entry(b"/srv/x", Kind.DELETE, STATE), True),
+        file(b"/etc/passwd", mtime_ns=115 * 10**9),  # app was the last to write it
+        file(b"/srv/x", mtime_ns=110 * 10**9),
+        file(b"/srv/x", mtime_ns=10**9),
+        Entry(b"/srv/x", Kind.DELETE, STATE),
     ],
 )
-def test_entry_of_nobody_goes_when_none_but_the_left_out_could_have_written_it(
-    tmp_path: Path, entry: Entry, *, stays: bool
-) -> None:
+def test_entry_of_nobody_stays(tmp_path: Path, entry: Entry) -> None:
     made = World(tmp_path, (*ENTRIES, entry)).make(b"/usr/bin/app")
     assert names(made) == {"app"}
-    assert (b"/srv/x" in {one.path for one in made.entries}) is stays
+    assert entry.path in {one.path for one in made.entries}
+
+
+def test_what_a_script_wrote_below_what_goes_goes(tmp_path: Path) -> None:
+    below = file(b"/usr/share/app/z", expected=None, mtime_ns=115 * 10**9)
+    made = World(tmp_path, (*ENTRIES[:6], NEW_FOLDER, below, *ENTRIES[7:])).make(b"/usr/bin/app")
+    assert names(made) == {"app"}
+    assert b"/usr/share/app/z" not in {one.path for one in made.entries}
 
 
 def test_link_to_what_is_left_out_leaves_all_out(tmp_path: Path) -> None:
     link = Entry(b"/usr/bin/zlink", Kind.HARDLINK, None, target=b"/usr/bin/app")
     with pytest.raises(WholeError, match="zlink is a link to what is left out"):
         World(tmp_path, (*ENTRIES[:5], link, *ENTRIES[5:])).make(b"/usr/bin/app")
-
-
-def test_entry_that_another_package_wrote_stays(tmp_path: Path) -> None:
-    entry = file(b"/srv/x", mtime_ns=125 * 10**9)
-    made = World(tmp_path, (*ENTRIES, entry)).make(b"/usr/bin/app")
-    assert b"/srv/x" in {one.path for one in made.entries}
-
-
-NEW_FOLDER = Entry(b"/usr/share/app", Kind.DIRECTORY, None, mode=0o755)
 
 
 def test_who_wrote_below_what_goes_goes_with_it(tmp_path: Path) -> None:

@@ -10,8 +10,14 @@ from tests.unit.test_partial_cut import World
 
 from ouassister import pipeline
 from ouassister.changeset import archive
-from ouassister.errors import ConflictError
+from ouassister.errors import (
+    ConflictError,
+    GateClosedError,
+    InternalError,
+    InterruptedRunError,
+)
 from ouassister.model import Differing
+from ouassister.partial import make
 from ouassister.pipeline import OnConflict
 from ouassister.reflect import conflicts, fallback, reflection
 from ouassister.reflect.applier_protocol import ApplierResult, Outcome
@@ -106,6 +112,33 @@ def test_host_that_dies_is_followed_by_one_that_goes_on(resume: Resume, place: s
     assert resume.vm.guest.up
 
 
+@pytest.mark.parametrize(
+    ("error", "states"),
+    [
+        (InternalError("a defect"), {"whole": "failed", "spare": "applying"}),
+        (OSError(28, "No space left on device"), {"whole": "failed", "spare": "applying"}),
+        (InterruptedRunError("ended by SIGTERM"), {"whole": "applying", "spare": "fallback"}),
+    ],
+)
+def test_rest_that_cannot_be_made_leaves_all_out_but_a_signal_ends_the_run(
+    resume: Resume,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    states: dict[str, str],
+) -> None:
+    def fails(*_arguments: object) -> None:
+        raise error
+
+    resume.vm.guest.conflicts = (PATH,)
+    resume.vm.guest.dpkg = "code 1"  # its answer for four packages is not played
+    monkeypatch.setattr(make, "make", fails)
+    with pytest.raises(GateClosedError):
+        resume()
+    assert resume.states() == states
+    assert resume.vm.guest.installed == (0 if states["spare"] == "fallback" else 1)
+    assert not resume.vm.guest.up
+
+
 def test_what_was_made_and_not_recorded_is_removed(
     resume: Resume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +160,7 @@ def test_what_was_made_and_not_recorded_is_removed(
 def test_conflict_of_nobody_leaves_all_out(resume: Resume) -> None:
     resume.vm.guest.conflicts = (PATH, NOBODYS)
     resume.vm.guest.dpkg = "code 1"  # its answer for four packages is not played
-    with pytest.raises(Exception, match="staged packages are not installed"):
+    with pytest.raises(GateClosedError, match="staged packages are not installed"):
         resume()
     assert resume.states() == {"whole": "failed", "spare": "applying"}
     assert resume.layers() == {"whole", "spare"}

@@ -1,9 +1,10 @@
 """Which packages must be left out of a change set, and which of its entries stay.
 
 Left out are the owners of the paths that conflict, what shares an entry with them, and what the
-database would be inconsistent without. An entry that has no owner goes when it was written while
-none but those were at work. Else it stays as it was emulated: scripts may be run again on what they
-left (Debian Policy 6.2, "Maintainer scripts idempotency"), and those of what is left out are.
+database would be inconsistent without. An entry that has no owner stays as it was emulated: its
+time tells who wrote it last, not who else did, and scripts may be run again on what they left
+(Debian Policy 6.2, "Maintainer scripts idempotency"), as those of what is left out are. Only what
+lies below a path that goes goes with it, and so does whoever may have written it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     from ouassister.model import Changeset
     from ouassister.partial_model import Portions
 
-# What is made anew whenever a package is installed, of all that is there: by triggers, by apt.
-_MADE_ANEW: Final = (
-    b"/etc/ld.so.cache",
-    b"/var/cache/man/",
-    b"/var/lib/apt/extended_states",
-)
 _DATABASE: Final = (status.PATH, status.OLD_PATH)
 
 
@@ -76,12 +71,14 @@ def cut(
     if left_out == emulated:
         raise WholeError("all packages would be left out")
     folder = changeset.staging_folder
+    gone = _gone(parts, left_out)
     kept = tuple(
         entry
-        for entry, own, writers in parts
+        for entry, own, _writers in parts
         if entry.path not in _DATABASE
         and not (folder and _is_archive(entry.path, folder))
-        and _stays(entry, own, writers, left_out)
+        and entry.path not in gone
+        and (own or gone.isdisjoint(_parents(entry.path)))
     )
     _refuse_torn(changeset.entries, kept)
     return Cut(owners, left_out, kept)
@@ -111,31 +108,27 @@ def _holds(folder: bytes, path: bytes) -> bool:
 
 def _sharers(parts: tuple[_Part, ...], left_out: frozenset[str]) -> Iterator[str]:
     """Packages that have a file together with one that is left out, or one below what goes."""
-    gone = {entry.path for entry, owners, _writers in parts if owners and left_out >= set(owners)}
+    gone = _gone(parts, left_out)
     for entry, owners, writers in parts:
         if owners:
             if entry.kind is not Kind.DIRECTORY and left_out.intersection(owners):
                 yield from owners
-        elif any(parent in gone for parent in _parents(entry.path)):
+        elif not gone.isdisjoint(_parents(entry.path)):
             if not writers:
                 raise WholeError(f"nobody knows which package wrote {to_text(entry.path)}")
             yield from writers
 
 
+def _gone(parts: tuple[_Part, ...], left_out: frozenset[str]) -> frozenset[bytes]:
+    """Paths of the packages that are left out alone."""
+    return frozenset(
+        entry.path for entry, owners, _writers in parts if owners and left_out.issuperset(owners)
+    )
+
+
 def _parents(path: bytes) -> Iterator[bytes]:
     while path := path.rpartition(b"/")[0]:
         yield path
-
-
-def _stays(
-    entry: Entry, owners: tuple[str, ...], writers: tuple[str, ...], left_out: frozenset[str]
-) -> bool:
-    if owners:
-        return not left_out.issuperset(owners)
-    if any(entry.path == one or (one[-1:] == b"/" and entry.path.startswith(one))
-           for one in _MADE_ANEW):  # fmt: skip
-        return True
-    return not writers or not left_out.issuperset(writers)
 
 
 def _is_archive(path: bytes, folder: bytes) -> bool:
@@ -150,7 +143,7 @@ def _refuse_torn(entries: tuple[Entry, ...], kept: tuple[Entry, ...]) -> None:
     for entry in kept:
         if entry.kind is Kind.HARDLINK and entry.target not in there:
             raise WholeError(f"{to_text(entry.path)} is a link to what is left out")
-        if any(parent in gone for parent in _parents(entry.path)):
+        if not gone.isdisjoint(_parents(entry.path)):
             raise WholeError(f"{to_text(entry.path)} is below what is left out")
 
 
