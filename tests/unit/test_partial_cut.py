@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 FENCE = Fence(FileStamp("save", 1, 2, 3, 4, 5, ""), ())
 STATE = Expected(12, 0o100644, 3, -5, 7)
 FOLDER = b"/var/cache/ouassister/0123456789abcdef"
+MADE = Action(("install", "-d", "-m", "0755", "-o", "0", "-g", "0", "/run/app"))
 WHY = "it changed since the guest was suspended"
 APP = PackageChange("app", "amd64", "1.0", "2.0")
 LIB = PackageChange("lib", "amd64", "1.0", "2.0")
@@ -176,7 +177,7 @@ class World:
                 identity=Identity("boot", "machine"),
                 changes=self.changes,
                 left_out=(),
-                actions=(Action(("systemctl", "daemon-reload")),),
+                actions=(MADE, Action(("systemctl", "daemon-reload"))),
                 lock_paths=(b"/var/lib/dpkg/lock",),
                 reboot_needed=False,
                 staged=packages,
@@ -244,8 +245,8 @@ def test_conflict_costs_its_package_and_no_other(world: World) -> None:
         ("unpack", (0,)),
         ("configure", (0,)),
     ]
-    # What its script asked for is asked for by its script in the guest.
-    assert made.actions == (Action(("systemctl", "restart", "lib.service")),)
+    # What its script asked for is asked for by its script in the guest; what is in memory stays.
+    assert made.actions == (MADE, Action(("systemctl", "restart", "lib.service")))
     assert made.instead_of == world.whole.changeset.changeset_id
     assert made.changes == world.whole.changeset.changes
     assert (made.identity, made.fence) == (

@@ -22,6 +22,7 @@ from ouassister.model import Changeset, Kind, Staged, StagedStep
 from ouassister.partial import relations, status
 from ouassister.partial.cut import Cut, cut
 from ouassister.partial.cut import WholeError as WholeError
+from ouassister.restart import run_files
 from ouassister.restart.actions import coalesce
 from ouassister.shadow.events import Event, Outcome, actions_of
 from ouassister.text import to_text
@@ -181,14 +182,18 @@ def _steps(spare: Changeset, staged: tuple[Staged, ...]) -> tuple[StagedStep, ..
 def _actions(
     whole: Changeset, spare: Changeset, portions: Portions, chosen: Cut
 ) -> tuple[Action, ...]:
-    """What scripts asked for, but for those of packages that are left out; and the restarts."""
+    """What scripts asked for, but for those of packages that are left out; and the restarts.
+
+    What they made in memory has no owner, and stays as it was emulated.
+    """
+    made = filter(run_files.is_made, whole.actions)
     calls = (
         Event(Outcome.DEFERRED, one.words, one.package)
         for one in portions.calls
         if one.package not in chosen.left_out
     )
     again = frozenset(one.unit for one in spare.restarts)
-    return coalesce(actions_of(calls)[0], _restarts(whole, spare), again)
+    return coalesce((*made, *actions_of(calls)[0]), _restarts(whole, spare), again)
 
 
 def _restarts(whole: Changeset, spare: Changeset) -> tuple[Restart, ...]:

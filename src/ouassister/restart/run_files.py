@@ -31,6 +31,7 @@ APART: Final = (
     "systemd", "udev", "user", "ouassister", "log", "lock", "dbus", "mount", "credentials",
     "initramfs", "utmp", "adduser",
 )  # fmt: skip
+_PROGRAMS: Final = ("install", "ln", WRITE_FILE)
 _OF_PROCESSES: Final = (b".pid", b".lock", b".lck", b".sock", b".socket")
 _WORD: Final = re.compile(rb"/run/[A-Za-z0-9:_.@=/+-]{1,200}")
 _TARGET: Final = re.compile(rb"[A-Za-z0-9:_.@=/+][A-Za-z0-9:_.@=/+-]{0,249}")
@@ -85,6 +86,11 @@ def actions_for(
         return tuple(actions), ()
     named = f"{', '.join(left[:_MOST_NAMED])}{' and others' * (len(left) > _MOST_NAMED)}"
     return tuple(actions), (f"left by scripts in memory, and not made in the guest: {named}",)
+
+
+def is_made(action: Action) -> bool:
+    """Whether it is one of these; scripts' own calls have other programs."""
+    return action.argv[0] in _PROGRAMS
 
 
 def _is_as_before(node: Mapping[str, Any], old: TmpfsNode | None) -> bool:
