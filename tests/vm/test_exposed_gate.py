@@ -84,8 +84,9 @@ def test_what_nobody_reaches_follows_the_open_gate_and_its_failure_is_told(world
     phases = [one["name"] for one in resumed.result["phases"]]
     assert phases.index("open gate") < phases.index("gate open: actions and verification")
     with qemu.attach(world.config) as vm:
-        # The first resume had ended what was old, so this gate had nothing to wait for.
-        assert _out(vm, "cat /srv/oua-listen.ended /srv/oua-listen.link") == "1\n1"
+        # The first resume had ended what was old, so this gate had nothing to wait for: who is
+        # restarted may have ended before it was open, or after.
+        assert _out(vm, "cat /srv/oua-listen.link") == "1"
         assert _out(vm, "cat /srv/oua-daemon.link") == "1"
         attested = json.loads(_out(vm, "cat /var/lib/ouassister/attestation.json"))
         assert attested["result"] == "verified"
