@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(120)]
 
+
+@pytest.fixture(scope="module", autouse=True)
+def fuse() -> Iterator[None]:
+    """Without udev, /dev/fuse may be closed to all but root."""
+    device = Path("/dev/fuse")
+    mode = stat.S_IMODE(device.stat().st_mode)
+    mine = os.getuid() == 0
+    if mine:
+        device.chmod(0o666)
+    yield
+    if mine:
+        device.chmod(mode)
+
+
 INSIDE = Path(__file__).with_name("trees_inside.py")
 FOLDER, FILE = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o444
 SYSTEM = [

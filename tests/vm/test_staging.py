@@ -64,6 +64,7 @@ def test_what_needs_the_live_guest_is_staged_with_its_dependents_and_the_rest_is
     assert world.hashes() == before
     # Of the rounds that failed nothing is left in what travels; the report has what was tried.
     assert [action["argv"] for action in update.result["actions"]] == [
+        ["write_file", "/run/oua-once", "0644", "0", "0"],
         ["systemctl", "stop", "nginx.service"],
         ["systemctl", "start", "nginx.service"],
     ]
