@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import need
-from tests.host.applier_run import Appliers, Bench, build, mounted
+from tests.host.applier_run import Appliers, Bench, mounted
 from tests.host.applier_world import (
     ACL,
     World,
@@ -32,18 +32,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.host
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    root = tmp_path / "root"
-    root.mkdir()
-    return World.make(root)
 
 
 def assert_refused(bench: Bench, code: str, path: bytes, *more: str, **environment: str) -> str:

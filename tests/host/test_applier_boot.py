@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.host import boot_unit
-from tests.host.applier_run import Appliers, Bench, build
 from tests.host.applier_world import RESERVED, World, inodes, paths, snapshot
 from tests.host.boot_unit import CONTROL, assert_nothing_left, is_left
 from tests.host.rollback_lab import META, Applied
@@ -26,6 +25,8 @@ from ouassister.reflect.applier_protocol import Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.host.applier_run import Appliers, Bench
 
     from ouassister.reflect.applier_protocol import ApplierResult
 
@@ -45,11 +46,6 @@ class Systemd(Applied):
     def fresh(self) -> tuple[World, Bench]:
         world, bench = super().fresh()
         return with_systemd(world), bench
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.host.applier_run import Appliers, Bench, build
+from tests.host.applier_run import Appliers, Bench
 from tests.host.applier_world import World, everything, inodes
 
 from ouassister.model import Kind
@@ -21,18 +21,6 @@ pytestmark = pytest.mark.host
 
 STATUS = b"/var/lib/dpkg/status"
 FREE = "the guest has something at a path that was free"
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    root = tmp_path / "root"
-    root.mkdir()
-    return World.make(root)
 
 
 def refused(bench: Bench) -> tuple[bytes, str, dict[bytes, str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import need
-from tests.host.applier_run import Appliers, Bench, build, mounted, wait_until_gone
+from tests.host.applier_run import Appliers, Bench, mounted, wait_until_gone
 from tests.host.applier_world import (
     RESERVED,
     SAME_LATE,
@@ -58,11 +58,6 @@ UNDOING = ("undo-mark", "undo-rename", "undo-directory", "undo-time", "undo-remo
 ROLLBACK = ("rollback-begin", "rollback-mark", "rollback-rename", "rollback-time",
             "rollback-verify", "rollback-remove")  # fmt: skip
 STAYING = ("stay-mark", "stay-rename", "stay-time", "stay-sync")
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
 
 
 class Lab:

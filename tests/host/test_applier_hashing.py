@@ -8,7 +8,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.host.applier_run import Appliers, Bench, build
+from tests.host.applier_run import Appliers, Bench
 from tests.host.applier_world import World, inodes, snapshot
 
 from ouassister.model import Kind
@@ -25,11 +25,6 @@ pytestmark = pytest.mark.host
 LAYER_OFFSET = 120  # of guest/medium.h
 # Around the pieces that are read and hashed at once, and more files than pieces can wait.
 SIZES = (3 << 20, 0, 1, 511, (256 << 10) - 1, 256 << 10, (256 << 10) + 1, *(600,) * 700, 1 << 20)
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
 
 
 @pytest.fixture

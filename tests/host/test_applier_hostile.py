@@ -9,7 +9,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.host.applier_run import ATTESTATION, Appliers, Bench, build
+from tests.host.applier_run import ATTESTATION, Appliers, Bench
 from tests.host.applier_world import World, below, everything, expected, inodes
 
 from ouassister.model import Entry, Expected, Kind
@@ -27,18 +27,6 @@ HEADER_FIELDS = 248
 TABLE_HEADER, ENTRY = 32, 168
 MUTATIONS = 400
 SEED = 20190726
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    root = tmp_path / "root"
-    root.mkdir()
-    return World.make(root)
 
 
 def number(image: bytes | bytearray, offset: int) -> int:

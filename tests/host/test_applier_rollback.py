@@ -10,7 +10,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.host.applier_run import Appliers, Bench, build, mounted
+from tests.host.applier_run import Appliers, Bench, mounted
 from tests.host.applier_world import (
     OLD,
     SAME,
@@ -35,11 +35,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.host
 
 STATUS = b"/var/lib/dpkg/status"
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.host.applier_run import Appliers, Bench, build
+from tests.host.applier_run import Appliers, Bench
 from tests.host.applier_world import World, inodes, snapshot
 from tests.host.rollback_lab import META, Applied, Back, assert_nothing_kept, back_of, state
 from tests.host.test_applier_crash import ROLLBACK, STAYING, Disks, ends, fsync, name_of
@@ -31,11 +31,6 @@ TURNING = (
     "marker-write",
     "marker-rename",
 )
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import need
-from tests.host.applier_run import Appliers, Bench, build, mounted, traced, wait_until_gone
+from tests.host.applier_run import Appliers, Bench, mounted, traced, wait_until_gone
 from tests.host.applier_world import NS, RESERVED, World, inodes, snapshot
 from tests.host.rollback_lab import back_of
 
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.host
 
 FILE, LINK, LATE = b"/usr/bin/same", b"/usr/lib/same-link", b"/var/lib/dpkg/info/same.list"
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
 
 
 def small(root: Path) -> World:

@@ -8,7 +8,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.host.applier_run import Appliers, Bench, build, mounted
+from tests.host.applier_run import Appliers, Bench, mounted
 from tests.host.applier_world import World, inodes, snapshot
 
 from ouassister.changeset.layer import LayerWriter
@@ -25,11 +25,6 @@ MIB = 1 << 20
 # Pieces of the file: where they are, and how many bytes that are not zero.
 PIECES = ((0, 1), (100 * KIB, 5 * KIB), (3 * MIB - 1, 2), (7 * MIB + 512, 300 * KIB))
 SIZE = 12 * MIB + 77
-
-
-@pytest.fixture(scope="module")
-def appliers() -> Appliers:
-    return build()
 
 
 def make(path: Path, pieces: tuple[tuple[int, int], ...] = PIECES, size: int = SIZE) -> None:
