@@ -7,24 +7,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import need
-from tests.vm import packages
+from tests.vm import lost_channel, packages
 from tests.vm.repository import Repository, build
 from tests.vm.world import use_mirror, with_capture
 
-from ouassister import pipeline
-from ouassister.demo.frames import count_frames
 from ouassister.errors import ChannelError
 from ouassister.provider import qemu
-from ouassister.provider.qemu import RunningVM
-from ouassister.reflect import apart
-from ouassister.store.database import Store
 from ouassister.testing import guest_run
-from ouassister.timeline import Timeline
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.vm.world import World
+
+    from ouassister.provider.qemu import RunningVM
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -100,28 +96,7 @@ def test_agent_that_is_upgraded_and_ends_among_the_actions_costs_nothing_of_the_
     assert last[0] == "systemd-run"  # that of the agent itself is put off
     assert last[-1] == unit
 
-    frames: list[int] = []
-    again: list[str] = []
-    set_links, run_apart = RunningVM.set_links, apart.run
-
-    def counted(vm: RunningVM, *, up: bool) -> None:
-        if up:
-            frames.append(count_frames(capture))
-        set_links(vm, up=up)
-
-    def told(*words: object, **more: object) -> object:
-        again.append("apart")
-        return run_apart(*words, **more)  # type: ignore[arg-type]
-
-    with Store(world.home) as opened, monkeypatch.context() as patch:
-        patch.setattr(RunningVM, "set_links", counted)
-        patch.setattr(apart, "run", told)
-        resumed = pipeline.resume(world.config, opened, Timeline())
-    assert again == ["apart"]  # the shell with the actions ended with the agent
-    assert frames == [0]
-    assert resumed.failed_actions == ()
-    assert "no restarted unit has failed" in resumed.verified
-    print(f"{resumed.online_s:.1f} s, {resumed.phases}")
+    lost_channel.resume(world, capture, monkeypatch)
     with qemu.attach(world.config) as vm:
         assert _out(vm, f"dpkg-query -W -f '${{Version}}' {AGENT}; dpkg --audit") == b"9:9-9"
         assert b"(deleted)" not in _out(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import lacking, need
+from tests.vm import lost_channel
 from tests.vm.conftest import kill
 from tests.vm.management import with_management
 from tests.vm.port import with_port
@@ -23,7 +24,6 @@ from ouassister.errors import ChannelError, DeadlineError
 from ouassister.provider import qemu, vmtoml
 from ouassister.provider.qemu import RunningVM
 from ouassister.provider.ssh import SshChannel, offered
-from ouassister.reflect import apart
 from ouassister.store.database import Store
 from ouassister.testing import clone as make_clone
 from ouassister.testing import forwarded_port, guest_run
@@ -252,28 +252,7 @@ def test_guest_whose_agent_may_run_nothing_is_updated_by_the_helper_that_ends_in
     assert update.result["channel"] == PORT
     assert sleeper.hashes() == before
 
-    frames: list[int] = []
-    again: list[str] = []
-    set_links, run_apart = RunningVM.set_links, apart.run
-
-    def counted(vm: RunningVM, *, up: bool) -> None:
-        if up:
-            frames.append(count_frames(capture))
-        set_links(vm, up=up)
-
-    def told(*words: object, **more: object) -> object:
-        again.append("apart")
-        return run_apart(*words, **more)  # type: ignore[arg-type]
-
-    with Store(sleeper.home) as opened, monkeypatch.context() as patch:
-        patch.setattr(RunningVM, "set_links", counted)
-        patch.setattr(apart, "run", told)
-        resumed = pipeline.resume(sleeper.config, opened, Timeline())
-    assert again == ["apart"]  # the shell with the actions ended with the helper
-    assert frames == [0]
-    assert resumed.failed_actions == ()
-    assert "no restarted unit has failed" in resumed.verified
-    print(f"{PORT}: {resumed.online_s:.1f} s, {resumed.phases}")
+    lost_channel.resume(sleeper, capture, monkeypatch)
     with qemu.attach(sleeper.config) as vm:
         vm.reach(Access(PORT))
         done = vm.channel().run(["/bin/sh", "-c", _LEFT], timeout_s=60)
