@@ -139,7 +139,7 @@ def serve(answers: Handlers, channel: socket.socket, reader: int) -> bytes:
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError(f"the program goes on; so far: {output!r}")
-            for key, events in ready:
+            for key, _events in ready:
                 if key.data == "channel":
                     message, descriptors, _flags, _address = socket.recv_fds(channel, 4096, 1)
                     if descriptors:
@@ -153,15 +153,13 @@ def serve(answers: Handlers, channel: socket.socket, reader: int) -> bytes:
                     if not data:
                         return output
                     output += data
-                elif events & selectors.EVENT_READ:
-                    try:
-                        serve_one(key.fd, answers)
-                    except BlockingIOError:
-                        pass
-                    except OSError:
-                        selector.unregister(key.fd)
                 else:
-                    selector.unregister(key.fd)
+                    try:
+                        more = serve_one(key.fd, answers)
+                    except OSError:
+                        more = False
+                    if not more:
+                        selector.unregister(key.fd)
 
 
 def be_runner(channel: socket.socket, writer: int) -> NoReturn:

@@ -266,8 +266,10 @@ class Programs:
     def _serve(self, selector: selectors.BaseSelector, listener: int) -> None:
         assert self._handlers is not None  # noqa: S101 - made before any program
         try:
-            serve_one(listener, self._handlers)
-        except OSError:  # no process has the filter any more
+            more = serve_one(listener, self._handlers)
+        except OSError:  # what its caller is told fails as well, and it is killed with the program
+            more = False
+        if not more:
             selector.unregister(listener)
             os.close(listener)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,14 +80,25 @@ class Table(Protocol):
         """The handler of a call; there is always one."""
 
 
-def serve_one(listener: int, table: Table) -> None:
-    """Answer the next call that waits at the listener; a caller that died is no error."""
+def serve_one(listener: int, table: Table) -> bool:
+    """Answer the next call that waits at the listener; a caller that died is no error.
+
+    Returns:
+        Whether there may be more: False when no process has the filter any more. Then the listener
+        is ready for ever, with POLLHUP (kernel/seccomp.c, ``seccomp_notify_poll``), and to ask it
+        fails at once with ENOENT, or blocks before Linux 6.11.
+    """
+    waits = select.poll()
+    waits.register(listener, select.POLLIN)
+    events = dict(waits.poll(0)).get(listener, 0)
+    if not events & select.POLLIN:
+        return not events
     request = bytearray(_NOTIF.size)  # the kernel demands zeroes
     try:
         fcntl.ioctl(listener, _IOCTL_RECV, request)
     except OSError as error:
         if error.errno == errno.ENOENT:
-            return  # the caller was killed between poll and here
+            return True  # the caller was killed between poll and here
         raise
     cookie, pid, _flags, number, arch, _ip, *args = _NOTIF.unpack(request)
     call = Call(cookie, pid, arch == AUDIT_ARCH_I386, number, tuple(args))
@@ -94,7 +106,7 @@ def serve_one(listener: int, table: Table) -> None:
         result = table.find(call)(listener, call)
     except OSError as error:
         _send(listener, _IOCTL_SEND, _RESPONSE.pack(cookie, 0, -(error.errno or errno.EIO), 0))
-        return
+        return True
     match result:
         case Pass.CONTINUE:
             _send(listener, _IOCTL_SEND, _RESPONSE.pack(cookie, 0, 0, _CONTINUE))
@@ -107,6 +119,7 @@ def serve_one(listener: int, table: Table) -> None:
                 os.close(descriptor)
         case _:
             _send(listener, _IOCTL_SEND, _RESPONSE.pack(cookie, result, 0, 0))
+    return True
 
 
 def _send(listener: int, request: int, answer: bytes) -> None:
