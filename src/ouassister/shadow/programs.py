@@ -236,7 +236,7 @@ class Programs:
                 if watch.look(first):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(first, signal.SIGKILL)
-                for key, events in ready:
+                for key, _events in ready:
                     match key.data:
                         case "exit":
                             running = False
@@ -253,9 +253,8 @@ class Programs:
                             _take_listener(selector, services.channel)
                         case "control":
                             raise SystemExit(1)
-                        case "listener" if events & selectors.EVENT_READ:
-                            with contextlib.suppress(BlockingIOError):
-                                self._serve(selector, key.fd)
+                        case "listener":
+                            self._serve(selector, key.fd)
         os.close(pidfd)
         _pid, status = os.waitpid(child, 0)
         _finish(printed, watch)
