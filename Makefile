@@ -30,6 +30,9 @@ PYTHON := python3
 BIN := .venv/bin
 APPLIER := src/ouassister/reflect/bin/applier-x86_64
 
+# Tests run so many files side by side: a guest takes a processor and a half.
+SIDE := 2
+
 demo: .venv/ready $(APPLIER)
 	$(ROOT) $(BIN)/ouassister demo
 
@@ -37,7 +40,8 @@ test: .venv/ready $(APPLIER) guest-tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(ROOT) $(BIN)/python -m pytest -p no:cacheprovider -m "" --durations=15 $(PYTEST)
+	$(ROOT) $(BIN)/python -m pytest -p no:cacheprovider -m "" -n $(SIDE) --dist loadfile --durations=25 \
+	    $(PYTEST)
 
 check: .venv/ready $(APPLIER)
 	$(BIN)/ruff format --check

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
+    from ouassister.beside import Running
     from ouassister.provider.interface import Vm
     from ouassister.store.database import Store
     from ouassister.timeline import Timeline
@@ -87,6 +88,19 @@ class Guest:
     shadow: Shadow
     folder: Path
     proofs: list[int]  # calls that go on: is the view what the sleeping kernel knows?
+    telling: list[Running]  # what goes on reading memory for `know`
+
+    def know(self) -> None:
+        """Let programs see the guest's processes, devices and services from now on.
+
+        What runs before sees its files alone. That is enough for apt to fetch, and memory is read
+        meanwhile.
+        """
+        if not self.telling:
+            return
+        while self.telling:
+            self.telling.pop(0).wait()
+        self.shadow.know()
 
     def prove(self, timeline: Timeline) -> None:
         """Wait for the proof that the view is true; nothing may leave the run before.
@@ -191,9 +205,6 @@ def open_guest(
             notes += tuple(shadow.finish(filling))
             if not updating:
                 tmpfs_handover.forget(memory)
-            for one in telling:
-                one.wait()
-            shadow.know()
             # Nothing waits for these before something leaves the run: they go beside the network.
             proofs = [shadow.begin(_PROOF, "prove", view) for view in views]
             for number, volume in enumerate(layout.volumes):
@@ -202,7 +213,7 @@ def open_guest(
                     proofs.append(shadow.begin(_NAMES, "prove", names))
         layout = replace(layout, notes=(*layout.notes, *notes))
         sleeping = replace(sleeping, layout=layout)
-        guest = Guest(sleeping, shadow, folder, proofs)
+        guest = Guest(sleeping, shadow, folder, proofs, telling)
         try:
             if updating:
                 guest.refuse_unfinished()

@@ -113,6 +113,7 @@ def _update_with(
     store.add_plan(prepared.plan)
     if not prepared.plan.changes:
         return _report(prepared.plan, None, timeline, _notes(guest))
+    guest.know()
     ground = RealGround(guest, tool, prepared, timeline, running)
     settled = settle(
         ground,

@@ -149,6 +149,7 @@ def run_program(
         open_guest(config, store, timeline, options, updating=False) as guest,
     ):
         guest.prove(timeline)
+        guest.know()
         status = guest.shadow.run(
             argv, package_cache=False, timeout_s=options.timeout_s, output=output
         )

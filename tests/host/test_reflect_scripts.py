@@ -30,10 +30,10 @@ case $1 in
 list-units) cat "$FAKE/failed" || exit 1 ;;
 show) echo LoadState=loaded; echo ActiveState=failed; echo InactiveEnterTimestampMonotonic=123 ;;
 restart) exit "$(cat "$FAKE/status")" ;;
-start | stop) # each ends when both have begun
+start | reload) # each ends when both have begun
 	: >"$FAKE/begun-$1"
 	n=0
-	until [ -e "$FAKE/begun-start" ] && [ -e "$FAKE/begun-stop" ]; do
+	until [ -e "$FAKE/begun-start" ] && [ -e "$FAKE/begun-reload" ]; do
 		n=$((n + 1))
 		[ $n -lt 600 ] || exit 1
 		sleep 0.05
@@ -113,14 +113,14 @@ def test_calls_for_units_of_their_own_go_on_side_by_side_and_end_before_the_next
 ) -> None:
     actions = (
         Action(("systemctl", "start", "one.service")),
-        Action(("systemctl", "stop", "two.service", "three.service")),
-        Action(("rm", f"{guest.folder}/begun-start", f"{guest.folder}/begun-stop")),
+        Action(("systemctl", "reload", "two.service", "three.service")),
+        Action(("rm", f"{guest.folder}/begun-start", f"{guest.folder}/begun-reload")),
         ACTION,
     )
     output = guest.run(*actions)
     # Of three units each is asked for; what the fake one tells is one block.
     assert bootstrap.failed_actions(actions, output) == (
-        "systemctl stop two.service three.service: status 1",
+        "systemctl reload two.service three.service: status 1",
     )
     assert judged(output).problems == ()
 

@@ -299,9 +299,20 @@ def test_calls_for_units_of_their_own_go_on_side_by_side() -> None:
         Action(("kill", "-s", "HUP", "7")),
     )
     assert actions.side_by_side(some) == [
-        [0], [1, 2, 3, 4], [5, 6], [7], [8], [9], [10], [11],
+        [0], [1, 2, 3, 4], [5], [6], [7], [8], [9], [10], [11],
     ]  # fmt: skip
     assert actions.side_by_side(()) == []
+
+
+def test_what_stops_has_stopped_before_others_start() -> None:
+    """As PostgreSQL asks for: one unit pulls the other in, and its job to stop is cancelled."""
+    some = (
+        call("stop", "postgresql@15-main.service"),
+        Action(("invoke-rc.d", "old", "stop")),
+        call("start", "postgresql.service"),
+        call("stop", "new.service"),
+    )
+    assert actions.side_by_side(some) == [[0, 1], [2], [3]]
 
 
 @pytest.mark.parametrize(

@@ -135,30 +135,34 @@ def side_by_side(actions: Iterable[Action]) -> list[list[int]]:
     """Which actions may go on at once, by their numbers; each group ends before the next begins.
 
     Calls of the service manager for units of their own: it orders its jobs as the units ask for,
-    whoever queued them.
+    whoever queued them. Not those that stop beside those that start: a unit that is started pulls
+    in others, whose jobs to stop are cancelled then (systemd.unit(5), ``Requires=``; systemctl(1),
+    ``--job-mode=replace``).
     """
     groups: list[list[int]] = []
     busy: set[str] = set()
+    stopping = False
     for number, action in enumerate(actions):
-        units = _jobs(action)
-        if units and groups and busy and busy.isdisjoint(units):
+        stops, units = _jobs(action)
+        if units and busy and stops == stopping and busy.isdisjoint(units):
             groups[-1].append(number)
             busy |= units
         else:
             groups.append([number])
-            busy = set(units)
+            busy, stopping = set(units), stops
     return groups
 
 
-def _jobs(action: Action) -> frozenset[str]:
-    """The units of a call that queues jobs; none for any other."""
+def _jobs(action: Action) -> tuple[bool, frozenset[str]]:
+    """Whether a call stops, and the units that it queues jobs for; none for any other call."""
     program, *words = action.argv
     plain = [word for word in words if not word.startswith("-")]
     if program in ("invoke-rc.d", "service"):
         plain = plain[1::-1]
     if program not in _RESTARTERS or len(plain) < 2 or plain[0] not in _JOBS:
-        return frozenset()
-    return frozenset(unit if "." in unit else f"{unit}.service" for unit in plain[1:])
+        return False, frozenset()
+    units = frozenset(unit if "." in unit else f"{unit}.service" for unit in plain[1:])
+    return plain[0] == "stop", units
 
 
 def _call(action: Action) -> tuple[tuple[str, ...], tuple[str, ...]]:
