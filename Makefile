@@ -22,28 +22,30 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # The demo and the tests that build a guest work as root.
 ROOT := $(if $(SUDO),sudo --preserve-env=CI,)
 
-DEBIAN := qemu-system-x86 qemu-system-common qemu-utils mmdebstrap fuse2fs fuse3 e2fsprogs fdisk \
+DEBIAN := qemu-system-x86 qemu-system-common qemu-utils mmdebstrap libfuse3-dev libext2fs-dev fuse3 e2fsprogs fdisk \
           xfsprogs btrfs-progs uidmap mtools dosfstools apt-utils attr acl libcap2-bin util-linux \
           python3-venv gcc libc6-dev musl-tools make binutils zstd lzop liblzo2-2 libsnappy1v5 \
           libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients openssh-client
 PYTHON := python3
 BIN := .venv/bin
 APPLIER := src/ouassister/reflect/bin/applier-x86_64
+EXT4_VIEW := src/ouassister/disk/bin/ext4-view-x86_64
+BUILT := $(APPLIER) $(EXT4_VIEW)
 
 # Tests run so many files side by side: a guest takes a processor and a half.
 SIDE := 2
 
-demo: .venv/ready $(APPLIER)
+demo: .venv/ready $(BUILT)
 	$(ROOT) $(BIN)/ouassister demo
 
-test: .venv/ready $(APPLIER) guest-tests
+test: .venv/ready $(BUILT) guest-tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(ROOT) $(BIN)/python -m pytest -p no:cacheprovider -m "" -n $(SIDE) --dist loadfile --durations=25 \
 	    $(PYTEST)
 
-check: .venv/ready $(APPLIER)
+check: .venv/ready $(BUILT)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -59,16 +61,16 @@ kernel-test: .venv/ready
 	$(ROOT) env OUASSISTER_KERNELS=all \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_kernels.py $(PYTEST)
 
-staging-test: .venv/ready $(APPLIER)
+staging-test: .venv/ready $(BUILT)
 	$(ROOT) env OUASSISTER_STAGING=1 \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v -s tests/vm/test_staging_real.py $(PYTEST)
 
 CUTS := 20
-powercut-test: .venv/ready $(APPLIER)
+powercut-test: .venv/ready $(BUILT)
 	$(ROOT) env OUASSISTER_CUTS=$(CUTS) \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v --durations=0 tests/vm/test_powercut.py $(PYTEST)
 
-libvirt-test: .venv/ready $(APPLIER)
+libvirt-test: .venv/ready $(BUILT)
 	$(ROOT) env OUASSISTER_LIBVIRT=all \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_libvirt.py $(PYTEST)
 
@@ -77,11 +79,11 @@ cgroup-test: .venv/ready
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_cgroup_version_2.py $(PYTEST)
 
 GUEST := bookworm
-fidelity: .venv/ready $(APPLIER)
+fidelity: .venv/ready $(BUILT)
 	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) \
 	    $(if $(INSTALLED),--installed "$(INSTALLED)") $(PACKAGES)
 
-case-test: .venv/ready $(APPLIER)
+case-test: .venv/ready $(BUILT)
 	$(ROOT) env OUASSISTER_CASES=all \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v --durations=0 tests/cases $(PYTEST)
 
@@ -91,12 +93,12 @@ fuzz: .venv/ready
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -s tests/fuzz $(PYTEST)
 
 # volatility3 has a licence of its own: a virtual environment of the bench alone.
-bench: .venv/ready $(APPLIER) build/bench-venv/ready
+bench: .venv/ready $(BUILT) build/bench-venv/ready
 	missed=0; for bench in inspect offline online sleeper; do \
 	    $(ROOT) $(BIN)/python -m bench.$${bench}_bench build/bench.json || missed=1; \
 	done; exit $$missed
 
-sleeper-bench: .venv/ready $(APPLIER)
+sleeper-bench: .venv/ready $(BUILT)
 	$(ROOT) $(BIN)/python -m bench.sleeper_bench build/bench.json $(SLEEPER)
 
 build/bench-venv/ready: build/deps bench/requirements.txt
@@ -104,7 +106,7 @@ build/bench-venv/ready: build/deps bench/requirements.txt
 	build/bench-venv/bin/python -m pip install -q --require-hashes -r bench/requirements.txt
 	@touch $@
 
-applier: $(APPLIER)
+applier: $(BUILT)
 
 $(APPLIER): build/deps $(wildcard guest/*.c guest/*.h guest/Makefile)
 	$(MAKE) -C guest all
@@ -112,9 +114,13 @@ $(APPLIER): build/deps $(wildcard guest/*.c guest/*.h guest/Makefile)
 	install -D -m 755 build/guest/port-x86_64 $(@D)/port-x86_64
 	install -D -m 755 build/guest/applier-x86_64 $@
 
+$(EXT4_VIEW): build/deps $(wildcard ext4/*.c ext4/*.h ext4/Makefile)
+	$(MAKE) -C ext4 all
+	install -D -m 755 build/ext4/ext4-view $@
+
 # For guests of arm64, which nothing reads yet: built and tested where a cross compiler is. QEMU's user
 # mode has no RNDADDENTROPY, and a script stands before each program: two tests are for x86-64 alone.
-applier-arm64: $(APPLIER) build/deps-arm64
+applier-arm64: $(BUILT) build/deps-arm64
 	$(MAKE) -C guest arm64
 	install -D -m 755 build/guest/stub-aarch64 $(dir $(APPLIER))/stub-aarch64
 	install -D -m 755 build/guest/applier-aarch64 $(dir $(APPLIER))/applier-aarch64
@@ -125,6 +131,7 @@ arm64-test: .venv/ready applier-arm64
 
 guest-tests: build/deps
 	$(MAKE) -C guest tests
+	$(MAKE) -C ext4 tests
 
 deps: build/deps
 
@@ -159,7 +166,7 @@ lock:
 	    -o requirements/runtime.txt pyproject.toml
 
 clean:
-	rm -rf --one-file-system build .venv $(APPLIER)
+	rm -rf --one-file-system build .venv $(BUILT)
 
 .PHONY: demo test check view-test kernel-test staging-test powercut-test libvirt-test case-test cgroup-test fidelity fuzz bench sleeper-bench applier guest-tests applier-arm64 arm64-test \
         deps lock clean

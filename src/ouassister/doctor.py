@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ouassister.disk import ext4_view
 from ouassister.errors import OUassisterError
 from ouassister.provider import sockets
 from ouassister.shadow import cgroups, ids
@@ -18,7 +20,6 @@ _TOOLS: Final = (
     ("qemu-system-x86_64", "qemu-system-x86", "runs and restores VMs"),
     ("qemu-img", "qemu-utils", "the private copy of a disk"),
     ("qemu-storage-daemon", "qemu-system-common", "serves the private copy as a file"),
-    ("fuse2fs", "fuse2fs", "mounts it without the host's kernel parsing it"),
     ("e2fsck", "e2fsprogs", "proves that the copy is sound"),
     ("mcopy", "mtools", "reads the guest's EFI system partition"),
 )
@@ -42,6 +43,7 @@ def check_host() -> tuple[Check, ...]:
     """Look at everything; nothing is changed."""
     tools = _TOOLS + (() if os.geteuid() == 0 else _USER_TOOLS)
     checks = [_tool(*tool) for tool in tools]
+    checks.append(_ext4_view())
     checks += [_machine(), _fuse(), _namespaces(), _overlayfs(), _ids(), _groups(), _libvirt()]
     checks.append(_free(home()))
     return tuple(checks)
@@ -50,6 +52,18 @@ def check_host() -> tuple[Check, ...]:
 def _tool(name: str, package: str, purpose: str) -> Check:
     path = shutil.which(name)
     return Check(path is not None, name, purpose, path or f"apt-get install {package}")
+
+
+def _ext4_view() -> Check:
+    """Whether it starts: without words it tells how it is called."""
+    purpose = "mounts it without the host's kernel parsing it"
+    program = ext4_view.PROGRAM
+    lacking = Check(False, "ext4-view", purpose, "make; apt-get install libfuse3-3 libext2fs2")
+    try:
+        done = subprocess.run([program], capture_output=True, check=False)
+    except OSError:
+        return lacking
+    return Check(True, "ext4-view", purpose, str(program)) if done.returncode == 2 else lacking
 
 
 def _machine() -> Check:

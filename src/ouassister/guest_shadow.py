@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ouassister.beside import beside
+from ouassister.beside import Running, beside
 from ouassister.disk.storage import create_overlays, volume_name
 from ouassister.errors import OUassisterError, StateError
 from ouassister.guest_model import Subject
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
-    from ouassister.beside import Running
     from ouassister.provider.interface import Vm
     from ouassister.store.database import Store
     from ouassister.timeline import Timeline

@@ -97,8 +97,7 @@ def update(request: dict[str, Any]) -> int:
     if request["image"]:
         lower = "mounted"
         Path(lower).mkdir()
-        command = ["fuse2fs", request["image"], lower, "-o", "ro,suid,dev,default_permissions"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([request["program"], request["image"], lower], check=True)
     for name in ("upper", "scratch", "merged"):
         Path(name).mkdir()
     options = f"lowerdir={lower},upperdir=upper,workdir=scratch,userxattr,volatile,xino=off"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tests.conftest import lacking, need
 
 from ouassister.changeset.extract import Extraction, outcome
+from ouassister.disk import ext4_view
 from ouassister.model import Entry, Kind
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Rig:
         whole = {
             "work": str(self.work),
             "source": str(SOURCE),
+            "program": str(ext4_view.PROGRAM),
             "image": self.image,
             "read_image": self.read_image,
             "output": self.output,
@@ -93,8 +95,7 @@ class Rig:
         assert done.returncode == 0
 
     def build_image(self, seed: int, script: tuple[str, ...] = ()) -> None:
-        """Make the lower tree with the kernel's ext4, for fuse2fs to mount."""
-        need("fuse2fs")
+        """Make the lower tree with the kernel's ext4, for ext4-view to mount."""
         image, mounted = self.work / "image", self.work / "kernel"
         with image.open("wb") as file:
             file.truncate(64 << 20)
@@ -303,7 +304,7 @@ TAR_TYPES = {
 }
 
 
-def lines(tree: Tree, before: Tree, *, whole_seconds: bool = False) -> list[str]:
+def lines(tree: Tree, before: Tree) -> list[str]:
     """One line a path of what must be equal.
 
     The time of a directory that the guest had is left out: applying the change set, like a live
@@ -313,12 +314,11 @@ def lines(tree: Tree, before: Tree, *, whole_seconds: bool = False) -> list[str]
     for key, item in tree.items():
         directory = stat.S_ISDIR(item["mode"])
         kept = directory and key in before and stat.S_ISDIR(before[key]["mode"])
-        mtime = item["mtime_ns"] // (10**9 if whole_seconds else 1)
         fields = {
             "path": bytes.fromhex(key),
             "mode": oct(item["mode"]),
             "owner": (item["uid"], item["gid"]),
-            "mtime": None if kept else mtime,
+            "mtime": None if kept else item["mtime_ns"],
             "size": item["size"] if stat.S_ISREG(item["mode"]) else 0,
             "target": item["target"],
             "sha256": item["sha256"],

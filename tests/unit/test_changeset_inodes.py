@@ -72,7 +72,7 @@ class Image:
 
 
 def status(**more: int) -> os.stat_result:
-    """What fuse2fs would report: whole seconds."""
+    """What a mount of whole seconds would report."""
     seconds = {"mtime": MTIME_NS // 10**9, "ctime": -7} | more
     fields = [more.get("mode", 0o100640), more.get("ino", 12), 0, 1, 0, 0, more.get("size", 5)]
     times = [0, seconds["mtime"], seconds["ctime"]]

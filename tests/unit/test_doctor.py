@@ -24,7 +24,7 @@ def by_name() -> dict[str, doctor.Check]:
 
 def test_every_check_has_a_purpose_and_a_finding(tmp_path: Path) -> None:
     checks = by_name()
-    assert {"qemu-img", "fuse2fs", "/dev/fuse", "overlayfs", "subordinate ids"} <= checks.keys()
+    assert {"qemu-img", "ext4-view", "/dev/fuse", "overlayfs", "subordinate ids"} <= checks.keys()
     for check in checks.values():
         assert check.purpose
         assert check.detail

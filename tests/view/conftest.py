@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BUILD: Final = Path(__file__).parents[2] / "build"
 # Kernels go from the security archive of a release that is not supported any more.
 KERNELS: Final = {"bullseye": "bullseye"}
-TOOLS: Final = ("qemu-system-x86_64", "qemu-img", "mmdebstrap", "mke2fs", "e2fsck", "fuse2fs")
+TOOLS: Final = ("qemu-system-x86_64", "qemu-img", "mmdebstrap", "mke2fs", "e2fsck")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -42,16 +42,6 @@ def parse(raw: bytes) -> dict[str, Node]:
     return nodes
 
 
-def as_fuse2fs(nodes: Mapping[str, Node]) -> dict[str, Node]:
-    """What of them fuse2fs tells: whole seconds, and no flags."""
-    return {
-        path: node._replace(
-            mtime=node.mtime.split(".")[0], ctime=node.ctime.split(".")[0], flags="-"
-        )
-        for path, node in nodes.items()
-    }
-
-
 def differences(live: Mapping[str, Node], view: Mapping[str, Node]) -> list[str]:
     """One line for each column of a path in which the view is not what the guest says."""
     lines = []

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from tests.view import manifest
 
+from ouassister.disk import ext4_view
 from ouassister.provider import qemu, vmtoml
 from ouassister.testing import clone, guest_run
 
@@ -201,10 +202,10 @@ def look(tree: Path, prefixes: Sequence[str] = ()) -> dict[str, manifest.Node]:
 
 
 @contextlib.contextmanager
-def mounted_by_fuse2fs(image: Path, folder: Path) -> Iterator[Path]:
+def mounted_by_ext4_view(image: Path, folder: Path) -> Iterator[Path]:
     """Mount an image as the updater sees it."""
     folder.mkdir()
-    subprocess.run(["fuse2fs", "-o", "ro", str(image), str(folder)], check=True)
+    assert ext4_view.mount(image, folder) == ""
     try:
         yield folder
     finally:

@@ -1,12 +1,9 @@
 """Exact times and attributes of inodes, read from an ext4 file system itself.
 
-The lower tree is mounted by fuse2fs in a user namespace, and that view is not exact:
-
-* fuse2fs before e2fsprogs 1.47.1 reports times in whole seconds (misc/fuse2fs.c,
-  ``stat_inode``: ``st_mtime = tv.tv_sec``). Preconditions compare nanoseconds.
-* Linux hides POSIX ACLs of a FUSE mount that belongs to a user namespace (fs/fuse/acl.c,
-  ``fuse_no_acl``). A copy-up by overlayfs then loses them without an error (fs/overlayfs/
-  copy_up.c, ``ovl_copy_acl``). ``trusted.*`` is hidden as well, but there the copy-up fails.
+The lower tree is mounted by ext4-view in a user namespace. Linux hides POSIX ACLs of a FUSE mount
+that belongs to one (fs/fuse/acl.c, ``fuse_no_acl``), and a copy-up by overlayfs then loses them
+without an error (fs/overlayfs/copy_up.c, ``ovl_copy_acl``). ``trusted.*`` is hidden as well, but
+there the copy-up fails. Times that no ext4 writes (over 999,999,999 ns) are whole seconds there.
 
 Layout: Linux, Documentation/filesystems/ext4 (super block, group descriptors, index nodes,
 extended attributes) and fs/ext4/{ext4,xattr,acl}.h as of 6.1.

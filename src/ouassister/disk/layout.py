@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SECTOR: Final = 512
 _MAX_DEPTH: Final = 8  # device-mapper devices on top of each other
 _MAX_PIECES: Final = 256
-# One driver serves all three (`ouassister.kernel.unflushed`), and so does fuse2fs.
+# One driver serves all three (`ouassister.kernel.unflushed`), and so does ext4-view.
 EXT: Final = frozenset(("ext2", "ext3", "ext4"))
 READABLE: Final = EXT | {"vfat"}
 # Only the host's own kernel can read these: docs/design/0009-xfs-and-btrfs.md.
@@ -75,7 +75,7 @@ class Volume:
 
     @property
     def is_ext(self) -> bool:
-        """Whether its memory is laid over its disk, and fuse2fs shows it."""
+        """Whether its memory is laid over its disk, and ext4-view shows it."""
         return self.fstype in EXT
 
     @property

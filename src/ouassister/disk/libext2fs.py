@@ -1,4 +1,4 @@
-"""libext2fs, the library of e2fsck and fuse2fs, for what has to be written into a file system.
+"""libext2fs, the library of e2fsck and of ext4-view, for what has to be written into a file system.
 
 Blocks for delayed allocations, extents that become written, sizes and times of inodes: e2fsprogs
 knows how, with bitmaps, group descriptors and checksums. Called in the sandbox alone: the file

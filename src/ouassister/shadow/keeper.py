@@ -6,7 +6,7 @@ on. The modules are those that the supervisor is asked to call: imported here, s
 may be unreadable to subordinate ids.
 
     host side ── keeper ── init ─┬─ qemu-storage-daemon     caller's rights, own mounts and pids
-                                 └─ supervisor ─┬─ fuse2fs  subordinate ids from here on
+                                 └─ supervisor ─┬─ ext4-view  subordinate ids from here on
                                                 └─ runner ── the guest's programs
 
 When the host's side dies, the keeper is told by a signal, the init by another; with the init the
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from ouassister import codec
+from ouassister.disk import ext4_view
 from ouassister.disk.layout import Layout
 from ouassister.disk.storage import Daemon
 from ouassister.model import Uts
@@ -76,6 +77,10 @@ def main() -> None:
     if not line:
         return  # the host's side changed its mind
     configuration = codec.from_value(Configuration, json.loads(line))
+    try:
+        ext4_view.open_program()
+    except OSError as error:
+        _give_up(control, f"{error} ('make' builds it)")
     try:
         bounds = Bounds(configuration.limits)
     except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ouassister import codec
+from ouassister.disk import ext4_view
 from ouassister.shadow import afresh, raw, sandbox, told
 from ouassister.shadow.programs import Programs, SetUpError
 from ouassister.shadow.syscalls.facts import GuestFacts
@@ -30,23 +31,6 @@ if TYPE_CHECKING:
     from ouassister.shadow.limits import Bounds
 
 _MAX_REQUEST: Final = 1 << 20
-_FUSE2FS: Final = "fuse2fs"
-# The file system never changes, so the kernel may keep all that it was told: pages across opens
-# (kernel_cache), names, attributes and the absence of names (mount.fuse). fuse2fs by default asks
-# for attributes each time (attr_timeout=0, misc/fuse2fs.c, main), which took 13,800 of the 19,000
-# requests of a small installation and doubled its time.
-_MOUNT_OPTIONS: Final = (
-    "ro",
-    "suid",
-    "dev",
-    "default_permissions",
-    "no_default_opts",
-    "use_ino",
-    "kernel_cache",
-    "entry_timeout=86400",
-    "attr_timeout=86400",
-    "negative_timeout=86400",
-)
 
 
 class SupervisorError(Exception):
@@ -124,7 +108,7 @@ class Supervisor:
             raw.mount("overlay", sandbox.merged(number), "overlay", 0, options)
         except OSError as error:
             volume = self._layout.volumes[number]
-            below = "fuse2fs" if volume.is_ext else f"{volume.fstype} with mapped ids"
+            below = "ext4-view" if volume.is_ext else f"{volume.fstype} with mapped ids"
             raise SupervisorError("host", f"overlayfs over {below}: {error.strerror}") from error
 
     def _reset(self) -> None:
@@ -216,10 +200,9 @@ def _liken(upper: str, lower: str) -> None:
 
 
 def _mount_ext(volume: int) -> None:
-    options = ",".join(_MOUNT_OPTIONS)
-    mounted = _output([_FUSE2FS, sandbox.export(volume), sandbox.lower(volume), "-o", options])
-    if mounted.returncode != 0:
-        raise SupervisorError("file-system", f"fuse2fs: {_tail(mounted.stdout)}")
+    image, folder = Path(sandbox.export(volume)), Path(sandbox.lower(volume))
+    if problem := ext4_view.mount(image, folder):
+        raise SupervisorError("file-system", f"ext4-view: {problem}")
 
 
 def _copy_vfat(volume: int) -> None:

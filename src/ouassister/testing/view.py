@@ -86,7 +86,7 @@ def _mount(mounts: tuple[Mount, ...], target: bytes) -> Mount:
 def mounted_view(image: Path) -> Iterator[Path]:
     """Mount an image that `build_view` made, read-only, through this host's own ext4.
 
-    The host's kernel shows every attribute (nanoseconds, ACLs, trusted.*), which fuse2fs does not.
+    The host's kernel shows every attribute, ACLs and trusted.* too, which one by FUSE does not.
     Needs root and a loop device; for images of our own guests alone.
     """
     with tempfile.TemporaryDirectory(prefix="view-") as place:
