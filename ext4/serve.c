@@ -35,7 +35,8 @@ static void on_init(void *data, struct fuse_conn_info *connection)
 	connection->want |= connection->capable &
 			    (FUSE_CAP_CACHE_SYMLINKS | FUSE_CAP_NO_OPEN_SUPPORT |
 			     FUSE_CAP_NO_OPENDIR_SUPPORT | FUSE_CAP_READDIRPLUS |
-			     FUSE_CAP_READDIRPLUS_AUTO | FUSE_CAP_PARALLEL_DIROPS);
+			     FUSE_CAP_READDIRPLUS_AUTO | FUSE_CAP_PARALLEL_DIROPS |
+			     FUSE_CAP_POSIX_ACL);
 }
 
 /* What is told of a name; the same for lookups and folders. */

@@ -52,6 +52,11 @@ QUESTIONS: Final[dict[str, str]] = {
     " | grep -Ev '^/run/(systemd|udev|log|user|dbus|lock|ouassister|blkid|network)(/| )' || :",
     "devices": "find /dev -xdev '(' -type l -o -type b -o -type c ')' -printf '%p %m %u %g %l\\n'",
     "session": ssh_session.ask("after"),  # one that was open when they fell asleep
+    # Their files are their servers' own: what is in them is asked of the servers.
+    "databases": "[ ! -S /run/mysqld/mysqld.sock ] || {{ mariadb-check -A; mariadb -N -e '"
+    "select table_schema, table_name, engine, table_type from information_schema.tables;"
+    " select user, host, plugin from mysql.user;'; }};"
+    " [ ! -S /run/postgresql/.s.PGSQL.5432 ] || runuser -u postgres -- pg_dumpall",
     "profiles": "cat /sys/kernel/security/apparmor/profiles || :",
     "modules": "awk '{{print $1}}' /proc/modules",
     # The applier gives them another name, where it keeps them for a rollback.

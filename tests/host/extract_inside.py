@@ -132,7 +132,6 @@ def extract(request: dict[str, Any], lower: str = "lower") -> int:
             {
                 "upper": "upper",
                 "lower": lower,
-                "image": request["image"] if request["read_image"] else None,
             }
         ],
         "layer": f"{request['output']}/layer.tar",

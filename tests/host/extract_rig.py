@@ -74,7 +74,6 @@ class Rig:
         self.work = work
         self.space = space
         self.image: str | None = None
-        self.read_image = True
         self.output = "."
 
     def inside(self, **request: object) -> subprocess.CompletedProcess[bytes]:
@@ -83,7 +82,6 @@ class Rig:
             "source": str(SOURCE),
             "program": str(ext4_view.PROGRAM),
             "image": self.image,
-            "read_image": self.read_image,
             "output": self.output,
         } | request
         return self.space.run([python_for_all(), "-I", str(INSIDE), json.dumps(whole)])

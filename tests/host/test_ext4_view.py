@@ -33,7 +33,7 @@ KINDS: Final = {
 }
 # Run inside of the mounted file system; what one kind cannot hold, it does without.
 BUILD: Final = r"""
-import contextlib, os, random, sys
+import contextlib, os, random, struct, sys
 rng = random.Random(7)
 when = lambda: rng.randrange(2**31) * 10**9 + rng.randrange(10**9)
 for number in range(40):
@@ -57,6 +57,16 @@ for number in range(40):
             os.setxattr(name, "user.huge", rng.randbytes(20_000))
     moment = when()
     os.utime(name, ns=(moment, moment))
+acl = lambda name: b"\2\0\0\0" + b"".join(
+    struct.pack("<HHI", *entry) for entry in
+    [(1, 6, 2**32 - 1), (2, 4, name), (4, 4, 2**32 - 1), (16, 4, 2**32 - 1), (32, 4, 2**32 - 1)])
+with contextlib.suppress(OSError):
+    os.makedirs("listed")
+    os.setxattr("listed", "system.posix_acl_default", acl(70))
+    open("listed/heir", "w").close()
+    os.setxattr("listed/heir", "user.beside", b"x")
+    open("guarded", "w").close()
+    os.setxattr("guarded", "system.posix_acl_access", acl(65_534))
 for length in (1, 59, 60, 61, 500, 1000):
     os.symlink("t" * length, f"d0/link{length}")
 os.mkfifo("d1/fifo")
@@ -133,6 +143,7 @@ def test_all_is_shown_that_the_kernel_shows(tmp_path: Path, kind: str) -> None:
         found, again = told(tree), told(tree)
         flags = subprocess.run(["lsattr", "-d", tree], capture_output=True, check=True).stdout
     assert len(truth) > 3000
+    assert "system.posix_acl_access" in str(truth["listed/heir"]) or kind == "ext2"
     assert found == truth
     assert again == truth
     assert flags.startswith(b"--------")

@@ -101,7 +101,7 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
         "store",
     }
     | {"timeline"},
-    "doctor": BASE | {"provider", "shadow", "store"},
+    "doctor": BASE | {"disk", "provider", "shadow", "store"},
     "testing": BASE | {"disk", "kernel", "memory", "provider", "state"},
     "demo": BASE
     | {"changeset", "disk", "doctor", "pipeline", "provider", "sleeping", "store", "testing"}

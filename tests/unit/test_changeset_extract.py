@@ -362,7 +362,7 @@ def test_file_systems_stand_where_they_are_mounted(tmp_path: Path) -> None:
     store.write("upper/people/ann/link")
     (store.upper / "people/ann/again").hardlink_to(store.upper / "people/ann/file")
     places = ((b"/people", b"/store"), (b"/tmp", b"/tmp"))
-    trees = (Trees(root.upper, root.lower), Trees(store.upper, store.lower, None, places))
+    trees = (Trees(root.upper, root.lower), Trees(store.upper, store.lower, places))
     result = extract(trees, tmp_path / "layer.tar")
     assert [entry.path for entry in result.entries] == [
         b"/opt",
@@ -394,7 +394,7 @@ def test_file_systems_stand_where_they_are_mounted(tmp_path: Path) -> None:
 def test_path_in_the_guest(
     places: tuple[tuple[bytes, bytes], ...], path: bytes, guest: bytes
 ) -> None:
-    assert Trees(Path(), Path(), None, places).guest(path) == guest
+    assert Trees(Path(), Path(), places).guest(path) == guest
 
 
 def test_run_leaves_what_collect_reads(trees: Union) -> None:

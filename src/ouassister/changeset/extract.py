@@ -28,7 +28,6 @@ from ouassister.changeset.filter import RULES, Filter, Rule
 from ouassister.changeset.layer import READABLE, LayerWriter, sync_directory
 from ouassister.changeset.node import Tree
 from ouassister.changeset.walk import Found, Walk
-from ouassister.disk.ext4_inodes import Inodes
 from ouassister.errors import (
     InternalError,
     OUassisterError,
@@ -67,13 +66,11 @@ class Trees:
     Attributes:
         upper: overlayfs's upper directory; nobody writes to it any more.
         lower: The mounted file system.
-        image: The ext4 file system that ``lower`` shows, for what its mount hides.
         places: Where its parts stand in the guest: path in the trees, path in the guest.
     """
 
     upper: Path
     lower: Path
-    image: Path | None = None
     places: tuple[tuple[bytes, bytes], ...] = ((b"/", b"/"),)
 
     def guest(self, path: bytes) -> bytes:
@@ -117,12 +114,10 @@ def extract(
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
         for one in trees:
-            inodes = None if one.image is None else stack.enter_context(Inodes(one.image))
             walk = Walk(
                 stack.enter_context(Tree(one.upper, prefix)),
                 stack.enter_context(Tree(one.lower, prefix)),
                 filters or Filter(),
-                inodes,
                 one.guest,
                 devices=devices or {},
             )
@@ -158,13 +153,8 @@ def _select(found: list[Found]) -> tuple[list[Found], tuple[bytes, ...]]:
         together = group[0].lower_link is not None and len({i.lower_link for i in group}) == 1
         if (len(group) == 1 or together) and not any(item.changed for item in group):
             continue
-        # What a copy-up lost was given back to names that the lower tree has.
-        source = next((item.entry for item in group if item.copied_up), group[0].entry)
         for item in group:
             item.changed = True
-            item.entry = dataclasses.replace(
-                item.entry, mtime_ns=source.mtime_ns, xattrs=source.xattrs
-            )
     changed = [item for item in found if item.changed]
 
     empty: set[bytes] = set()  # new directories that hold filtered paths and nothing else
@@ -293,11 +283,9 @@ def _request(request: object) -> _Request:
 
 
 def _trees(value: dict[str, Any]) -> Trees:
-    image = value.get("image")
     return Trees(
         Path(value["upper"]),
         Path(value["lower"]),
-        None if image is None else Path(image),
         tuple((from_text(r), from_text(t)) for r, t in value.get("places", [["/", "/"]])),
     )
 
@@ -306,8 +294,8 @@ def run(argument: object) -> dict[str, int | str]:
     """Extract, and leave the layer and the record where ``argument`` says.
 
     Args:
-        argument: ``trees``: for each file system ``upper`` and ``lower``, and perhaps ``image``
-            and ``places`` (see `Trees`); ``layer``, ``record``: paths; optional are ``prefix``
+        argument: ``trees``: for each file system ``upper`` and ``lower``, and perhaps ``places``
+            (see `Trees`); ``layer``, ``record``: paths; optional are ``prefix``
             (see `extract`), ``extra_rules``: pairs of a pattern and a reason, and ``devices``:
             pairs of an inode and what it stands for.
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from ouassister.changeset.filter import Filter
 from ouassister.changeset.node import Node, Owners, Tree, checked_path
-from ouassister.disk.ext4_inodes import Inodes, chmod_acl
 from ouassister.errors import InternalError, UnsupportedGuestError
 from ouassister.model import Entry, Expected, Kind
 from ouassister.text import to_text
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_MOST_NAMES = 4096  # of a directory in which the former name of a file is looked for
 ENTRY_LIMIT = 1_000_000  # of all paths named, deleted ones included; a hostile guest stops here
 
 _KINDS = {
@@ -39,8 +37,6 @@ _KINDS = {
 # Marks that say nothing about the content: where a copy-up came from, and for inode numbers.
 _HARMLESS_MARKS = {"opaque", "origin", "impure", "nlink", "uuid", "whiteout"}
 DEVICE_XATTR = "user.ouassister.device"  # ouassister.shadow.syscalls.files
-_ACCESS_ACL = "system.posix_acl_access"
-_DEFAULT_ACL = "system.posix_acl_default"
 
 
 @dataclass(slots=True)
@@ -53,7 +49,6 @@ class Found:
     lower_names: int
     changed: bool
     filtered: bool = False
-    copied_up: bool = False
 
 
 @dataclass(slots=True)
@@ -66,13 +61,11 @@ class Walk:
     upper: Tree
     lower: Tree
     filters: Filter
-    inodes: Inodes | None
     guest: Callable[[bytes], bytes] = bytes
     owners: Owners = field(default_factory=Owners)
     notes: list[str] = field(default_factory=list)
     devices: Mapping[int, str] = field(default_factory=dict)  # made in the shadow, by inode
     seen: int = 0
-    _inheriting: set[bytes] = field(default_factory=set)
 
     def run(self) -> Iterator[Found]:
         """Yield each path, parents before children, names in the order of their bytes."""
@@ -127,13 +120,6 @@ class Walk:
                 hint="resume the VM and update it in the ordinary way",
             )
 
-    def _expected(self, status: os.stat_result) -> Expected:
-        if self.inodes is not None:
-            return self.inodes.expected(status)
-        return Expected(
-            status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        )
-
     def _below(self, path: bytes, status: os.stat_result) -> tuple[tuple[bytes, Expected], ...]:
         """Everything that the lower tree has below a path that goes."""
         found: list[tuple[bytes, Expected]] = []
@@ -145,7 +131,7 @@ class Walk:
                 child = self.lower.status(current)
                 if child is None:
                     raise InternalError(f"{to_text(current)} vanished from the lower tree")
-                found.append((current, self._expected(child)))
+                found.append((current, _expected(child)))
                 if not stat.S_ISDIR(child.st_mode):
                     continue
             stack += [checked_path(current, n) for n in reversed(self.lower.names(current))]
@@ -154,7 +140,7 @@ class Walk:
     def _deletion(self, path: bytes, status: os.stat_result | None) -> Found:
         if status is None:
             raise InternalError(f"{to_text(path)} vanished from the lower tree")
-        entry = Entry(path, Kind.DELETE, self._expected(status), below=self._below(path, status))
+        entry = Entry(path, Kind.DELETE, _expected(status), below=self._below(path, status))
         filtered = self.filters.reason(self.guest(path)) is not None
         return Found(entry, None, _link(status), status.st_nlink, True, filtered)
 
@@ -163,7 +149,7 @@ class Walk:
         kind = _KINDS.get(stat.S_IFMT(status.st_mode))
         if kind is None:  # a socket
             return Found(Entry(path, Kind.FIFO, None), None, None, 1, True, filtered=True)
-        expected = None if below is None else self._expected(below)
+        expected = None if below is None else _expected(below)
         lower = None
         if below is not None and stat.S_IFMT(below.st_mode) == stat.S_IFMT(status.st_mode):
             lower = self.lower.look(path)
@@ -189,25 +175,11 @@ class Walk:
             minor=device[2] if device else 0,
             xattrs=tuple(one for one in node.xattrs if one[0] != DEVICE_XATTR),
         )
-        if below is None and path.rpartition(b"/")[0] in self._inheriting:
-            self._note(path, "does not inherit the default ACL of its directory")
-        copied_up = False
-        if lower is not None and expected is not None:
-            if changed and not filtered and device is None:
-                entry = self._only_time(entry, node, lower, expected)
-            if _DEFAULT_ACL in lower.unreadable:
-                self._inheriting.add(path)
-            copied_up = _is_copied_up(node, lower)
-            if copied_up:
-                entry = self._give_back(entry, lower, expected, changed)
-        if (
-            regular
-            and "origin" in node.overlay
-            and (lower is None or status.st_mtime_ns != lower.status.st_mtime_ns)
-        ):
-            renamed = self._renamed(entry, node)
-            same = entry.same and renamed.xattrs == entry.xattrs
-            entry = dataclasses.replace(renamed, same=same)
+        if lower is not None and changed and not filtered:
+            if device is None:
+                entry = self._only_time(entry, node, lower)
+            if lower.unreadable:
+                self._note(path, f"loses {', '.join(lower.unreadable)}")
         if lower is None and below is not None and stat.S_ISDIR(below.st_mode):
             entry = dataclasses.replace(entry, below=self._below(path, below))
         return Found(
@@ -217,7 +189,6 @@ class Walk:
             1 if below is None else below.st_nlink,
             changed,
             filtered,
-            copied_up,
         )
 
     def _device(self, path: bytes, node: Node) -> tuple[Kind, int, int] | None:
@@ -232,51 +203,6 @@ class Walk:
         letter, major, minor = made.split()
         return (Kind.CHAR if letter == "c" else Kind.BLOCK), int(major), int(minor)
 
-    def _give_back(self, entry: Entry, lower: Node, expected: Expected, changed: bool) -> Entry:
-        """Undo what a copy-up lost because it could not read it (see `inodes`)."""
-        if entry.mtime_ns == lower.status.st_mtime_ns:
-            entry = dataclasses.replace(entry, mtime_ns=expected.mtime_ns)
-        if not lower.unreadable:
-            return entry
-        if self.inodes is None:
-            if changed:
-                self._note(entry.path, f"loses {', '.join(lower.unreadable)}")
-            return entry
-        hidden = self.inodes.acls(expected.inode)
-        if _ACCESS_ACL in hidden:
-            hidden[_ACCESS_ACL] = chmod_acl(hidden[_ACCESS_ACL], entry.mode)
-        xattrs = {name: hidden[name] for name in lower.unreadable if name in hidden}
-        return dataclasses.replace(
-            entry, xattrs=tuple(sorted((xattrs | dict(entry.xattrs)).items()))
-        )
-
-    def _renamed(self, entry: Entry, node: Node) -> Entry:
-        """Undo the same of a file that had another name in its directory, if one had.
-
-        overlayfs says that it is a copy, and not of what: it is the one with the same content, size
-        and time, unless there are several.
-        """
-        folder = entry.path.rpartition(b"/")[0]
-        if self.lower.status(folder or b"/") is None:
-            return entry
-        names = self.lower.names(folder or b"/")
-        found: list[tuple[bytes, os.stat_result]] = []
-        for name in names if len(names) <= _MOST_NAMES else ():
-            path = checked_path(folder or b"/", name)
-            status = self.lower.status(path)
-            if (
-                status is not None
-                and stat.S_ISREG(status.st_mode)
-                and (status.st_size, status.st_mtime_ns)
-                == (node.status.st_size, node.status.st_mtime_ns)
-                and self._same_content(entry.path, path) is not None
-            ):
-                found.append((path, status))
-        if len(found) != 1:
-            return entry
-        (path, status) = found[0]
-        return self._give_back(entry, self.lower.look(path), self._expected(status), changed=True)
-
     def _same(self, path: bytes, node: Node, lower: Node) -> bool:
         """Whether an object stands in the upper tree without a change that travels."""
         if not _alike(node, lower):
@@ -289,12 +215,12 @@ class Walk:
             return node.status.st_rdev == lower.status.st_rdev and node.target == lower.target
         return self._same_content(path, path) is not None
 
-    def _only_time(self, entry: Entry, node: Node, lower: Node, expected: Expected) -> Entry:
+    def _only_time(self, entry: Entry, node: Node, lower: Node) -> Entry:
         """Mark what the guest has but for its time, under one name and with nothing hidden."""
         if (
             not _alike(node, lower)
             or lower.unreadable
-            or entry.mtime_ns == expected.mtime_ns
+            or entry.mtime_ns == lower.status.st_mtime_ns
             or _link(node.status)
             or _link(lower.status)
         ):
@@ -325,6 +251,12 @@ class Walk:
         self.notes.append(f"{to_text(self.guest(path))} {text}")
 
 
+def _expected(status: os.stat_result) -> Expected:
+    return Expected(
+        status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )
+
+
 def _is_whiteout(node: Node) -> bool:
     mode = node.status.st_mode
     if stat.S_ISCHR(mode):
@@ -340,16 +272,6 @@ def _alike(node: Node, lower: Node) -> bool:
         and (ours.st_uid, ours.st_gid) == (theirs.st_uid, theirs.st_gid)
         and node.xattrs == lower.xattrs
     )
-
-
-def _is_copied_up(node: Node, lower: Node) -> bool:
-    """Whether overlayfs made this object from the lower one at the same path.
-
-    It marks most with their origin, but not where it parts a name from a lower hard link
-    (fs/overlayfs/copy_up.c, ``ovl_copy_up_one``), nor what cannot have ``user.*`` attributes:
-    symbolic links, FIFOs and devices (xattr(7)). Those are known while nobody set their time.
-    """
-    return "origin" in node.overlay or node.status.st_mtime_ns == lower.status.st_mtime_ns
 
 
 def _link(status: os.stat_result) -> tuple[int, int] | None:

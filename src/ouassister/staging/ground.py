@@ -279,7 +279,6 @@ def _trees(layout: Layout) -> list[dict[str, object]]:
         {
             "upper": sandbox.upper(number),
             "lower": sandbox.lower(number),
-            "image": sandbox.export(number) if volume.is_ext else None,
             "places": [
                 (to_text(place.root), to_text(place.target))
                 for place in layout.places
