@@ -6,7 +6,7 @@
 #include "view.h"
 
 #define MOST_NAMES ((uint32_t)1 << 22)
-#define MOST_TEXT ((size_t)1 << 30)
+#define MOST_TEXT ((size_t)1 << 28)
 
 static struct cache folders;
 

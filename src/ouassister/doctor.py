@@ -58,7 +58,7 @@ def _ext4_view() -> Check:
     """Whether it starts: without words it tells how it is called."""
     purpose = "mounts it without the host's kernel parsing it"
     program = ext4_view.PROGRAM
-    lacking = Check(False, "ext4-view", purpose, "make; apt-get install libfuse3-3 libext2fs2")
+    lacking = Check(False, "ext4-view", purpose, "make (installs what it needs)")
     try:
         done = subprocess.run([program], capture_output=True, check=False)
     except OSError:
