@@ -171,6 +171,7 @@ class Sleeper(World):
 
     virsh: Inside = None  # type: ignore[assignment]  # a field with a default comes before it
     words: tuple[str, ...] = ()
+    program: tuple[str, ...] = ("-m", "ouassister")
 
     @property
     def folder(self) -> Path:
@@ -182,7 +183,7 @@ class Sleeper(World):
 
     def command(self, verb: str, *words: str) -> list[str]:
         vm = [] if verb == "list" else [*self.words, str(self.toml)]
-        program = [sys.executable, "-m", "ouassister"]
+        program = [sys.executable, *self.program]
         return [*self.virsh.enter(), *program, verb, "--json", *vm, *words]
 
     def python(self, script: str) -> str:

@@ -255,6 +255,41 @@ def _agent_is_gone(virsh: Inside) -> bool:
     return False
 
 
+_CONFLICT = """
+import sys
+from ouassister.cli.main import main
+from ouassister.provider.libvirt import RunningDomain
+
+cont = RunningDomain.cont
+
+def continued(self):
+    cont(self)
+    script = "echo '# woken' >>/usr/bin/oua-hello; echo knock >/dev/udp/10.0.2.2/9 || true"
+    self.qga().run(["/bin/bash", "-c", script], timeout_s=120)
+
+RunningDomain.cont = continued
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not _ALL, reason="'make libvirt-test' runs it")
+def test_conflict_costs_its_package_by_another_medium(sleeper: Sleeper) -> None:
+    wish = ("--install", "oua-hello", "--install", "oua-extra", "--on-conflict", "stage")
+    update = sleeper.run("update", *wish)
+    assert update.status == 0, update
+    waking = replace(sleeper, program=("-c", _CONFLICT))
+    resumed = waking.run("resume", "--on-conflict", "stage")
+    assert resumed.status == 0, resumed
+    assert [one["path"] for one in resumed.result["conflicts"]] == ["/usr/bin/oua-hello"]
+    assert [one["name"] for one in resumed.result["fell_back"]] == ["oua-hello"]
+    assert [one["status"] for one in resumed.result["staged"]] == ["installed"]
+    assert sleeper.guest("oua-hello; oua-extra; dpkg --audit") == "two\nextra"
+    assert sleeper.guest("ls /dev/vd?") == "/dev/vda"
+    links = [sleeper.virsh.run("domif-getlink", "web1", mac).split()[-1] for mac in (UP, DOWN)]
+    assert links == ["up", "down"]
+
+
+@pytest.mark.skipif(not _ALL, reason="'make libvirt-test' runs it")
 def test_domain_without_its_agent_is_updated_by_the_helper_and_without_that_by_ssh(
     sleeper: Sleeper, repository: Repository
 ) -> None:
