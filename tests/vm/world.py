@@ -123,7 +123,7 @@ def leftovers(home: Path) -> dict[str, list[str]]:
     loops = subprocess.run(["losetup", "-l", "-n"], capture_output=True, text=True, check=False)
     return {
         "processes": processes,
-        "mounts": [line for line in mounts if word in line or "ext4-view" in line],
+        "mounts": [line for line in mounts if word in line],
         "loops": [line for line in loops.stdout.splitlines() if word in line],
         "folders": [str(path) for path in home.glob("vms/*/runs/*")],
     }
