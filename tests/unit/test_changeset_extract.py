@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from tests.conftest import lacking
 
-from ouassister.changeset import extract as extract_module
 from ouassister.changeset import walk
 from ouassister.changeset.extract import TRUSTED_PREFIX, Extraction, Trees, collect, extract, run
 from ouassister.changeset.filter import Filter, Rule
@@ -433,11 +432,14 @@ def test_run_with_another_request_is_refused(argument: object, reason: str) -> N
 def test_run_without_room_for_the_record_leaves_none(
     trees: Union, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_folder: Path) -> None:
-        raise OSError(errno.ENOSPC, "full")
+    rename = Path.rename
 
-    monkeypatch.setattr(Path, "rename", lambda *_: None)
-    monkeypatch.setattr(extract_module, "sync_directory", full)
+    def full(path: Path, target: Path) -> Path:
+        if "record" in path.name:
+            raise OSError(errno.ENOSPC, "full")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(WorkDiskFullError, match="no room for"):
         run(request(trees))
     assert not [path for path in trees.folder.iterdir() if "record" in path.name]

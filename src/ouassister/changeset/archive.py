@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from ouassister import codec
 from ouassister.access import BY_AGENT
-from ouassister.changeset.layer import sync_directory
 from ouassister.errors import InternalError, TamperedError, WorkDiskFullError
 from ouassister.model import Changeset, Kind, StepKind
 from ouassister.text import plain, to_text
@@ -148,7 +147,7 @@ def save(changeset: Changeset, layer: Path, folder: Path) -> Path:
                 return target
             staged.chmod(0o500)
             staged.rename(target)
-            sync_directory(folder)
+            _sync_directory(folder)
         finally:
             discard(staged)
     except OSError as error:
@@ -268,7 +267,7 @@ def _stage(changeset: Changeset, layer: Path, staged: Path) -> None:
         os.fsync(copy.fileno())
     if (digest.hexdigest(), size) != (changeset.layer_sha256, changeset.layer_size):
         raise InternalError(f"{layer} is not the layer of the change set to save")
-    sync_directory(staged)
+    _sync_directory(staged)
 
 
 def _defects(changeset: Changeset) -> Iterator[str]:
@@ -340,3 +339,12 @@ def _staging_defects(changeset: Changeset) -> Iterator[str]:
         left -= set(step.packages)
     if left:
         yield "a staged package has no step"
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make a directory's names durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

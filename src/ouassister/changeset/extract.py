@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ouassister import codec
 from ouassister.changeset.filter import RULES, Filter, Rule
-from ouassister.changeset.layer import READABLE, LayerWriter, sync_directory
+from ouassister.changeset.layer import READABLE, LayerWriter
 from ouassister.changeset.node import Tree
 from ouassister.changeset.walk import Found, Walk
 from ouassister.errors import (
@@ -98,7 +98,7 @@ def extract(
 
     Args:
         trees: Those of each file system.
-        layer_out: Where the layer will be; written aside, made durable and renamed.
+        layer_out: Where the layer will be; written aside and renamed.
         filters: What stays behind; the table of `filter` by default.
         prefix: Of overlayfs's attributes: `USER_PREFIX`, or `TRUSTED_PREFIX` for a mount
             without ``userxattr``.
@@ -333,10 +333,7 @@ def _write_record(path: Path, raw: bytes) -> None:
         with partial.open("wb") as file:
             os.fchmod(file.fileno(), READABLE)
             file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
         partial.rename(path)
-        sync_directory(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

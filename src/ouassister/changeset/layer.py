@@ -111,17 +111,17 @@ class LayerWriter:
         return dataclasses.replace(entry, offset=offset, sha256=sha256, holes=holes)
 
     def finish(self) -> tuple[str, int]:
-        """Write the end mark, make the file durable and give it its name.
+        """Write the end mark and give the file its name.
+
+        It is not made durable: a run's folder does not outlive the run, and `archive.save` does so
+        with the copy that does.
 
         Returns:
             SHA-256 and size of the layer.
         """
         self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         self._partial.rename(self._path)
-        sync_directory(self._path.parent)
         return self._hash.hexdigest(), self.size
 
     def _copy(self, source: int, entry: Entry, start: int | None) -> tuple[str, int]:
@@ -166,15 +166,6 @@ def _zero_blocks(data: memoryview, position: int) -> int:
     first = -position % _HOLE
     blocks = (data[at : at + _HOLE] for at in range(first, len(data) - _HOLE + 1, _HOLE))
     return sum(_HOLE for block in blocks if block == _ZEROS)
-
-
-def sync_directory(folder: Path) -> None:
-    """Make a directory's names durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def decimal_seconds(time_ns: int) -> str:
