@@ -11,7 +11,7 @@ from ouassister.shadow import raw
 from ouassister.shadow.syscalls.filter import build_filter
 from ouassister.shadow.syscalls.notify import Call, Handler, serve_one
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.timeout(60)]
 
 _NO_NEW_PRIVS = 38  # PR_SET_NO_NEW_PRIVS (include/uapi/linux/prctl.h)
 
