@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import random
+import signal
 import stat
 import subprocess
 import sys
@@ -164,6 +165,49 @@ def test_names_and_parts_are_found_by_themselves(tmp_path: Path) -> None:
             assert os.pread(file.fileno(), 10, 3 << 20) == b""
         with pytest.raises(OSError, match="Read-only"):
             (tree / "new").touch()
+
+
+def test_what_was_read_once_asks_the_server_nothing(tmp_path: Path) -> None:
+    """Names, absent ones too, what stat(2) tells, folders, links, pages, and each open.
+
+    The server is stopped meanwhile. It is still asked for extended attributes, and by statfs(2) and
+    ioctl(2).
+    """
+    image = made(tmp_path, "usual")
+    walk = (  # os.open: open() asks by ioctl(2) whether it is a terminal
+        "import os, sys\n"
+        "for place, folders, files in os.walk(sys.argv[1]):\n"
+        "    for name in folders + files:\n"
+        "        path, told = os.path.join(place, name), ''\n"
+        "        if os.path.islink(path): told = os.readlink(path)\n"
+        "        elif os.path.isfile(path):\n"
+        "            file = os.open(path, 0); told = os.read(file, 1 << 24); os.close(file)\n"
+        "        print(path, os.lstat(path), told, os.path.lexists(path + '.none'))\n"
+        "print('whole')"
+    )
+    with mounted([str(ext4_view.PROGRAM), str(image)], tmp_path / "ours") as tree:
+        command = ["timeout", "30", sys.executable, "-I", "-c", walk, str(tree)]
+        first = [subprocess.run(command, capture_output=True, check=True) for _ in range(2)]
+        (server,) = [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and is_of(entry, tree)
+        ]
+        os.kill(server, signal.SIGSTOP)
+        try:
+            again = subprocess.run(command, capture_output=True, check=False)
+        finally:
+            os.kill(server, signal.SIGCONT)
+    assert again.stdout.endswith(b"whole\n")
+    assert (again.stdout, again.stderr) == (first[1].stdout, first[1].stderr)
+
+
+def is_of(process: Path, tree: Path) -> bool:
+    try:
+        words = (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:  # it has ended
+        return False
+    return words[0] == str(ext4_view.PROGRAM).encode() and str(tree).encode() in words
 
 
 def test_journal_that_is_not_replayed_is_refused(tmp_path: Path) -> None:
