@@ -119,7 +119,7 @@ def test_what_is_younger_is_listed(tmp_path: Path) -> None:
     (tmp_path / "rules/b.txt").write_text("d /run/large\n")
     time.sleep(0.02)  # ctime has the kernel's tick
     since_ns = time.time_ns()
-    time.sleep(0.02)  # the same
+    time.sleep(0.02)  # ctime has the kernel's tick: what follows would look older than the mark
     (tmp_path / "old" / "new").write_bytes(b"\x00new\n")
     (tmp_path / "systemd" / "private").touch()
     (tmp_path / "sub").mkdir(mode=0o711)
