@@ -30,7 +30,7 @@ from ouassister.shadow.session import (
     open_shadow,
 )
 from ouassister.shadow.trees import handover
-from ouassister.shadow.trees.collect import collect_devices, collect_system, collect_system_root
+from ouassister.shadow.trees.collect import collect_devices, collect_system, collect_system_first
 from ouassister.sleeping import Sleeping, open_sleeping, refuse_unsafe
 from ouassister.text import to_text
 
@@ -233,7 +233,7 @@ def _write_system(sleeping: Sleeping, folder: Path) -> None:
     memory = sleeping.memory
     reader = GuestReader(memory.kernel)
     handover.write(folder, handover.DEV, collect_devices(reader))
-    handover.write(folder, handover.SYS_ROOT, collect_system_root(reader))
+    handover.write(folder, handover.SYS_FIRST, collect_system_first(reader))
     tree = collect_proc(reader, sleeping.view, processes=False)
     told.write_system(folder, tree, collect_services(memory.look(sleeping.view, _SERVICES)))
 

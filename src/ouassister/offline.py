@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ouassister.changeset import archive
+from ouassister.changeset.landing import Landing
 from ouassister.model import (
     Changeset,
     Kind,
@@ -30,7 +31,7 @@ from ouassister.restart import reach
 from ouassister.restart.actions import coalesce
 from ouassister.shadow.events import actions_of, deferred
 from ouassister.staging import held, predict
-from ouassister.staging.ground import LAYER, RealGround
+from ouassister.staging.ground import RealGround
 from ouassister.staging.settle import settle
 from ouassister.state.fence import check_fence
 
@@ -50,7 +51,6 @@ _REFRESH: Final = "refresh lists"
 _FETCH: Final = "plan and download"
 CHOOSE: Final = "choose channel"
 _STORE: Final = "store change set"
-_FALLBACK_LAYER: Final = "fallback.tar"
 _CONFLICT: Final = "the update was to be put in place, and paths of the guest had changed"
 
 
@@ -76,9 +76,12 @@ def run(
     def look() -> Running:
         return held.running(sleeping.memory.look(sleeping.view, held.SUBJECTS))
 
-    with ThreadPoolExecutor(1) as beside:  # memory is read while archives are fetched
+    with (
+        ThreadPoolExecutor(1) as beside,  # memory is read while archives are fetched
+        Landing(store.changesets(sleeping.config.name)) as landing,
+    ):
         running = beside.submit(look)
-        return _update_with(guest, wish, access, store, timeline, options, running.result)
+        return _update_with(guest, wish, access, store, timeline, options, running.result, landing)
 
 
 def _update_with(
@@ -89,6 +92,7 @@ def _update_with(
     timeline: Timeline,
     options: Options,
     running: Callable[[], Running],
+    landing: Landing,
 ) -> UpdateReport:
     vm = guest.sleeping.config.name
     stored = wish if isinstance(wish, Plan) else None
@@ -114,7 +118,7 @@ def _update_with(
     if not prepared.plan.changes:
         return _report(prepared.plan, None, timeline, _notes(guest))
     guest.know()
-    ground = RealGround(guest, tool, prepared, timeline, running)
+    ground = RealGround(guest, tool, prepared, timeline, running, landing)
     settled = settle(
         ground,
         prepared.plan.changes,
@@ -165,16 +169,15 @@ def _keep(
         It, and with ``fallback`` the one that may stand in for it, where that is another.
     """
     vm = prepared.plan.vm
-    folder = store.changesets(vm)
     changeset = _make(guest, prepared, access, ground, ground.extraction, staged, timeline)
     with timeline.phase(_STORE):
-        kept = archive.save(changeset, guest.shadow.output_path(LAYER), folder)
+        kept = archive.keep(changeset, ground.landing)
     spare = None
     if fallback and not staged.keys() >= set(prepared.plan.changes):
         try:
             spare = _make_fallback(guest, prepared, access, ground, staged, changeset, timeline)
             with timeline.phase(_STORE):
-                archive.save(spare, guest.shadow.output_path(_FALLBACK_LAYER), folder)
+                archive.keep(spare, ground.landing)
         except BaseException:
             archive.discard(kept)
             raise
@@ -206,7 +209,7 @@ def _make_fallback(
         status_of(guest.shadow),
         calls,
     )
-    extraction = ground.extract_to(_FALLBACK_LAYER, all_of_them)
+    extraction = ground.extract(all_of_them)
     return _make(
         guest,
         prepared,

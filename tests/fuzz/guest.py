@@ -35,7 +35,7 @@ from ouassister.shadow.devices.filesystem import DevFiles
 from ouassister.shadow.served.snapshot import decode
 from ouassister.shadow.sysfs.filesystem import SysFiles
 from ouassister.shadow.tmpfs_handover import TmpfsHandOver
-from ouassister.shadow.trees.collect import collect_devices, collect_system, collect_system_root
+from ouassister.shadow.trees.collect import collect_devices, collect_system, collect_system_first
 from ouassister.state.data import MappedFile
 
 if TYPE_CHECKING:
@@ -163,11 +163,11 @@ class Walkers(Target):
         devices = collect_devices(GuestReader(guest)).raw
         if devices is not None:
             DevFiles(decode(devices), lambda: (0, 0)).readdir("/", 0)
-        collect_system_root(GuestReader(guest))
+        collect_system_first(GuestReader(guest))
         system = collect_system(GuestReader(guest)).raw
         if system is not None:
             nodes = decode(system)
-            SysFiles(nodes[0], lambda: nodes, lambda *_: None, lambda _: None).readdir("/", 0)
+            SysFiles(nodes[:1], lambda: nodes, lambda *_: None, lambda _: None).readdir("/", 0)
 
     # --- what they read --------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.conftest import lacking, need
 
-from ouassister.changeset.extract import collect
+from ouassister.changeset.landing import LAYER, Landing
 from ouassister.disk.layout import Layout, Piece, Place, Volume
 from ouassister.disk.matching import Image
 from ouassister.disk.storage import create_overlays
@@ -26,6 +26,7 @@ from ouassister.errors import HostNotReadyError
 from ouassister.model import Kind, Uts
 from ouassister.shadow import sandbox
 from ouassister.shadow.session import Shadow, ShadowSpec, launch, open_shadow
+from ouassister.staging.land import land
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -207,13 +208,10 @@ def test_what_is_mounted_is_the_guests_and_changes_are_found(
                 "places": [("/", "/data")],
             }
         ]
-        argument = {
-            "trees": trees,
-            "layer": f"{sandbox.WORK}/output/layer.tar",
-            "record": f"{sandbox.WORK}/output/record.json",
-        }
-        summary = shadow.call(EXTRACT, "run", argument)
-        found = collect(summary, shadow.output_path("record.json"))
+        with Landing(tmp_path / "store") as landing:
+            found = land(shadow, {"trees": trees}, landing)
+            digest = hashlib.sha256((landing.place / LAYER).read_bytes()).hexdigest()
+    assert found.layer_sha256 == digest
     entries = {entry.path: entry for entry in found.entries}
     assert {path: entry.kind for path, entry in entries.items()} == {
         b"/data/a/b/file": Kind.FILE,

@@ -84,7 +84,7 @@ def place(tmp_path: Path) -> Path:
     place.mkdir(mode=0o755)
     (place / "stage").mkdir()
     handover.write(place, handover.DEV, Tree(snapshot.encode(DEVICES), ("a note",)))
-    handover.write(place, handover.SYS_ROOT, Tree(snapshot.encode(SYSTEM[:1])))
+    handover.write(place, handover.SYS_FIRST, Tree(snapshot.encode(SYSTEM[:1])))
     assert handover.read_notes(place) == ("a note",)
     above = place
     while above != above.parent:  # other ids come through

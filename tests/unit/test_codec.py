@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 
 from ouassister import codec, model
-from ouassister.codec import CodecError, canonical, digest, from_value, to_value
+from ouassister.codec import (
+    CodecError,
+    canonical,
+    canonical_and_digest,
+    digest,
+    from_value,
+    to_value,
+)
 
 RECORDS = sorted(
     (
@@ -153,6 +160,7 @@ def test_digest_is_stable_between_versions() -> None:
         b'{"architecture":"amd64","name":"bcc","new":"0.16.17-3.4","old":""}'
     )
     assert digest(change, without="old") == DIGEST
+    assert canonical_and_digest(change, without="old") == (canonical(change), DIGEST)
 
 
 def test_digest_leaves_out_one_key_and_sees_all_others() -> None:

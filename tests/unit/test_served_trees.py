@@ -111,7 +111,7 @@ class Told:
         self.wrote: list[tuple[str, bytes]] = []
         self.untold: list[str] = []
         self.files = SysFiles(
-            NODES[0], lambda: NODES, lambda *one: self.wrote.append(one), self.untold.append
+            NODES[:1], lambda: NODES, lambda *one: self.wrote.append(one), self.untold.append
         )
 
 
@@ -246,12 +246,54 @@ def test_a_policy_of_any_size_is_taken_whole() -> None:
         Node(2, b"lockdown", writable),
     ]  # fmt: skip
     seen: list[tuple[str, bytes]] = []
-    files = SysFiles(nodes[0], lambda: nodes, lambda *one: seen.append(one), lambda _: None)
+    files = SysFiles(nodes[:1], lambda: nodes, lambda *one: seen.append(one), lambda _: None)
     policy = b"\4\10\0version" + bytes(200_000)
     path = "/kernel/security/apparmor/.replace"
     assert files.write(path, policy, 0, 0) == len(policy)
     assert files.write("/kernel/security/lockdown", bytes(200_000), 0, 0) == 4096
     assert [name for name, _ in seen] == [path, "/kernel/security/lockdown"]
+
+
+def test_what_everybody_asks_for_is_answered_without_the_rest() -> None:
+    first = [Node(0, b"", FOLDER), Node(0, b"fs", FOLDER), Node(0, b"kernel", FOLDER),
+             Node(1, b"cgroup", FOLDER), Node(0, b"odd", FILE)]  # fmt: skip
+    whole = [*first, Node(2, b"mm", FOLDER), Node(3, b"procs", FOLDER)]
+    asked: list[int] = []
+
+    def load() -> list[Node]:
+        asked.append(1)
+        return whole
+
+    files = SysFiles(first, load, lambda *_: None, lambda _: None)
+    assert files.getattr("/")["st_mode"] == FOLDER
+    assert files.getattr("/fs/cgroup")["st_mode"] == FOLDER
+    for absent in ("/fs/selinux", "/none"):
+        assert refused(files.getattr, absent) == errno.ENOENT
+    assert asked == []
+    assert refused(files.getattr, "/kernel/none") == errno.ENOENT  # nothing of it was known
+    assert asked == [1]
+    assert files.getattr("/kernel/mm")["st_mode"] == FOLDER
+    assert files.getattr("/odd")["st_mode"] == FILE
+    assert refused(files.getattr, "/fs/selinux") == errno.ENOENT
+    assert [name for name, _, _ in files.readdir("/fs", 0)] == [".", "..", "cgroup"]
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_a_file_and_the_names_in_a_folder_are_told_by_the_whole_alone(names: bool) -> None:
+    first = [Node(0, b"", FOLDER), Node(0, b"odd", FILE)]
+    asked: list[int] = []
+
+    def load() -> list[Node]:
+        asked.append(1)
+        return first
+
+    files = SysFiles(first, load, lambda *_: None, lambda _: None)
+    if names:
+        files.readdir("/", 0)
+    else:
+        files.getattr("/odd")
+    assert asked == [1]
 
 
 def test_files_that_were_read_in_vain_are_named_up_to_a_bound(tmp_path: Path) -> None:

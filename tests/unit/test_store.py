@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ouassister import codec
-from ouassister.errors import LockedError, StaleError, TamperedError, UsageError, WorkDiskFullError
+from ouassister.errors import (
+    InterruptedRunError,
+    LockedError,
+    StaleError,
+    TamperedError,
+    UsageError,
+    WorkDiskFullError,
+)
 from ouassister.model import Archive, Fence, FileStamp, LeftOut, PackageChange, Plan, Request
 from ouassister.store.database import ChangesetState, Store, home
 
@@ -94,6 +101,23 @@ def test_failed_step_leaves_nothing_of_it(store: Store) -> None:
         assert [(row.changeset_id, row.state) for row in other.changeset_rows("web1")] == [
             ("c1", ChangesetState.READY)
         ]
+
+
+class Signalled(str):
+    """A value in whose binding a signal arrives."""
+
+    __slots__ = ()
+
+    def __conform__(self, _protocol: object) -> str:
+        raise InterruptedRunError("ended by SIGINT")
+
+
+def test_signal_within_a_step_leaves_nothing_of_it_and_the_next_is_kept(store: Store) -> None:
+    with pytest.raises(InterruptedRunError):
+        store.log("web1", "resume", "gate closed", Signalled("begin"))
+    store.log("web1", "resume", "gate closed", "InterruptedRunError")
+    with again(store) as other:
+        assert [event.detail for event in other.history("web1")] == ["InterruptedRunError"]
 
 
 def test_every_commit_is_synchronous(store: Store) -> None:

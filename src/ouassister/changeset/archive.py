@@ -12,20 +12,21 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ouassister import codec
 from ouassister.access import BY_AGENT
+from ouassister.changeset.landing import LAYER as LAYER
+from ouassister.changeset.landing import Landing
+from ouassister.changeset.landing import discard as discard
 from ouassister.errors import InternalError, TamperedError, WorkDiskFullError
 from ouassister.model import Changeset, Kind, StepKind
 from ouassister.text import plain, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from ouassister.access import Access
     from ouassister.changeset.extract import Extraction
@@ -43,16 +44,13 @@ if TYPE_CHECKING:
     )
 
 MANIFEST = "manifest.json"
-LAYER = "layer.tar"
 
 _ID = re.compile(r"[0-9a-f]{64}")
-_PARTIAL = ".partial-"
 # Debian Policy 5.6.1, 5.6.8; what reaches a command line in the guest.
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]{0,254}")
 _ARCHITECTURE = re.compile(r"[a-z0-9-]{0,64}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+~%_-]{0,250}\.deb")
 _FOLDER = re.compile(rb"(?:/[A-Za-z0-9._-]{1,64}){2,6}")
-_CHUNK = 1 << 20
 _MANIFEST_LIMIT = 1 << 30
 
 
@@ -114,15 +112,32 @@ def build(
 
 
 def save(changeset: Changeset, layer: Path, folder: Path) -> Path:
-    """Store a change set; a crash at any point leaves all of it or nothing under its id.
-
-    The caller holds the VM's lock.
+    """Store a change set whose layer is a file elsewhere; see `keep`.
 
     Args:
         changeset: Made by `build`.
-        layer: Its layer; copied, since its owner is the root of the user namespace, and hashed
-            once more on the way.
+        layer: Its layer; copied.
         folder: Of all change sets of a VM; made when it is not there.
+
+    Raises:
+        InternalError: Record or layer are not what the id says.
+        WorkDiskFullError: No room; nothing is left of it.
+    """
+    with Landing(folder) as landing:
+        source = os.open(layer, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            landing.receive(source)
+        finally:
+            os.close(source)
+        return keep(changeset, landing)
+
+
+def keep(changeset: Changeset, landing: Landing) -> Path:
+    """Store a change set; a crash at any point leaves all of it or nothing under its id.
+
+    Args:
+        changeset: Made by `build`.
+        landing: Has its layer.
 
     Returns:
         The change set's own folder.
@@ -131,25 +146,29 @@ def save(changeset: Changeset, layer: Path, folder: Path) -> Path:
         InternalError: Record or layer are not what the id says.
         WorkDiskFullError: No room; nothing is left of it.
     """
-    if codec.digest(changeset, without="changeset_id") != changeset.changeset_id:
+    raw, digest = codec.canonical_and_digest(changeset, without="changeset_id")
+    if digest != changeset.changeset_id:
         raise InternalError(f"change set of {changeset.vm} does not have the id of its content")
+    if (landing.sha256, landing.size) != (changeset.layer_sha256, changeset.layer_size):
+        raise InternalError(f"what landed is not the layer of the change set of {changeset.vm}")
+    place = landing.place
+    folder = place.parent
     target = folder / changeset.changeset_id
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for stale in folder.glob(f"{_PARTIAL}*"):
-            discard(stale)
-        staged = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
-        try:
-            _stage(changeset, layer, staged)
-            if target.exists():  # the same content: what is there serves
-                load(folder, changeset.changeset_id)
-                verify_layer(changeset, target / LAYER)
-                return target
-            staged.chmod(0o500)
-            staged.rename(target)
-            _sync_directory(folder)
-        finally:
-            discard(staged)
+        if target.exists():  # the same content: what is there serves
+            load(folder, changeset.changeset_id)
+            verify_layer(changeset, target / LAYER)
+            return target
+        with (place / MANIFEST).open("xb") as file:
+            os.fchmod(file.fileno(), 0o400)
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        landing.sync()
+        _sync_directory(place)
+        place.chmod(0o500)
+        landing.take(target)
+        _sync_directory(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WorkDiskFullError(f"no room for a change set in {folder}") from error
@@ -205,13 +224,6 @@ def verify_layer(changeset: Changeset, layer: Path) -> None:
         raise TamperedError(f"{layer} has the SHA-256 {digest} instead of {changeset.layer_sha256}")
 
 
-def discard(target: Path) -> None:
-    """Remove a change set's folder, if it is there."""
-    if target.is_dir() and not target.is_symlink():
-        target.chmod(0o700)
-        shutil.rmtree(target)
-
-
 def describe(changeset: Changeset) -> Iterator[str]:
     """Lines for a person; safe for a terminal."""
     deleted = sum(entry.kind is Kind.DELETE for entry in changeset.entries)
@@ -246,28 +258,6 @@ def describe_entries(changeset: Changeset) -> Iterator[str]:
         sign = "-" if entry.kind is Kind.DELETE else "+" if entry.expected is None else "~"
         arrow = f" -> {to_text(entry.target)}" if entry.target else ""
         yield f"{sign} {to_text(entry.path)}{arrow}"
-
-
-def _stage(changeset: Changeset, layer: Path, staged: Path) -> None:
-    with (staged / MANIFEST).open("xb") as file:
-        os.fchmod(file.fileno(), 0o400)
-        file.write(codec.canonical(changeset))
-        file.flush()
-        os.fsync(file.fileno())
-    digest = hashlib.sha256()
-    size = 0
-    source = os.open(layer, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(source, "rb", buffering=0) as file, (staged / LAYER).open("xb") as copy:
-        os.fchmod(copy.fileno(), 0o400)
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            copy.write(chunk)
-            size += len(chunk)
-        copy.flush()
-        os.fsync(copy.fileno())
-    if (digest.hexdigest(), size) != (changeset.layer_sha256, changeset.layer_size):
-        raise InternalError(f"{layer} is not the layer of the change set to save")
-    _sync_directory(staged)
 
 
 def _defects(changeset: Changeset) -> Iterator[str]:

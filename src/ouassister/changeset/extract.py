@@ -98,7 +98,7 @@ def extract(
 
     Args:
         trees: Those of each file system.
-        layer_out: Where the layer will be; written aside and renamed.
+        layer_out: Where the layer will be; written aside and renamed. Or a pipe (`make_pipe`).
         filters: What stays behind; the table of `filter` by default.
         prefix: Of overlayfs's attributes: `USER_PREFIX`, or `TRUSTED_PREFIX` for a mount
             without ``userxattr``.
@@ -190,11 +190,10 @@ def _write(writer: LayerWriter, kept: list[_Kept]) -> Iterator[Entry]:
     first: dict[tuple[int, int], bytes] = {}
     for item in kept:
         found, guest = item.found, item.walk.guest
-        entry = dataclasses.replace(
-            found.entry,
-            path=item.path,
-            below=tuple((guest(path), state) for path, state in found.entry.below),
-        )
+        entry = found.entry
+        if item.path != entry.path or entry.below:
+            below = tuple((guest(path), state) for path, state in entry.below)
+            entry = dataclasses.replace(entry, path=item.path, below=below)
         if found.link is not None:
             target = first.setdefault(found.link, entry.path)
             if target != entry.path:
@@ -288,6 +287,14 @@ def _trees(value: dict[str, Any]) -> Trees:
         Path(value["lower"]),
         tuple((from_text(r), from_text(t)) for r, t in value.get("places", [["/", "/"]])),
     )
+
+
+def make_pipe(path: str) -> None:
+    """Make the pipe through which a layer of `run` goes to the outside; an older one goes."""
+    pipe = Path(path)
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    pipe.chmod(READABLE)
 
 
 def run(argument: object) -> dict[str, int | str]:

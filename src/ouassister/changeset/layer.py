@@ -48,15 +48,19 @@ class LayerWriter:
     Leaving the context without `finish` leaves no file.
 
     Args:
-        path: Where the layer will be.
+        path: Where the layer will be; or a pipe, whose reader hashes it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._partial = path.with_name(f".{path.name}.partial")
+        self._is_pipe = path.is_fifo()
+        self._partial = path if self._is_pipe else path.with_name(f".{path.name}.partial")
         self._hash = hashlib.sha256()
         self._buffer = memoryview(bytearray(_CHUNK))
         self.size = 0
+        if self._is_pipe:
+            self._file = path.open("wb", buffering=_CHUNK)
+            return
         self._partial.unlink(missing_ok=True)
         self._file = self._partial.open("xb", buffering=_CHUNK)
         os.fchmod(self._file.fileno(), READABLE)
@@ -113,14 +117,15 @@ class LayerWriter:
     def finish(self) -> tuple[str, int]:
         """Write the end mark and give the file its name.
 
-        It is not made durable: a run's folder does not outlive the run, and `archive.save` does so
-        with the copy that does.
+        It is not made durable: `archive.keep` does so with what the store takes.
 
         Returns:
-            SHA-256 and size of the layer.
+            SHA-256 and size of the layer; "" for the hash of what went into a pipe.
         """
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._file.close()
+        if self._is_pipe:
+            return "", self.size
         self._partial.rename(self._path)
         return self._hash.hexdigest(), self.size
 
@@ -145,7 +150,8 @@ class LayerWriter:
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
-        self._hash.update(data)
+        if not self._is_pipe:
+            self._hash.update(data)
         self.size += len(data)
 
 

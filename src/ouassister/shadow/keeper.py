@@ -102,7 +102,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host's side decides
     _pid, status = os.waitpid(init, 0)
     bounds.remove()
-    sys.exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    # What else Python would do at its end takes a while, and the host's side waits.
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
 def _isolate(configuration: Configuration, control: socket.socket) -> None:

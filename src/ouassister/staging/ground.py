@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from ouassister.changeset.extract import collect
 from ouassister.errors import NoSolutionError, OUassisterError, RepositoryError, UpdaterError
-from ouassister.guest_shadow import EXTRACT, KEEP, MADE
+from ouassister.guest_shadow import KEEP, MADE
 from ouassister.model import Request
 from ouassister.packages import update
 from ouassister.packages.apt_steps import steps_for
@@ -18,12 +17,14 @@ from ouassister.shadow.events import actions_of
 from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
 from ouassister.shadow.tmpfs_handover import read_places
 from ouassister.staging import carry, held, judge
+from ouassister.staging.land import land
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from ouassister.changeset.extract import Extraction
+    from ouassister.changeset.landing import Landing
     from ouassister.disk.layout import Layout
     from ouassister.guest_shadow import Guest
     from ouassister.model import Action, PackageChange, Staged, StagedStep
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from ouassister.staging.judge import Reasons
     from ouassister.timeline import Timeline
 
-LAYER: Final = "layer.tar"
 _NS: Final = 1_000_000_000
 
 Changes = tuple["PackageChange", ...]
@@ -51,6 +51,7 @@ class RealGround:
         prepared: What it planned.
         timeline: Takes the story.
         running: Waits for what memory tells of processes.
+        landing: Where layers go.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class RealGround:
         prepared: Prepared,
         timeline: Timeline,
         running: Callable[[], Running],
+        landing: Landing,
     ) -> None:
+        self.landing = landing
         self._guest = guest
         self._tool = tool
         self._prepared = prepared
@@ -109,12 +112,7 @@ class RealGround:
         return self._guest.shadow.events()
 
     def extract(self, staged: Mapping[PackageChange, str]) -> Extraction:
-        """What changed, the archives of staged packages included."""
-        self.extraction = self.extract_to(LAYER, staged)
-        return self.extraction
-
-    def extract_to(self, layer: str, staged: Mapping[PackageChange, str]) -> Extraction:
-        """The same with a layer of another name."""
+        """What changed, the archives of staged packages included; its layer has landed."""
         shadow = self._guest.shadow
         with self._timeline.phase("extract"):
             # Who is at fault is not known by now: later rounds call for the archives again.
@@ -122,16 +120,13 @@ class RealGround:
             carry.put(shadow, self.staged, self.folder)
             argument = {
                 "trees": _trees(self._guest.sleeping.layout),
-                "layer": f"{sandbox.WORK}/output/{layer}",
-                "record": f"{sandbox.WORK}/output/record.json",
                 "devices": list(read_devices(shadow.output_path(SYSCALLS)).items()),
             }
             making = self._begin_made()
-            summary = shadow.call(EXTRACT, "run", argument)
+            self.extraction = land(shadow, argument, self.landing)
             self._finish_made(making)
-            extraction = collect(summary, shadow.output_path("record.json"))
-            carry.check(self.staged, self.folder, extraction.entries)
-        return extraction
+            carry.check(self.staged, self.folder, self.extraction.entries)
+        return self.extraction
 
     def _begin_made(self) -> int | None:
         """Ask what programs made in /run; None where none ran, or it is not the guest's."""

@@ -318,10 +318,12 @@ class Store:
             self._database.execute("BEGIN IMMEDIATE")
             yield
             self._database.execute("COMMIT")
-        except sqlite3.Error as error:
+        except BaseException as error:  # a signal too: the next write finds no open transaction
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
-            raise self._failure(error) from error
+            if isinstance(error, sqlite3.Error):
+                raise self._failure(error) from error
+            raise
 
     def _write(self, statement: str, *values: object) -> None:
         with self._transaction():

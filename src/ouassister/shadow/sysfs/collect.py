@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _MAX_READS: Final = 4 << 20  # a small server takes 30 thousand
 _MAX_LEFT_OUT: Final = 256
+_FIRST: Final = (b"", b"/fs")
 _SLABS: Final = b"/kernel/slab"
 _MODULE: Final = b"/module/"
 _SECURITY: Final = b"/sys/kernel/security"
@@ -73,15 +74,16 @@ def collect(
     return [*tree, *collector.security], collector.left_out
 
 
-def collect_root(reader: GuestReader) -> Node:
-    """Describe the root alone.
+def collect_first(reader: GuestReader) -> list[Node]:
+    """Describe what is in the root and in /fs, where every program with libselinux looks.
 
     Raises:
         UnsupportedGuestError: This kernel's sysfs is laid out otherwise.
-        CorruptGuestError: The root contradicts itself.
+        CorruptGuestError: What is there contradicts itself.
         PageAbsentError: It was never saved.
     """
-    return _node(Kernfs(reader.kernel).read(lambda _path: True), 0, {})
+    nodes = Kernfs(reader.kernel).read(lambda path: path not in _FIRST)
+    return [_node(nodes, index, {}) for index in range(len(nodes))]
 
 
 def _is_left_out(path: bytes) -> bool:

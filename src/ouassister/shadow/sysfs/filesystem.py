@@ -17,7 +17,7 @@ import stat
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ouassister.shadow.served.snapshot import Node
 
@@ -34,8 +34,9 @@ class SysFiles:
     """The operations; names are the ones that mfusepy calls.
 
     Args:
-        root: The first file of the snapshot.
-        load: Gives the snapshot; called when the first program looks below the root.
+        first: The root, and perhaps more of the snapshot: of a folder all that is in it, or
+            nothing.
+        load: Gives the snapshot; called when the first program looks for what that does not tell.
         wrote: Called with path and value when a program writes to an attribute.
         untold: Called once with the path of each file that a program read in vain.
     """
@@ -44,7 +45,7 @@ class SysFiles:
 
     def __init__(
         self,
-        root: Node,
+        first: Sequence[Node],
         load: Callable[[], Sequence[Node]],
         wrote: Callable[[str, bytes], None],
         untold: Callable[[str], None],
@@ -52,26 +53,26 @@ class SysFiles:
         self._wrote = wrote
         self._untold = untold
         self._told: set[str] = set()
-        self._root = root
         self._load = load
         self._loaded = False
         self._nodes: dict[str, Node] = {}
+        self._whole: set[str] = set()  # folders of which all names are known
+        for path, above, node in _placed(first):
+            self._nodes[path] = node
+            if path != "/":
+                self._whole.add(above)
         self._below: dict[str, list[Entry]] = {}
 
     def _look(self) -> None:
         if self._loaded:
             return
         self._loaded = True
-        paths: list[str] = []
-        for node in self._load():
-            above = paths[node.parent] if paths else ""
-            path = f"{above}/{os.fsdecode(node.name)}" if paths else ""
-            if path:
-                self._below[above or "/"].append(_entry(os.fsdecode(node.name), node))
-            paths.append(path)
-            self._nodes[path or "/"] = node
+        for path, above, node in _placed(self._load()):
+            if path != "/":
+                self._below[above].append(_entry(os.fsdecode(node.name), node))
+            self._nodes[path] = node
             if stat.S_ISDIR(node.mode):
-                self._below[path or "/"] = [_entry(".", node), _entry("..", node)]
+                self._below[path] = [_entry(".", node), _entry("..", node)]
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
         """Tell type, mode, owner, size and number."""
@@ -183,13 +184,25 @@ class SysFiles:
         return content
 
     def _node(self, path: str) -> Node:
-        if path == "/":
-            return self._root
-        self._look()
         node = self._nodes.get(path)
+        if node is not None and (self._loaded or stat.S_ISDIR(node.mode)):
+            return node
+        if node is not None or (path.rpartition("/")[0] or "/") not in self._whole:
+            self._look()
+            node = self._nodes.get(path)
         if node is None:
             raise OSError(errno.ENOENT, path)
         return node
+
+
+def _placed(nodes: Sequence[Node]) -> Iterator[tuple[str, str, Node]]:
+    """Each node with its path and that of its folder; the root is "/"."""
+    paths: list[str] = []
+    for node in nodes:
+        above = paths[node.parent] if paths else ""
+        path = f"{above}/{os.fsdecode(node.name)}" if paths else ""
+        paths.append(path)
+        yield path or "/", above or "/", node
 
 
 def _attributes(node: Node) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ouassister.kernel.program import guest_reads
 from ouassister.shadow.devices import collect as devices
 from ouassister.shadow.served import snapshot
 from ouassister.shadow.sysfs.collect import collect as collect_sysfs
-from ouassister.shadow.sysfs.collect import collect_root as collect_sysfs_root
+from ouassister.shadow.sysfs.collect import collect_first as collect_sysfs_first
 from ouassister.shadow.trees.handover import Tree
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def collect_devices(reader: GuestReader) -> Tree:
     return _ask("/dev has only what every program needs", lambda: devices.collect(reader))
 
 
-def collect_system_root(reader: GuestReader) -> Tree:
-    """Read the root of /sys alone, which each program's mounts ask for."""
-    root = _ask("", lambda: ([collect_sysfs_root(reader)], []))
-    return Tree(root.raw)  # why there is none is told with the rest
+def collect_system_first(reader: GuestReader) -> Tree:
+    """Read the part of /sys that each program's mounts and libraries ask for."""
+    first = _ask("", lambda: (collect_sysfs_first(reader), []))
+    return Tree(first.raw)  # why there is none is told with the rest
 
 
 def collect_system(reader: GuestReader) -> Tree:

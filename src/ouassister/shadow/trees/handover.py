@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ouassister.shadow.served.snapshot import Node
 
 SYS: Final = "sys"
-SYS_ROOT: Final = "sys-root"  # the first file of it alone
+SYS_FIRST: Final = "sys-first"  # what is asked for by everybody
 DEV: Final = "dev"
 _SOCKET: Final = "sys.socket"
 _READY: Final = b"ready"
@@ -48,7 +48,7 @@ def write(folder: Path, name: str, tree: Tree) -> None:
 
     Args:
         folder: Exists; private to the run.
-        name: ``SYS``, ``SYS_ROOT`` or ``DEV``.
+        name: ``SYS``, ``SYS_FIRST`` or ``DEV``.
         tree: What is known.
     """
     if tree.raw is not None:
@@ -94,17 +94,19 @@ def ask(folder: Path) -> list[Node]:
             caller.connect(f"{place}/{_SOCKET}")
         if caller.recv(len(_READY), socket.MSG_WAITALL) != _READY:
             raise InternalError("nobody reads the guest's /sys")
-    return snapshot.read(folder / SYS) if (folder / SYS).exists() else [system_root(folder)]
+    return snapshot.read(folder / SYS) if (folder / SYS).exists() else system_first(folder)[:1]
 
 
-def system_root(folder: Path) -> Node:
-    """Return the root of /sys; that of an empty one where memory does not tell.
+def system_first(folder: Path) -> list[Node]:
+    """Return the root of /sys and what is known beside it: all or nothing of a folder.
+
+    Where memory does not tell, it is the root of an empty one.
 
     Raises:
         InternalError: What was handed over is no tree.
     """
-    path = folder / SYS_ROOT
-    return snapshot.read(path)[0] if path.exists() else _ROOT
+    path = folder / SYS_FIRST
+    return snapshot.read(path) if path.exists() else [_ROOT]
 
 
 def _notes(folder: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ from ouassister.shadow.devices.filesystem import DevFiles
 from ouassister.shadow.served import server, snapshot
 from ouassister.shadow.sysfs.filesystem import SysFiles
 from ouassister.shadow.sysfs.record import recorders
-from ouassister.shadow.trees.handover import DEV, SYS, ask, system_root
+from ouassister.shadow.trees.handover import DEV, SYS, ask, system_first
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,14 +52,14 @@ class Servers:
             OSError: The host refuses a mount.
         """
         self._stage = stage
-        root = system_root(folder)
+        first = system_first(folder)
         # For its server, which leaves the working folder, too.
         handed = os.open(folder, os.O_PATH | os.O_CLOEXEC)
         try:
             self._pids[SYS] = server.start(
-                "sysfs", str(stage / SYS), raw.MS_NOEXEC, root.mode & _PERMISSIONS,
+                "sysfs", str(stage / SYS), raw.MS_NOEXEC, first[0].mode & _PERMISSIONS,
                 lambda: SysFiles(
-                    root, lambda: _asked(handed), *recorders(records, server.caller_pid)
+                    first, lambda: _asked(handed), *recorders(records, server.caller_pid)
                 ),
             )  # fmt: skip
         finally:
