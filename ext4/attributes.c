@@ -128,10 +128,14 @@ static int open_attributes(struct view *view, ext2_ino_t number, struct ext2_xat
 	return error_number(error);
 }
 
-/* The content of small files, which the kernel does not show. */
+/*
+ * The content of small files, which the kernel does not show; and labels of SELinux, which the root of
+ * a user namespace may not set: overlayfs would fail to copy up whatever has one (Linux v6.1
+ * security/commoncap.c, cap_inode_setxattr). The guest's policy says what they are.
+ */
 static bool is_hidden(const char *name)
 {
-	return strcmp(name, "system.data") == 0;
+	return strcmp(name, "system.data") == 0 || strcmp(name, "security.selinux") == 0;
 }
 
 int get_attribute(struct view *view, ext2_ino_t number, const char *name, void **value,

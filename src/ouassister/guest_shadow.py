@@ -18,7 +18,7 @@ from ouassister.interrupts import watched
 from ouassister.kernel import GuestReader
 from ouassister.model import Identity
 from ouassister.restart import plan as restart_plan
-from ouassister.shadow import sandbox, tmpfs_handover, told
+from ouassister.shadow import labels, sandbox, tmpfs_handover, told
 from ouassister.shadow.procfs.collect import collect as collect_proc
 from ouassister.shadow.remove import remove_tree
 from ouassister.shadow.servicemanager.state import collect as collect_services
@@ -216,6 +216,8 @@ def open_guest(
         try:
             if updating:
                 guest.refuse_unfinished()
+                if sleeping.labelled:
+                    labels.require(shadow)
             yield guest
         except OUassisterError:
             guest.prove(timeline)  # a view that is not true explains any other failure

@@ -212,12 +212,13 @@ def refuse_unsafe(sleeping: Sleeping) -> None:
             f"{device} is frozen: an update could not be written to it when the guest wakes up",
             hint="resume the VM, thaw it (fsfreeze -u), run 'sync' and save it again",
         )
-    if sleeping.labelled:
-        raise UnsupportedGuestError(
-            "the guest has loaded an SELinux policy: new files would not have its labels, and what"
-            " runs them might be denied",
-            hint="update it awake; guests without a policy (no /etc/selinux/config) are supported",
-        )
+    for volume in sleeping.layout.volumes:
+        if sleeping.labelled and volume.by_host_kernel:
+            raise UnsupportedGuestError(
+                f"the guest has loaded an SELinux policy, and {volume.device} is {volume.fstype}:"
+                " a union over it cannot change what has a label",
+                hint="update it awake; labels are supported on ext4",
+            )
     if view.held_locks is None:
         raise UnsupportedGuestError(
             f"who holds locks cannot be told: {'; '.join(view.degraded) or 'not asked for'}"

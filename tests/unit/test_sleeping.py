@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ouassister.disk.layout import Layout
+from ouassister.disk.layout import Layout, Volume
 from ouassister.errors import (
     LockedError,
     NotSuspendedError,
@@ -124,10 +124,15 @@ def test_frozen_guest_is_not_updated(config: VmConfig) -> None:
     assert "fsfreeze -u" in caught.value.hint
 
 
-def test_guest_with_an_selinux_policy_is_not_updated(config: VmConfig) -> None:
-    with pytest.raises(UnsupportedGuestError, match="SELinux policy") as caught:
-        refuse_unsafe(replace(sleeping(config), labelled=True))
-    assert "awake" in caught.value.hint
+@pytest.mark.parametrize("fstype", ["xfs", "btrfs"])
+def test_labels_of_selinux_are_supported_on_ext4_alone(config: VmConfig, fstype: str) -> None:
+    volumes = (Volume("vda1", 254, 1, "ext4", ()), Volume("vdb1", 254, 17, fstype, ()))
+    guest = replace(sleeping(config), labelled=True, layout=Layout(volumes[:1], ()))
+    refuse_unsafe(guest)
+    with pytest.raises(UnsupportedGuestError, match=f"SELinux policy, and vdb1 is {fstype}") as one:
+        refuse_unsafe(replace(guest, layout=Layout(volumes, ())))
+    assert "awake" in one.value.hint
+    refuse_unsafe(replace(guest, labelled=False, layout=Layout(volumes, ())))
 
 
 def opens(config: VmConfig) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import NoSolutionError, OUassisterError, RepositoryError, UpdaterError
 from ouassister.guest_shadow import KEEP, MADE
-from ouassister.model import Request
+from ouassister.model import Action, Request
 from ouassister.packages import update
 from ouassister.packages.apt_steps import steps_for
 from ouassister.packages.owners import owners
 from ouassister.restart import run_files
-from ouassister.shadow import sandbox
+from ouassister.shadow import labels, sandbox
 from ouassister.shadow.events import actions_of
 from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
 from ouassister.shadow.tmpfs_handover import read_places
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ouassister.changeset.landing import Landing
     from ouassister.disk.layout import Layout
     from ouassister.guest_shadow import Guest
-    from ouassister.model import Action, PackageChange, Staged, StagedStep
+    from ouassister.model import PackageChange, Staged, StagedStep
     from ouassister.packages.apt import Apt, Ran
     from ouassister.packages.apt_status import Work
     from ouassister.packages.update import Prepared
@@ -125,8 +126,17 @@ class RealGround:
             making = self._begin_made()
             self.extraction = land(shadow, argument, self.landing)
             self._finish_made(making)
+            if self._guest.sleeping.labelled:
+                self._label()
             carry.check(self.staged, self.folder, self.extraction.entries)
         return self.extraction
+
+    def _label(self) -> None:
+        """Give files the labels of the guest's policy, which is loaded where it changes."""
+        entries = labels.label(self._guest.shadow, self.extraction.entries)
+        self.extraction = replace(self.extraction, entries=entries)
+        if any(labels.POLICY.fullmatch(entry.path) for entry in entries):
+            self.made = (Action(("load_policy",)), *self.made)
 
     def _begin_made(self) -> int | None:
         """Ask what programs made in /run; None where none ran, or it is not the guest's."""
