@@ -7,6 +7,7 @@
 # make powercut-test CUTS=20   power cuts in the middle of a reflection, each followed by a boot
 # make libvirt-test        domains of both machines, every compression that libvirt saves with, a user's own daemon
 # make cgroup-test         control groups of version 2, in a guest that has them
+# make selinux-test        a guest with an SELinux policy: its labels beside those of its own dpkg
 # make arm64-test          the applier for arm64, its whole host tier under QEMU's user mode
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
 # make fidelity PACKAGES="a b" [UPGRADE=1] [INSTALLED="c"] [GUEST=trixie]   an update asleep against the same awake
@@ -77,6 +78,10 @@ libvirt-test: .venv/ready $(BUILT)
 cgroup-test: .venv/ready
 	$(ROOT) env OUASSISTER_CGROUP_TEST=1 \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_cgroup_version_2.py $(PYTEST)
+
+selinux-test: .venv/ready $(BUILT)
+	$(ROOT) env OUASSISTER_SELINUX=1 \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "" -v tests/vm/test_selinux.py $(PYTEST)
 
 GUEST := bookworm
 fidelity: .venv/ready $(BUILT)
@@ -168,5 +173,5 @@ lock:
 clean:
 	rm -rf --one-file-system build .venv $(BUILT)
 
-.PHONY: demo test check view-test kernel-test staging-test powercut-test libvirt-test case-test cgroup-test fidelity fuzz bench sleeper-bench applier guest-tests applier-arm64 arm64-test \
+.PHONY: demo test check view-test kernel-test staging-test selinux-test powercut-test libvirt-test case-test cgroup-test fidelity fuzz bench sleeper-bench applier guest-tests applier-arm64 arm64-test \
         deps lock clean

@@ -173,6 +173,24 @@ def test_archive_that_is_not_what_the_lists_say_does_not_travel(tmp_path: Path) 
 # --- what is guessed ---
 
 
+def test_who_changes_the_selinux_policy_is_who_was_at_work_then() -> None:
+    policy = Entry(
+        b"/etc/selinux/default/policy/policy.33",
+        Kind.FILE,
+        Expected(1, 0o100644, 9, 1, 1),
+        mtime_ns=8_900_000_000,
+    )
+    other = dataclasses.replace(policy, path=b"/etc/selinux/default/seusers")
+    works = (Work("db", 3), Work("app", 7), Work("db", 9))
+    planned = ("db", "app")
+    words = "it changes the SELinux policy /etc/selinux/default/policy/policy.33, which the guest"
+    (found,) = judge.policies((other, policy), works, planned).items()
+    assert found == ("app", f"{words} has loaded")
+    late = dataclasses.replace(policy, mtime_ns=1)  # a script gave it the time of something else
+    assert judge.policies((late,), works, planned).keys() == {"db", "app"}
+    assert judge.policies((other, dataclasses.replace(policy, same=True)), works, planned) == {}
+
+
 def test_prediction_names_holders_of_data_and_what_was_staged_before() -> None:
     log = dataclasses.replace(HELD, path=b"/var/log/db.log")
     assert predict.suspects((HELD, log, dataclasses.replace(HELD, program=b""))) == (HELD,)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from ouassister.errors import NoSolutionError, OUassisterError, RepositoryError, UpdaterError
 from ouassister.guest_shadow import KEEP, MADE
-from ouassister.model import Action, Request
+from ouassister.model import Request
 from ouassister.packages import update
 from ouassister.packages.apt_steps import steps_for
 from ouassister.packages.owners import owners
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ouassister.changeset.landing import Landing
     from ouassister.disk.layout import Layout
     from ouassister.guest_shadow import Guest
-    from ouassister.model import PackageChange, Staged, StagedStep
+    from ouassister.model import Action, PackageChange, Staged, StagedStep
     from ouassister.packages.apt import Apt, Ran
     from ouassister.packages.apt_status import Work
     from ouassister.packages.update import Prepared
@@ -127,16 +127,10 @@ class RealGround:
             self.extraction = land(shadow, argument, self.landing)
             self._finish_made(making)
             if self._guest.sleeping.labelled:
-                self._label()
+                entries = labels.label(shadow, self.extraction.entries)
+                self.extraction = replace(self.extraction, entries=entries)
             carry.check(self.staged, self.folder, self.extraction.entries)
         return self.extraction
-
-    def _label(self) -> None:
-        """Give files the labels of the guest's policy, which is loaded where it changes."""
-        entries = labels.label(self._guest.shadow, self.extraction.entries)
-        self.extraction = replace(self.extraction, entries=entries)
-        if any(labels.POLICY.fullmatch(entry.path) for entry in entries):
-            self.made = (Action(("load_policy",)), *self.made)
 
     def _begin_made(self) -> int | None:
         """Ask what programs made in /run; None where none ran, or it is not the guest's."""
@@ -165,7 +159,13 @@ class RealGround:
         self.made, self.made_notes = run_files.actions_for(nodes, before, self.events())
 
     def held(self, extraction: Extraction, ran: Ran, names: frozenset[str]) -> Reasons:
-        """Packages that wrote what sleeping processes hold open."""
+        """Packages that wrote what sleeping processes, or the kernel, hold."""
+        policies: Reasons = {}
+        if self._guest.sleeping.labelled:
+            policies = judge.policies(extraction.entries, ran.works, names)
+        return policies | self._held_open(extraction, ran, names)
+
+    def _held_open(self, extraction: Extraction, ran: Ran, names: frozenset[str]) -> Reasons:
         try:
             running = self._running()
         except OUassisterError as error:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from ouassister.packages.apt_status import at_work
+from ouassister.shadow import labels
 from ouassister.shadow.events import Outcome
 from ouassister.text import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
+    from ouassister.model import Entry
     from ouassister.packages.apt import Ran
     from ouassister.packages.apt_status import Work
     from ouassister.shadow.events import Event
@@ -97,6 +99,25 @@ def holders(
         mine = next((kept for guess in guesses if (kept := set(guess) & set(planned))), planned)
         for name in sorted(mine):
             reasons.setdefault(name, words)
+    return reasons
+
+
+def policies(
+    entries: Iterable[Entry], works: tuple[Work, ...], planned: Collection[str]
+) -> Reasons:
+    """Packages that wrote the SELinux policy, which the kernel has loaded and must load again.
+
+    Labels of the new one are none that the old one knows. Whose it is: whose script was at work in
+    the second in which it was written; else it may be any.
+    """
+    reasons: Reasons = {}
+    for entry in entries:
+        if labels.POLICY.fullmatch(entry.path) and not entry.same:
+            guess = set(at_work(works, entry.mtime_ns // 1_000_000_000)) & set(planned)
+            words = (
+                f"it changes the SELinux policy {to_text(entry.path)}, which the guest has loaded"
+            )
+            reasons.update(dict.fromkeys(sorted(guess or planned), words))
     return reasons
 
 

@@ -50,7 +50,7 @@ class Ground(Protocol):
         ...
 
     def held(self, extraction: Extraction, ran: Ran, names: frozenset[str]) -> Reasons:
-        """Packages that wrote what sleeping processes hold open."""
+        """Packages that wrote what sleeping processes, or the kernel, hold."""
         ...
 
     def plan_without(self, staged: Changes, request: Request) -> tuple[Request, Changes]:
