@@ -105,7 +105,8 @@ _TRIGGER: Final = Case(
     ),
 )
 
-# What is in memory: a folder that its service needs, and what tells an administrator to reboot.
+# What is in memory: a folder that its service needs, what tells an administrator to reboot, and
+# what is of no use any more.
 _MEMORY: Final = Case(
     ("oua-memory",),
     (
@@ -126,13 +127,16 @@ _MEMORY: Final = Case(
                 "ln -s sub/words /run/oua-memory/link\n"
                 "touch /run/reboot-required; echo oua-memory >>/run/reboot-required.pkgs\n"
                 "echo $$ >/run/oua-memory.pid; rm /run/oua-memory.pid\n"
+                "rm -r /run/oua-gone/sub; rm /run/oua-link; mv /run/oua-gone/a /run/oua-gone/b\n"
                 "deb-systemd-helper enable oua-memory.service\n"
                 "systemctl daemon-reload; deb-systemd-invoke start oua-memory.service"
             },
         ),
     ),
     (),
-    "echo before >/run/reboot-required.pkgs",
+    "echo before >/run/reboot-required.pkgs; mkdir -p /run/oua-gone/sub/deep;"
+    " touch /run/oua-gone/kept /run/oua-gone/sub/file; echo a >/run/oua-gone/a;"
+    " ln -s oua-gone /run/oua-link",
 )
 
 _RULES: Final = Case(

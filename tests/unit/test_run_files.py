@@ -60,6 +60,34 @@ def test_what_was_there_before_is_left_alone() -> None:
     assert len(run_files.actions_for(changed, before)[0]) == 2
 
 
+def test_what_is_gone_goes_first_and_a_folder_after_what_is_in_it() -> None:
+    before = [
+        _before(b"/", 0o040755),
+        _before(b"/old", 0o040755),
+        _before(b"/old/file", 0o100644),
+        _before(b"/old/link", 0o120777),
+        _before(b"/old/socket", 0o140777),
+        _before(b"/old.pid", 0o100644),
+        _before(b"/open", 0o041777),
+        _before(b"/open/file", 0o100644),
+        _before(b"/odd name", 0o100644),
+    ]
+    gone = {b"/old", b"/old/file", b"/old/link", b"/old/socket", b"/old.pid", b"/open/file",
+            b"/odd name", b"/never"}  # fmt: skip
+    made = [_node("/new", 0o040755)]
+    actions, notes = run_files.actions_for(made, before, gone=gone)
+    assert [action.argv for action in actions] == [
+        ("rm", "-f", "/run/old/link"),
+        ("rm", "-f", "/run/old/file"),
+        ("rmdir", "--ignore-fail-on-non-empty", "/run/old"),
+        ("install", "-d", "-m", "0755", "-o", "0", "-g", "0", "/run/new"),
+    ]
+    assert notes == (
+        "changed by scripts in memory, and not in the guest: /run/odd name, /run/open/file",
+    )
+    assert all(map(run_files.is_made, actions))
+
+
 @pytest.mark.parametrize(
     "node",
     [
@@ -135,6 +163,21 @@ def test_what_is_younger_is_listed(tmp_path: Path) -> None:
     assert found["/sub"]["mode"] == 0o040711
     assert [path for path, one in found.items() if one["ruled"]] == ["/sub"]
     assert found["/sub/li\\x0ank"]["target"] == "x"
+
+
+def test_names_are_all_that_is_there_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x\ny").symlink_to("nowhere")
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "b").touch()
+    argument = {"folder": str(tmp_path), "apart": ["apart"]}
+    assert tmpfs_made.names(argument) == ["/a", "/a/x\\x0ay"]
+    monkeypatch.setattr(tmpfs_made, "_MOST_NODES", 2)
+    assert tmpfs_made.names(argument) == ["/a", "/a/x\\x0ay"]
+    (tmp_path / "c").touch()
+    assert tmpfs_made.names(argument) == []
 
 
 def test_a_tree_without_end_is_bounded(tmp_path: Path) -> None:

@@ -155,8 +155,9 @@ def test_labels_are_those_that_the_guests_own_dpkg_gives(
     (deb,) = repository.folder.glob("oua-labelled*.deb")
     with qemu.restore(vmtoml.load(twin), links_up=False) as vm:
         try:
-            vm.qga().write_file(f"/root/{deb.name}", deb.read_bytes())
+            vm.qga()
             vm.cont()
+            vm.qga().write_file(f"/root/{deb.name}", deb.read_bytes())
             guest_run(vm, f"dpkg -i /root/{deb.name}")
             truth = listed(vm)
         finally:
@@ -189,7 +190,7 @@ def test_package_that_changes_the_policy_is_installed_by_the_guest(world: World)
     updated = world.run("update", "--install", "oua-policy", "--install", "oua-labelled")
     assert updated.status == 0, updated
     modes = {one["name"]: one for one in updated.result["modes"]}
-    assert modes["oua-labelled"]["mode"] == "emulated"
+    assert modes["oua-labelled"]["mode"] == "emulated", modes
     assert modes["oua-policy"]["mode"] == "staged"
     assert (
         "it changes the SELinux policy /etc/selinux/default/policy/policy."

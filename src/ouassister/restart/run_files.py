@@ -1,8 +1,9 @@
-"""What scripts made in the guest's /run, made again in the running guest.
+"""What scripts made and removed in the guest's /run, done again in the running guest.
 
 /run is memory, so no file of a change set can be there; yet a service may need a folder that its
 package's script made, and people look for ``/run/reboot-required``. What is there in the shadow
-and was not when the guest fell asleep becomes actions, which come before all others.
+and was not when the guest fell asleep, and what is gone, becomes actions, which come before all
+others.
 
 Not carried: what the service manager, udev and sessions keep there, sockets and pipes, names of
 pids and locks (they are of processes of the shadow), and what lies where others than root may
@@ -31,7 +32,10 @@ APART: Final = (
     "systemd", "udev", "user", "ouassister", "log", "lock", "dbus", "mount", "credentials",
     "initramfs", "utmp", "adduser",
 )  # fmt: skip
-_PROGRAMS: Final = ("install", "ln", WRITE_FILE)
+_PROGRAMS: Final = ("install", "ln", "rm", "rmdir", WRITE_FILE)
+_RM: Final = ("rm", "-f")
+_RMDIR: Final = ("rmdir", "--ignore-fail-on-non-empty")
+_CARRIED: Final = frozenset((stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK))
 _OF_PROCESSES: Final = (b".pid", b".lock", b".lck", b".sock", b".socket")
 _WORD: Final = re.compile(rb"/run/[A-Za-z0-9:_.@=/+-]{1,200}")
 _TARGET: Final = re.compile(rb"[A-Za-z0-9:_.@=/+][A-Za-z0-9:_.@=/+-]{0,249}")
@@ -48,17 +52,20 @@ def actions_for(
     nodes: Iterable[Mapping[str, Any]],
     before: Sequence[TmpfsNode],
     events: Iterable[Event] = (),
+    gone: Iterable[bytes] = (),
 ) -> tuple[tuple[Action, ...], tuple[str, ...]]:
-    """Make actions of what is new.
+    """Make actions of what is new, and of what is gone.
 
     Args:
         nodes: Of the tmpfs at /run, as `ouassister.shadow.tmpfs_made` tells them.
         before: What it had when the guest fell asleep; paths start at its root.
         events: What scripts did; where they called systemd-tmpfiles(8), which is done again in the
             guest, what rules speak of is its own.
+        gone: Paths that programs could see before they ran, and that are not there any more.
 
     Returns:
-        The actions, folders before what is in them; and notes on what is not carried.
+        The actions: what goes, folders after what is in them, then what comes, folders before; and
+        notes on what is not carried.
     """
     known = {node.path.rstrip(b"/") or b"/": node for node in before}
     owners = {path: (node.uid, node.mode) for path, node in known.items()}
@@ -74,7 +81,7 @@ def actions_for(
             continue
         if _is_as_before(node, known.get(path)):
             continue
-        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        if stat.S_IFMT(mode) not in _CARRIED:
             continue
         made = _action(RUN + path, node) if _is_roots(path, owners) else None
         room -= len(node["content"] or "") if made is not None else 0
@@ -82,10 +89,20 @@ def actions_for(
             left.append(to_text(RUN + path))
         else:
             actions.append(made)
+    for path in sorted(gone):  # what is in a folder is put before it
+        old = known.get(path)
+        if old is None or path.endswith(_OF_PROCESSES) or stat.S_IFMT(old.mode) not in _CARRIED:
+            continue
+        where = _WORD.fullmatch(RUN + path)
+        if not _is_roots(path, owners) or where is None or len(actions) == _MOST_ACTIONS:
+            left.append(to_text(RUN + path))
+        else:
+            how = _RMDIR if stat.S_ISDIR(old.mode) else _RM
+            actions.insert(0, Action((*how, where[0].decode("ascii"))))
     if not left:
         return tuple(actions), ()
     named = f"{', '.join(left[:_MOST_NAMED])}{' and others' * (len(left) > _MOST_NAMED)}"
-    return tuple(actions), (f"left by scripts in memory, and not made in the guest: {named}",)
+    return tuple(actions), (f"changed by scripts in memory, and not in the guest: {named}",)
 
 
 def is_made(action: Action) -> bool:

@@ -9,14 +9,16 @@ Source: ``tmpfs(5)``; Linux v6.1 ``mm/shmem.c`` (``shmem_getattr``).
 from __future__ import annotations
 
 import base64
-import contextlib
 import os
 import re
 import stat
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ouassister.disk import small_files
 from ouassister.text import from_text, to_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -44,12 +46,38 @@ def list_made(argument: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     top = os.open(argument["folder"], _FOLDER_FLAGS)
     try:
-        _walk(top, b"", argument["since_ns"], frozenset(argument["apart"]), found, [_MOST_NODES])
+        for folder, name, path, status in _each(
+            top, b"", frozenset(argument["apart"]), [_MOST_NODES]
+        ):
+            if status.st_ctime_ns >= argument["since_ns"]:
+                found.append(_told(folder, name, path, status))
+                if len(found) == _MOST_TOLD:
+                    break
     finally:
         os.close(top)
     ruled = _ruled(argument["rules"]) if found else frozenset()
     where = argument["where"].encode()
     return [one | {"ruled": where + from_text(one["path"]) in ruled} for one in found]
+
+
+def names(argument: dict[str, Any]) -> list[str]:
+    """List the paths in a tmpfs, of whatever kind.
+
+    Args:
+        argument: ``folder`` and ``apart``, as of `list_made`.
+
+    Returns:
+        Paths from the top, escaped; nothing of a tmpfs that has more than is looked at.
+    """
+    found: list[str] = []
+    left = [_MOST_NODES]
+    top = os.open(argument["folder"], _FOLDER_FLAGS)
+    try:
+        for _folder, _name, path, _status in _each(top, b"", frozenset(argument["apart"]), left):
+            found.append(to_text(path))
+    finally:
+        os.close(top)
+    return found if left[0] >= 0 else []
 
 
 def _ruled(folders: list[dict[str, str]]) -> frozenset[bytes]:
@@ -70,34 +98,31 @@ def _ruled(folders: list[dict[str, str]]) -> frozenset[bytes]:
     return frozenset(paths)
 
 
-def _walk(
-    folder: int,
-    path: bytes,
-    since_ns: int,
-    apart: frozenset[str],
-    found: list[dict[str, Any]],
-    left: list[int],
-) -> None:
+def _each(
+    folder: int, path: bytes, apart: frozenset[str], left: list[int]
+) -> Iterator[tuple[int, bytes, bytes, os.stat_result]]:
+    """Each file with its open folder, name and path; ``left`` goes below 0 when there are more."""
     with os.scandir(folder) as entries:
-        names = sorted(os.fsencode(entry.name) for entry in entries)
-    for name in names:
-        left[0] -= 1
-        if left[0] < 0 or len(found) == _MOST_TOLD:
-            return
+        inside = sorted(os.fsencode(entry.name) for entry in entries)
+    for name in inside:
         if not path and to_text(name) in apart:
             continue
+        left[0] -= 1
+        if left[0] < 0:
+            return
         below = path + b"/" + name
         status = os.lstat(name, dir_fd=folder)
-        if status.st_ctime_ns >= since_ns:
-            found.append(_told(folder, name, below, status))
+        yield folder, name, below, status
         if stat.S_ISDIR(status.st_mode) and below.count(b"/") < _MOST_DEPTH:
-            with contextlib.suppress(OSError):  # something is mounted there, or it is gone
-                inside = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
-                try:
-                    if os.fstat(inside).st_dev == status.st_dev:
-                        _walk(inside, below, since_ns, apart, found, left)
-                finally:
-                    os.close(inside)
+            try:
+                opened = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+            except OSError:  # something is mounted there, or it is gone
+                continue
+            try:
+                if os.fstat(opened).st_dev == status.st_dev:
+                    yield from _each(opened, below, apart, left)
+            finally:
+                os.close(opened)
 
 
 def _told(folder: int, name: bytes, path: bytes, status: os.stat_result) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ouassister.shadow.syscalls.records import SYSCALLS, read_devices
 from ouassister.shadow.tmpfs_handover import read_places
 from ouassister.staging import carry, held, judge
 from ouassister.staging.land import land
-from ouassister.text import to_text
+from ouassister.text import from_text, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -83,6 +83,7 @@ class RealGround:
         self._staged_changes: set[PackageChange] = set()
         self._automatic: frozenset[str] = frozenset()  # asked for by us alone
         self._since_ns = 0  # when the updater was started
+        self._names: frozenset[str] = frozenset()  # in /run, before
 
     def uses(self) -> tuple[ProcessUse, ...]:
         """What processes run."""
@@ -102,8 +103,9 @@ class RealGround:
 
     def emulate(self, request: Request) -> Ran:
         """Run the guest's updater."""
-        self._since_ns = time.time_ns()
         with self._timeline.phase("emulate"):
+            self._names = self._names_in_run()
+            self._since_ns = time.time_ns()
             ran = self._tool.emulate(request, sorted(self._automatic))
         self.works = ran.works
         return ran
@@ -137,18 +139,29 @@ class RealGround:
         self.made, self.made_notes = (), ()
         if not self._since_ns:
             return None
-        places = read_places(self._guest.folder / "shadow" / "tmpfs") or ()
-        for place in places:
+        run = self._run_in_memory()
+        if run is None:
+            return None
+        more = {
+            "since_ns": self._since_ns,
+            "where": "/run",
+            "rules": _rules(self._guest.sleeping.layout),
+        }
+        return self._guest.shadow.begin(MADE, "list_made", {**run, **more})
+
+    def _run_in_memory(self) -> dict[str, object] | None:
+        """Where the guest's /run is in the sandbox, and what there is another's."""
+        for place in read_places(self._guest.folder / "shadow" / "tmpfs") or ():
             if (place.target, place.root) == (run_files.RUN, b"/"):
-                argument = {
+                return {
                     "folder": f"{sandbox.TMPFS}/{place.number}",
-                    "since_ns": self._since_ns,
                     "apart": run_files.APART,
-                    "where": "/run",
-                    "rules": _rules(self._guest.sleeping.layout),
                 }
-                return self._guest.shadow.begin(MADE, "list_made", argument)
         return None
+
+    def _names_in_run(self) -> frozenset[str]:
+        run = self._run_in_memory()
+        return frozenset(self._guest.shadow.call(MADE, "names", run) if run else ())
 
     def _finish_made(self, call: int | None) -> None:
         if call is None:
@@ -156,7 +169,10 @@ class RealGround:
         nodes = self._guest.shadow.finish(call)
         contents = self._guest.sleeping.view.tmpfs_content or ()
         before = next((one.tmpfs.nodes for one in contents if one.tmpfs.target == b"/run"), ())
-        self.made, self.made_notes = run_files.actions_for(nodes, before, self.events())
+        names = self._names_in_run()
+        # More than is looked at, now or before: what is gone cannot be told.
+        gone = map(from_text, self._names - names if names else ())
+        self.made, self.made_notes = run_files.actions_for(nodes, before, self.events(), gone)
 
     def held(self, extraction: Extraction, ran: Ran, names: frozenset[str]) -> Reasons:
         """Packages that wrote what sleeping processes, or the kernel, hold."""
