@@ -132,6 +132,15 @@ def test_sys_is_read_when_somebody_looks(folder: Path) -> None:
     assert handover.read_notes(folder) == ("a note", "another note")
 
 
+def test_what_every_program_asks_of_sys_waits_for_nobody(place: Path) -> None:
+    first = [SYSTEM[0], Node(0, b"fs", stat.S_IFDIR | 0o755), Node(1, b"bpf", stat.S_IFDIR | 0o700)]
+    (place / handover.SYS_FIRST).unlink()
+    handover.write(place, handover.SYS_FIRST, Tree(snapshot.encode(first)))
+    script = "stat -c %a sys/fs/bpf; test -e sys/fs/selinux || test -e sys/vda || echo none"
+    assert told(place, script) == ["700", "none", "served"]
+    assert not (place / "sys").exists()
+
+
 def test_sys_that_nobody_tells_is_empty(place: Path) -> None:
     with handover.listen(place) as listener:
         thread = threading.Thread(target=lambda: handover.answer(listener, place, Tree))

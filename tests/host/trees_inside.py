@@ -56,6 +56,7 @@ def inside(folder: Path, script: str, kill: bool) -> None:
     if kill:
         for pid in servers.pids():
             os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # its files are closed by then
     done = subprocess.run(
         ["sh", "-c", f"cd {stage}; {script}"],
         stdout=subprocess.PIPE,
