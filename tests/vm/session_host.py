@@ -89,9 +89,9 @@ def _moved(xml: str, old: Path, new: Path, place: Path) -> bytes:
         for name in ("backingStore", "seclabel"):
             for part in parent.findall(name):
                 parent.remove(part)
-    for channel in root.iterfind("devices/channel"):
+    for number, channel in enumerate(root.iterfind("devices/channel")):
         for part in channel.findall("source"):
             channel.remove(part)
         # The one that libvirt would choose is longer than an address of a socket may be.
-        ElementTree.SubElement(channel, "source", mode="bind", path=str(new / "agent"))
+        ElementTree.SubElement(channel, "source", mode="bind", path=str(new / f"port{number}"))
     return ElementTree.tostring(root)
