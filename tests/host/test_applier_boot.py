@@ -274,7 +274,8 @@ def test_unit_asks_for_the_applier_as_it_was(lab: Systemd) -> None:
     assert boot_unit.starts(world.root)
     program = world.root / "var/lib/ouassister/boot-applier"
     whole = program.read_bytes()
-    for torn in (b"", whole[:-1], whole[:4096] + bytes(len(whole) - 4096)):
+    half = len(whole) // 2
+    for torn in (b"", whole[:-1], whole[:half] + bytes(len(whole) - half)):
         program.write_bytes(torn)
         assert not boot_unit.starts(world.root)
     program.write_bytes(whole)
