@@ -10,7 +10,7 @@
 # make selinux-test        a guest with an SELinux policy: its labels beside those of its own dpkg
 # make arm64-test          the applier for arm64, its whole host tier under QEMU's user mode
 # make fuzz SECONDS=600    damaged save files, types, symbols and kernel memory, from a fresh seed
-# make fidelity PACKAGES="a b" [UPGRADE=1] [INSTALLED="c"] [GUEST=trixie]   an update asleep against the same awake
+# make fidelity PACKAGES="a b" [UPGRADE=1] [INSTALLED="c"] [HELD="d"] [GUEST=trixie]   an update asleep against the same awake
 # make bench  time and memory of inspect, beside volatility3 on the same guests; an update asleep, and its resume
 #             beside the same in a plain chroot; and the sleeper-bench
 # make sleeper-bench       a Debian 11 server with all of its security archive pending: asleep against awake
@@ -86,7 +86,7 @@ selinux-test: .venv/ready $(BUILT)
 GUEST := bookworm
 fidelity: .venv/ready $(BUILT)
 	$(ROOT) $(BIN)/python -m tests.fidelity --guest $(GUEST) $(if $(UPGRADE),--upgrade) \
-	    $(if $(INSTALLED),--installed "$(INSTALLED)") $(PACKAGES)
+	    $(if $(INSTALLED),--installed "$(INSTALLED)") $(if $(HELD),--held "$(HELD)") $(PACKAGES)
 
 case-test: .venv/ready $(BUILT)
 	$(ROOT) env OUASSISTER_CASES=all \

@@ -118,10 +118,12 @@ def test_package_whose_script_fails_is_staged_with_its_dependents_and_fails_alik
     wish = ("oua-well", "oua-fails", "oua-needs-fails")
     pair = twins.update_both(sleeper, tmp_path, twins.Wish(wish, repository.port, may_fail=True))
     assert pair.staged.keys() == {"oua-fails", "oua-needs-fails"}
-    assert "postinst" in pair.staged["oua-fails"]
+    assert "post-installation script" in pair.staged["oua-fails"]
     assert "install ok half-configured" in "\n".join(pair.theirs.tables["packages"])
+    assert pair.ours.tables["packages"] == pair.theirs.tables["packages"]
+    # The gate is closed, and what a later resume takes up is there yet.
     found, _used = compare.differences(pair.theirs, pair.ours, pair.since_s, compare.load())
-    assert found == []
+    assert [line for line in found if "ouassister" not in line] == []
 
 
 def test_package_that_waits_for_ever_is_staged_and_the_rest_is_emulated(world: World) -> None:

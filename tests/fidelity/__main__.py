@@ -93,18 +93,21 @@ def main() -> int:
     parser.add_argument(
         "--installed", default="", help="what the outdated guest has; only packages are upgraded"
     )
+    parser.add_argument("--held", default="", help="what neither of them upgrades")
     parser.add_argument("--guest", default="bookworm", choices=("bullseye", "bookworm", "trixie"))
     options = parser.parse_args()
     installed = tuple(options.installed.split())
     outdated = options.upgrade or bool(installed)
     before = installed or (tuple(options.packages) if options.upgrade else ())
-    base = twins.sleeping(options.guest, before, outdated=outdated)
+    held = tuple(options.held.split())
+    base = twins.sleeping(options.guest, before, outdated=outdated, held=held)
     runs = Runs(base, outdated=outdated, everything=options.upgrade)
     verdicts = bisection.judge(options.packages, runs.attempt)
     result = {
         "guest": options.guest,
         "upgrade": options.upgrade,
         "installed": installed,
+        "held": held,
         "packages": {name: asdict(one) for name, one in verdicts.items()},
         "runs": runs.log,
     }
