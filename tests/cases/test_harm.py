@@ -121,9 +121,11 @@ def test_package_whose_script_fails_is_staged_with_its_dependents_and_fails_alik
     assert "post-installation script" in pair.staged["oua-fails"]
     assert "install ok half-configured" in "\n".join(pair.theirs.tables["packages"])
     assert pair.ours.tables["packages"] == pair.theirs.tables["packages"]
-    # The gate is closed, and what a later resume takes up is there yet.
+    # The gate is closed, and what a later resume takes up is there yet, the medium too; dpkg's
+    # last state but one is of another step.
+    ours = ("ouassister", "vdb", "./var/lib/dpkg/status-old: ")
     found, _used = compare.differences(pair.theirs, pair.ours, pair.since_s, compare.load())
-    assert [line for line in found if "ouassister" not in line] == []
+    assert [line for line in found if not any(word in line for word in ours)] == []
 
 
 def test_package_that_waits_for_ever_is_staged_and_the_rest_is_emulated(world: World) -> None:
