@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if os.geteuid() != 0:
         lacking("only root can mount the tmpfs that is the oracle")
     folder = tmp_path_factory.mktemp("tmpfs")
-    for above in (folder, *folder.parents[:2]):
+    for above in (folder, *folder.parents):  # other ids come through
+        if above == Path(tempfile.gettempdir()):
+            break
         above.chmod(0o755)
     done = subprocess.run(
         [sys.executable, str(INSIDE), str(folder)], capture_output=True, text=True, check=False
