@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +16,11 @@ import pytest
 from tests.conftest import lacking
 from tests.host.limits_rig import BOMB, install, make_disk, opened
 
-from ouassister.errors import DeadlineError, WorkDiskFullError
+from ouassister.errors import DeadlineError, HostNotReadyError, WorkDiskFullError
 from ouassister.shadow import cgroups, output, room
 from ouassister.shadow.events import Outcome
 from ouassister.shadow.limits import Bounds, Limits
+from ouassister.shadow.servicemanager import RECORDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,6 +174,38 @@ def test_memory_is_bounded_or_its_taker_is_the_first_to_go(disk: Path, tmp_path:
         blocks = run(shadow, ["stat", "-f", "-c", "%b %S", "/tmp", "/run", "/dev"])[1]  # noqa: S108
         sizes = {int(line.split()[0]) * int(line.split()[1]) for line in blocks}
         assert sizes == {256 * MIB}
+
+
+def kill_stand_in(shadow: Shadow) -> None:
+    """End whoever has the file open that the service manager's stand-in writes to."""
+    record = shadow.output_path(RECORDS)
+    end = time.monotonic() + 60
+    killed = 0
+    while not killed and time.monotonic() < end:
+        time.sleep(0.05)  # between two looks
+        for opened_file in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):  # it was closed, or is not there yet
+                if opened_file.samefile(record):
+                    os.kill(int(opened_file.parts[2]), signal.SIGKILL)
+                    killed += 1
+    assert killed
+
+
+@pytest.mark.parametrize(
+    ("words", "timeout_s", "error", "told_as"),
+    [
+        ("sleep 6", 120, HostNotReadyError, "the stand-in of the service manager died"),
+        ("sleep 600", 6, DeadlineError, "did not end within 6 s"),
+    ],
+)
+def test_stand_in_that_died_costs_the_run_and_is_told_where_nothing_else_is(
+    disk: Path, small: Path, words: str, timeout_s: float, error: type[Exception], told_as: str
+) -> None:
+    with opened(disk, small / "work", Limits()) as shadow, ThreadPoolExecutor(1) as beside:
+        killing = beside.submit(kill_stand_in, shadow)
+        with pytest.raises(error, match=told_as):
+            run(shadow, ["sh", "-c", words], timeout_s=timeout_s)
+        killing.result()
 
 
 def test_disk_that_is_being_filled_keeps_a_reserve(disk: Path, small: Path) -> None:

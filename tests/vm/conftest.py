@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import need
 from tests.vm import packages
 from tests.vm.repository import Repository, build
-from tests.vm.world import World, use_mirror
+from tests.vm.world import World, use_mirror, use_source
 
 from ouassister.provider import qemu, sockets, vmtoml
 from ouassister.testing import clone as make_clone
@@ -67,9 +67,7 @@ def prepared(
         try:
             vm.qga()
             vm.cont()
-            source = f"deb [trusted=yes] http://127.0.0.1:{repository.port}/ ./\n"
-            guest_run(vm, "rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*")
-            vm.qga().write_file("/etc/apt/sources.list", source.encode())
+            use_source(vm, repository.port)
             for package in packages.BEFORE:
                 deb = build(package, folder)
                 vm.qga().write_file(f"/root/{deb.name}", deb.read_bytes())

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 from tests.conftest import GUESTS
-from tests.vm.conftest import kill
+from tests.fidelity.twins import again
 from tests.vm.repository import Package, Repository, build
-from tests.vm.world import World, use_mirror
+from tests.vm.world import use_mirror, use_source
 
 from ouassister.provider import qemu, vmtoml
 from ouassister.testing import Recipe, build_image, guest_run, make_suspended
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.vm.world import World
+
     from ouassister.provider.qemu import RunningVM
 
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(
-        not os.environ.get("OUASSISTER_SELINUX"), reason="'make selinux-test' asks for it"
+        not os.environ.get("OUASSISTER_SELINUX"),
+        reason="an image of its own, labelled and booted twice, 8 minutes: 'make selinux-test'",
     ),
 ]
 
@@ -102,14 +105,13 @@ def prepared(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -
     toml = make_clone(first, tmp_path_factory.mktemp("prepared") / "vm")
     config = vmtoml.load(toml)
     with qemu.restore(config, links_up=False) as vm:
-        vm.qga()
-        vm.cont()
-        guest_run(vm, _RELABEL, timeout_s=900)
-        source = f"deb [trusted=yes] http://127.0.0.1:{repository.port}/ ./\n"
-        guest_run(vm, "rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*")
-        vm.qga().write_file("/etc/apt/sources.list", source.encode())
-        guest_run(vm, "restorecon /etc/apt/sources.list; sync")
-        vm.kill()
+        try:
+            vm.qga()
+            vm.cont()
+            use_source(vm, repository.port)
+            guest_run(vm, _RELABEL, timeout_s=900)
+        finally:
+            vm.kill()
     config.save.unlink()
     use_mirror(toml, repository.port)
     vm = qemu.start(vmtoml.load(toml))
@@ -123,22 +125,10 @@ def prepared(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -
     return toml
 
 
-@pytest.fixture
-def world(prepared: Path, tmp_path: Path) -> Iterator[World]:
-    toml = make_clone(prepared, tmp_path / "sleeper")
-    yield World(toml, tmp_path / "home")
-    kill(vmtoml.load(toml))
-
-
 def sleep_again(world: World, script: str) -> None:
     """Do something in the guest before it sleeps."""
-    config = world.config
-    with qemu.restore(config, links_up=False) as vm:
-        vm.qga()
-        vm.cont()
+    with again(world.toml) as vm:
         guest_run(vm, f"{script}; sync")
-        config.save.unlink()  # a link to the other guest's
-        vm.suspend()
 
 
 def listed(vm: RunningVM) -> dict[str, str]:

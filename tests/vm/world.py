@@ -11,10 +11,14 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ouassister.provider import vmtoml
 from ouassister.sleeping import chain
+from ouassister.testing import guest_run
+
+if TYPE_CHECKING:
+    from ouassister.provider.qemu import RunningVM
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,13 @@ def use_mirror(toml: Path, port: int) -> None:
     """Say in a ``vm.toml`` that the repository on loopback is meant."""
     config = replace(vmtoml.load(toml), local_mirrors=(("127.0.0.1", port),))
     toml.write_text(vmtoml.dump(config))
+
+
+def use_source(vm: RunningVM, port: int) -> None:
+    """Let the guest's apt know the repository on the host's loopback, and no other."""
+    source = f"deb [trusted=yes] http://127.0.0.1:{port}/ ./\n"
+    guest_run(vm, "rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*")
+    vm.qga().write_file("/etc/apt/sources.list", source.encode())
 
 
 def with_capture(world: World) -> Path:
