@@ -18,6 +18,7 @@
     │   ├── RollbackRefusedError   20   the last update cannot be taken back
     │   └── ChannelError           20   no program can be run in the guest, or its end is unknown
     │       └── AgentError         20   the guest agent failed or speaks nonsense
+    │           └── AgentEndedError  20   … or ended before it answered
     ├── StaleError                 21   made for another suspension of this VM
     │   ├── ConflictError          21   paths of the guest changed since it was suspended
     │   └── TamperedError          21   a stored plan or change set is not what was made
@@ -214,6 +215,13 @@ class AgentError(ChannelError):
 
     code = "state-agent"
     default_hint = "check that qemu-guest-agent runs in the guest and allows guest-exec"
+
+
+class AgentEndedError(AgentError):
+    """The guest agent ended before it answered; whether it did what it was asked is not known."""
+
+    code = "state-agent-ended"
+    default_hint = "the same command again, once qemu-guest-agent runs in the guest"
 
 
 class StaleError(OUassisterError):

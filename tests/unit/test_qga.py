@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ouassister.errors import AgentError, DeadlineError
+from ouassister.errors import AgentEndedError, AgentError, DeadlineError
 from ouassister.provider import qga
 from ouassister.provider.qga import Qga
 
@@ -36,12 +37,13 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
     def work(answer: Callable[[str, object], bytes]) -> None:
         peer, _ = listener.accept()
+        before = b'{"return": "stale"}\n'
         with peer, peer.makefile("rb") as lines:
             for line in lines:
                 request = json.loads(line.lstrip(b"\xff"))
                 if request["execute"] == "guest-sync-delimited":
-                    stale = b'{"return": "stale"}\n'
-                    reply = stale + b"\xff" + _line({"return": request["arguments"]["id"]})
+                    reply = before + b"\xff" + _line({"return": request["arguments"]["id"]})
+                    before = b'{"error": {"desc": "JSON parse error, stray"}}\n'
                 else:
                     reply = answer(request["execute"], request["arguments"])
                 try:
@@ -89,6 +91,42 @@ def test_reply_after_its_deadline_is_not_taken_for_the_next(serve: Serve) -> Non
         agent.ping(timeout_s=0.1)
     with pytest.raises(AgentError, match="no pid"):
         agent.start(["/bin/true"])  # "late" came after the sync: an agent that lies is refused
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"return": {"exi'])
+def test_agent_that_ends_with_a_question_is_told_apart_from_a_silent_one(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, torn: bytes
+) -> None:
+    monkeypatch.setattr(qga, "_SYNC_S", 0.2)
+    answers = iter([torn, _line({"return": {"pid": 8}})])
+    agent = serve(lambda _name, _arguments: next(answers))
+    with pytest.raises(AgentEndedError, match="guest-ping"):
+        agent.ping(timeout_s=60)
+    assert agent.start(["/bin/true"]) == 8
+
+
+def test_program_is_asked_for_again_when_the_agent_took_the_question_along(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qga, "_SYNC_S", 0.2)
+    ended = {"return": {"exited": True, "exitcode": 3}}
+    answers = iter([_line({"return": {"pid": 8}}), b"", _line(ended)])
+    agent = serve(lambda _name, _arguments: next(answers))
+    assert agent.run(["/bin/false"], timeout_s=60).exit_status == 3
+
+
+def test_answer_of_a_slow_agent_is_taken(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A program's result is told once: it must not be dropped for what was asked behind it.
+    monkeypatch.setattr(qga, "_SYNC_S", 0.05)
+    pids = iter([7, 8])
+
+    def slow(_name: str, _arguments: object) -> bytes:
+        time.sleep(0.4)  # longer than the client's patience, again and again
+        return _line({"return": {"pid": next(pids)}})
+
+    agent = serve(slow)
+    assert agent.start(["/bin/true"], timeout_s=60) == 7
+    assert agent.start(["/bin/true"], timeout_s=60) == 8
 
 
 @pytest.mark.parametrize(

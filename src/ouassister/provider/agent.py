@@ -13,7 +13,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ouassister.access import AGENT
-from ouassister.errors import AgentError, DeadlineError
+from ouassister.errors import AgentEndedError, AgentError, DeadlineError
 from ouassister.provider.channel import Channel
 from ouassister.provider.channel import ExecResult as ExecResult
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _POLL_S = 0.005
-# An agent that was ended between a question and its answer never answers: the next one is asked.
 _ANSWER_S = 10.0
 _SILENT_S = 60.0  # no agent came back
 
@@ -118,7 +117,7 @@ class Agent(Channel):
             left = max(end - time.monotonic(), 0.1)
             try:
                 return self.status(pid, timeout_s=min(left, _ANSWER_S))
-            except DeadlineError as error:
+            except (AgentEndedError, DeadlineError) as error:  # the next one is asked
                 if left <= _ANSWER_S:
                     raise
                 if time.monotonic() >= silent + _SILENT_S:

@@ -81,6 +81,11 @@ class PortChannel(Channel):
         self._buffer = bytearray()
         self._known = False  # a helper has answered
 
+    def _connect_anew(self) -> None:
+        self._socket = sockets.connect_anew(self._socket, self._path)
+        self._socket.setblocking(False)
+        self._buffer.clear()
+
     def close(self) -> None:
         """Hang up. Closing twice is fine."""
         self._socket.close()
@@ -92,6 +97,7 @@ class PortChannel(Channel):
         while not self._is_there(min(time.monotonic() + patience, end)):
             if time.monotonic() >= end:
                 raise DeadlineError("the helper in the guest did not answer in time")
+            self._connect_anew()
             patience *= 2
 
     def run(

@@ -12,7 +12,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from ouassister.errors import AgentError, DeadlineError
+from ouassister.errors import AgentEndedError, AgentError, DeadlineError
 from ouassister.provider import sockets
 from ouassister.provider.agent import Agent
 from ouassister.provider.channel import ExecResult as ExecResult
@@ -24,6 +24,8 @@ _DELIMITER = b"\xff"
 # qemu-ga keeps up to 16 MiB of each output stream (GUEST_EXEC_MAX_OUTPUT, qga/commands.c); in
 # base64, twice, with room for the envelope.
 _REPLY_LIMIT = 46 << 20
+# What a new agent says of the delimiter, and of the rest of a question that another had begun.
+_NOT_JSON = b"JSON parse error"
 _SYNC_S = 2.0  # for the first answer
 
 
@@ -66,6 +68,7 @@ class Qga(Agent):
         while not self._sync(min(time.monotonic() + patience, end)):
             if time.monotonic() >= end:
                 raise DeadlineError("the guest agent did not answer in time")
+            self._socket = sockets.connect_anew(self._socket, self._path)
             patience *= 2
         self._synced = True
 
@@ -74,28 +77,30 @@ class Qga(Agent):
 
         An answer to an earlier question is stale, too.
         """
-        token = secrets.randbits(53)
-        # The leading 0xFF makes the agent's parser drop a request that an earlier client left
-        # half written.
-        request = {"execute": "guest-sync-delimited", "arguments": {"id": token}}
         try:
-            self._send(_DELIMITER + json.dumps(request).encode() + b"\n", end)
+            token = self._ask_sync(end)
             self._buffer.clear()
             while True:
                 self._until(_DELIMITER, end, keep=False)
                 line = self._until(b"\n", end, keep=True)
-                try:
-                    if json.loads(line) == {"return": token}:
-                        return True
-                except (ValueError, RecursionError):
-                    continue  # the tail of a stale reply
+                if _token(line) == token:  # else the tail of a stale reply
+                    return True
         except DeadlineError:
             return False
+
+    def _ask_sync(self, end: float) -> int:
+        token = secrets.randbits(53)
+        # The leading 0xFF makes the agent's parser drop a request that an earlier client left
+        # half written.
+        request = {"execute": "guest-sync-delimited", "arguments": {"id": token}}
+        self._send(_DELIMITER + json.dumps(request).encode() + b"\n", end)
+        return token
 
     def execute(self, command: str, *, timeout_s: float = 30.0, **arguments: object) -> Any:  # noqa: ANN401 - a JSON value
         """Run one command; an underscore in an argument's name stands for a hyphen.
 
         Raises:
+            AgentEndedError: The agent took the question with it when it ended.
             AgentError: The agent answered with an error, or not in its protocol.
             DeadlineError: No answer in ``timeout_s``.
         """
@@ -106,8 +111,7 @@ class Qga(Agent):
         # Set again when the reply is whole: after a missed deadline it may still come.
         self._synced = False
         self._send(json.dumps({"execute": command, "arguments": named}).encode() + b"\n", end)
-        line = self._until(b"\n", end, keep=True)
-        self._synced = True
+        line = self._answer(command, end)
         try:
             reply = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -119,6 +123,35 @@ class Qga(Agent):
         except (TypeError, KeyError, IndexError) as error:
             raise AgentError(f"the guest agent's reply to {command} is no reply") from error
         raise AgentError(f"the guest agent refused {command}: {text!r}")
+
+    def _answer(self, command: str, end: float) -> bytes:
+        """The line that answers what was just sent.
+
+        What is not answered soon has a second question behind it: an agent answers in order, so
+        whoever answers that one first never got this one.
+        """
+        tokens: list[int] = []
+        patience = _SYNC_S
+        while True:
+            held = len(self._buffer)
+            try:
+                line = self._until(b"\n", min(time.monotonic() + patience, end), keep=True)
+            except DeadlineError:
+                if time.monotonic() >= end:
+                    raise
+                if len(self._buffer) == held:  # else it is answering
+                    tokens.append(self._ask_sync(end))
+                    patience *= 2
+                continue
+            if not tokens:
+                self._synced = True
+                return line
+            # Before the mark: what it had written of an answer when it ended.
+            _torn, mark, tail = line.rpartition(_DELIMITER)
+            if mark and _token(tail) in tokens:
+                raise AgentEndedError(f"the guest agent ended before it answered {command}")
+            if _NOT_JSON not in line:
+                return line
 
     def _send(self, data: bytes, end: float) -> None:
         self._socket.settimeout(max(end - time.monotonic(), 0.001))
@@ -151,8 +184,17 @@ class Qga(Agent):
                 raise AgentError(f"QEMU closed the agent's channel {self._path}")
             self._buffer += data
             total += len(data)
-            if total > _REPLY_LIMIT:
+            if max(total, len(self._buffer)) > _REPLY_LIMIT:
                 raise AgentError(f"the guest agent sent more than {_REPLY_LIMIT} bytes at once")
         taken = bytes(self._buffer[:at])
         del self._buffer[: at + 1]
         return taken
+
+
+def _token(line: bytes) -> int | None:
+    """What an answer to guest-sync-delimited carries; None for any other line."""
+    try:
+        value = json.loads(line)["return"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return None
+    return value if isinstance(value, int) else None

@@ -8,6 +8,8 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
+from ouassister.errors import ChannelError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -41,6 +43,22 @@ def connect(path: Path, *, timeout_s: float = 10.0) -> socket.socket:
         raise
     finally:
         os.close(folder)
+
+
+def connect_anew(old: socket.socket, path: Path) -> socket.socket:
+    """Hang up at a virtio port of the guest, and connect again.
+
+    A port whose client did not read when its VM was saved stays held back after the VM was
+    restored, with all that the guest has to say, until a client hangs up: docs/design/0025.
+
+    Raises:
+        ChannelError: Nobody listens there any more.
+    """
+    old.close()
+    try:
+        return connect(path)
+    except OSError as error:
+        raise ChannelError(f"nobody listens at {path} any more: {error}") from error
 
 
 def peer_pid(sock: socket.socket) -> int:
