@@ -26,7 +26,7 @@ ROOT := $(if $(SUDO),sudo --preserve-env=CI,)
 DEBIAN := qemu-system-x86 qemu-system-common qemu-utils mmdebstrap libfuse3-dev libext2fs-dev fuse3 e2fsprogs fdisk \
           xfsprogs btrfs-progs uidmap mtools dosfstools apt-utils attr acl libcap2-bin util-linux \
           python3-venv gcc libc6-dev musl-tools make binutils zstd lzop liblzo2-2 libsnappy1v5 \
-          libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients openssh-client
+          libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients python3-libvirt openssh-client
 PYTHON := python3
 BIN := .venv/bin
 APPLIER := src/ouassister/reflect/bin/applier-x86_64

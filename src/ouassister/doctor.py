@@ -11,7 +11,7 @@ from typing import Final
 
 from ouassister.disk import ext4_view
 from ouassister.errors import OUassisterError
-from ouassister.provider import sockets
+from ouassister.provider import libvirt_python, sockets
 from ouassister.shadow import cgroups, ids
 from ouassister.store.database import home
 
@@ -112,12 +112,14 @@ def _groups() -> Check:
 def _libvirt() -> Check:
     """It is not required: VMs of plain QEMU do without."""
     purpose = "VMs that are libvirt domains"
-    tool = shutil.which("virsh")
-    if tool is None:
-        detail = "not installed (apt-get install libvirt-clients); a vm.toml needs none"
-        return Check(ok=True, name="libvirt", purpose=purpose, detail=detail)
+    asks = libvirt_python.installed()
+    if not asks:
+        detail = "not installed (apt-get install python3-libvirt libvirt-clients); a vm.toml needs"
+        return Check(ok=True, name="libvirt", purpose=purpose, detail=f"{detail} none")
     answering = [str(path) for path in _DAEMONS if _listens(path)]
-    detail = f"{tool}; " + (f"{answering[0]} answers" if answering else "no system daemon answers")
+    detail = f"{asks[0]}; " + (
+        f"{answering[0]} answers" if answering else "no system daemon answers"
+    )
     return Check(ok=True, name="libvirt", purpose=purpose, detail=detail)
 
 

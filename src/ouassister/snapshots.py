@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ouassister import codec
+from ouassister.durable import sync_folder
 from ouassister.errors import (
     RollbackRefusedError,
     StaleError,
@@ -165,7 +166,7 @@ def keep_save(vm: Vm, changeset_id: str, folder: Path) -> None:
             if vm.save.is_symlink():
                 raise OSError(errno.EXDEV, "another folder's")
             os.link(vm.save, copy)
-            _sync(copy.parent)
+            sync_folder(copy.parent)
             save = replace(one.save, stamp=_stamp(copy))
         except OSError:
             copy.unlink(missing_ok=True)
@@ -266,7 +267,7 @@ def go_back(vm: Vm, snapshot: Snapshot, folder: Path) -> None:
         vm.retire_save()  # of a later sleep: it would contradict the disks
     for one in left:
         Path(one.copy).replace(one.path)
-        _sync(Path(one.path).parent)
+        sync_folder(Path(one.path).parent)
     _write(folder, [one for one in known(folder) if one.snapshot_id != snapshot.snapshot_id])
 
 
@@ -353,7 +354,7 @@ def _copied(one: Copy) -> Copy:
                 os.fsync(new)
             finally:
                 os.close(new)
-        _sync(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         target.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -398,12 +399,4 @@ def _write(folder: Path, snapshots: Iterable[Snapshot]) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(folder / _RECORD)
-    _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)

@@ -209,10 +209,11 @@ def test_stand_in_that_died_costs_the_run_and_is_told_where_nothing_else_is(
 
 
 def test_disk_that_is_being_filled_keeps_a_reserve(disk: Path, small: Path) -> None:
-    fill = "n=0; while :; do dd if=/dev/zero of=/$n bs=512k count=1 2>/dev/null; n=$((n+1)); done"
+    # Towards the end by little, as the reserve of a small disk is: looks of a busy host come late.
+    fill = "n=0; while :; do dd if=/dev/zero of=/$n bs=64k count=1 2>/dev/null; n=$((n+1)); done"
     with opened(disk, small / "work", Limits()) as shadow:
         with pytest.raises(WorkDiskFullError, match="sh was ended: only a reserve is left"):
-            run(shadow, ["sh", "-c", fill], timeout_s=240)
+            run(shadow, ["sh", "-c", f"fallocate -l 140M /most; {fill}"], timeout_s=240)
         left = os.statvfs(small)
         assert left.f_bavail * left.f_frsize > room.reserve_bytes(192 * MIB) // 2
         with pytest.raises(WorkDiskFullError):  # and nothing is even started
@@ -221,7 +222,8 @@ def test_disk_that_is_being_filled_keeps_a_reserve(disk: Path, small: Path) -> N
 
 def test_download_keeps_a_reserve_of_its_own_disk(disk: Path, tmp_path: Path, small: Path) -> None:
     fill = (
-        "while :; do dd if=/dev/zero bs=512k count=1 2>/dev/null; done >/var/cache/apt/archives/x"
+        "cd /var/cache/apt/archives; fallocate -l 140M most;"
+        " while :; do dd if=/dev/zero bs=64k count=1 2>/dev/null; done >x"
     )
     cache = small / "cache"
     with opened(disk, tmp_path / "work", Limits(), cache) as shadow:

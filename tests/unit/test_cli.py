@@ -45,8 +45,9 @@ format = "raw"
 
 @pytest.fixture(autouse=True)
 def no_libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No program is installed, virsh among them."""
+    """No program is installed, virsh among them; nor may libvirt-python be used."""
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("OUASSISTER_LIBVIRT_CLIENT", "virsh")
 
 
 @pytest.fixture

@@ -54,9 +54,10 @@ def test_libvirt_may_be_missing_and_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("OUASSISTER_LIBVIRT_CLIENT", "virsh")
     check = by_name()["libvirt"]
     assert check.ok
-    assert check.detail.startswith("not installed (apt-get install libvirt-clients)")
+    assert check.detail.startswith("not installed (apt-get install python3-libvirt")
     tool = tmp_path / "virsh"
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)

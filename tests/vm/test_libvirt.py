@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,7 @@ _SETTLED = (
 _ALL = os.environ.get("OUASSISTER_LIBVIRT") == "all"
 _MACHINES = ("q35", "pc") if _ALL else ("q35",)
 _COMPRESSED = ("lzop", "gzip", "bzip2", "xz") if _ALL else ("lzop",)
+_BOTH = ("python", "virsh")
 
 
 @pytest.fixture(scope="module", params=_MACHINES)
@@ -81,14 +83,24 @@ def virsh(
         yield virsh
 
 
-@pytest.fixture
-def sleeper(virsh: Inside, tmp_path: Path) -> Sleeper:
-    """The domain, asleep as it was when it was suspended, with a home of its own."""
+@pytest.fixture(params=_BOTH if _ALL else _BOTH[:1])
+def sleeper(
+    virsh: Inside,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Sleeper:
+    """The domain, asleep as it was when it was suspended, with a home of its own.
+
+    Its parameter is what asks libvirt.
+    """
+    monkeypatch.setenv("OUASSISTER_LIBVIRT_CLIENT", request.param)
     sleeper = Sleeper(Path("web1"), tmp_path / "home", virsh=virsh)
     sleeper.fall_asleep(virsh.folder / "kept")
     return sleeper
 
 
+@pytest.mark.parametrize("sleeper", _BOTH, indirect=True)
 def test_managed_save_is_updated_and_the_domain_says_so_when_it_is_awake(sleeper: Sleeper) -> None:
     before = sleeper.hashes()
     listed = {one["vm"]: one for one in sleeper.run("list").result}
@@ -108,6 +120,7 @@ def test_managed_save_is_updated_and_the_domain_says_so_when_it_is_awake(sleeper
     resumed = sleeper.run("resume")
     assert resumed.status == 0, resumed
     assert (resumed.result["result"], resumed.result["notes"]) == ("applied", [])
+    print(f"{resumed.result['online_s']} s, {resumed.result['phases']}")
     assert sleeper.guest("oua-hello; dpkg --audit") == "two"
     assert sleeper.guest("find / -xdev -name '.ouassister-*'; ls /dev/vd?") == "/dev/vda"
     assert not sleeper.save.exists()
@@ -189,6 +202,68 @@ def test_user_updates_domains_of_his_own_libvirt(virsh: Inside) -> None:
         resumed = command("resume", *saved)
         assert resumed.status == 0, resumed
         assert agent.run(["oua-gone"], timeout_s=60).stdout == b"gone\n"
+
+
+# Both are asked all, one after the other, and what they say is told.
+_SAME = """
+import json, sys
+from ouassister.provider.libvirt_python import Library
+from ouassister.provider.virsh import DEFAULT, Virsh
+
+def say(ask, *words):
+    answer = ask.ask(*words)
+    return [answer.ok, answer.output.strip(), answer.reason]
+
+questions = json.load(sys.stdin)
+print(json.dumps([[say(one(DEFAULT), *words) for words in questions] for one in (Virsh, Library)]))
+"""
+# It looks for itself whether a domain runs and has such an interface, and has words of its own.
+_REFUSED_BY_VIRSH = ("start", "domif-setlink")
+_UUID = "11111111-2222-3333-4444-555555555555"
+_ASLEEP = [
+    ["domstate", "web1"], ["domstate", "nobody"], ["domstate", _UUID], ["dumpxml", "web1"],
+    ["dumpxml", "web1", "--inactive"], ["list", "--inactive", "--uuid", "--name"],
+    ["suspend", "web1"], ["destroy", "web1"],
+    ["metadata", "web1", "urn:ouassister:gate:1", "--live", "--remove"],
+    ["qemu-monitor-command", "web1", "--hmp", "info status"],
+    ["detach-device-alias", "web1", "ua-ouassister-medium", "--live"],
+    ["restore", "/nowhere", "--xml", "/etc/hostname", "--paused"],
+    ["qemu-agent-command", "web1", '{"execute": "guest-ping"}', "--timeout", "2"],
+]  # fmt: skip
+_AWAKE = [  # it ends as it begins
+    ["domif-setlink", "web1", UP, "down"], ["domif-setlink", "web1", UP.upper(), "up"],
+    ["domstate", "web1"], ["dumpxml", "web1"], ["dumpxml", "web1", "--inactive"],
+    ["list", "--inactive", "--uuid", "--name"], ["start", "web1", "--paused"], ["suspend", "web1"],
+    ["domstate", "web1"], ["resume", "web1"], ["domstate", "web1"], ["managedsave-remove", "web1"],
+    ["domif-setlink", "web1", "00:00:00:00:00:09", "up"], ["domif-setlink", "web1", UP, "no"],
+    ["qemu-monitor-command", "web1", "--hmp", "info status"],
+    ["qemu-agent-command", "web1", '{"execute": "guest-ping"}', "--timeout", "30"],
+    ["qemu-agent-command", "web1", '{"execute": "guest-no"}', "--timeout", "30"],
+    ["qemu-agent-command", "web1", "no json", "--timeout", "30"],
+    ["metadata", "web1", "urn:ouassister:gate:1", "--live", "--remove"],
+    ["detach-device-alias", "web1", "ua-ouassister-medium", "--live"],
+    ["attach-device", "web1", "/etc/hostname", "--live"],
+]  # fmt: skip
+
+
+def _compare(sleeper: Sleeper, questions: list[list[str]]) -> None:
+    argv = [*sleeper.virsh.enter(), sys.executable, "-c", _SAME]
+    text = json.dumps(questions).encode()
+    done = subprocess.run(argv, input=text, capture_output=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for words, virsh, library in zip(questions, *json.loads(done.stdout), strict=True):
+        assert library[:2] == virsh[:2], words
+        if words[0] in _REFUSED_BY_VIRSH:
+            assert bool(library[2]) == bool(virsh[2]), words
+        else:
+            assert library[2].rpartition(": ")[2] == virsh[2].rpartition(": ")[2], words
+
+
+def test_libvirt_python_says_what_virsh_says(sleeper: Sleeper) -> None:
+    _compare(sleeper, _ASLEEP)
+    sleeper.virsh.run("start", "web1", timeout_s=120)
+    sleeper.guest("true")
+    _compare(sleeper, _AWAKE)
 
 
 _RESTORE = """

@@ -20,6 +20,7 @@ from ouassister.access import BY_AGENT
 from ouassister.changeset.landing import LAYER as LAYER
 from ouassister.changeset.landing import Landing
 from ouassister.changeset.landing import discard as discard
+from ouassister.durable import sync_folder
 from ouassister.errors import InternalError, TamperedError, WorkDiskFullError
 from ouassister.model import Changeset, Kind, StepKind
 from ouassister.text import plain, to_text
@@ -165,10 +166,10 @@ def keep(changeset: Changeset, landing: Landing) -> Path:
             file.flush()
             os.fsync(file.fileno())
         landing.sync()
-        _sync_directory(place)
+        sync_folder(place)
         place.chmod(0o500)
         landing.take(target)
-        _sync_directory(folder)
+        sync_folder(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WorkDiskFullError(f"no room for a change set in {folder}") from error
@@ -329,12 +330,3 @@ def _staging_defects(changeset: Changeset) -> Iterator[str]:
         left -= set(step.packages)
     if left:
         yield "a staged package has no step"
-
-
-def _sync_directory(folder: Path) -> None:
-    """Make a directory's names durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

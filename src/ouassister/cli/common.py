@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,7 +109,9 @@ def find_vm(store: Store, arguments: argparse.Namespace) -> Vm:
         for name, source in store.vms():
             if name == word:
                 return find.load(source, save)
-    if shutil.which("virsh") is None:
+    from ouassister.provider import libvirt_python
+
+    if not libvirt_python.installed():
         raise UsageError(f"{word!r} is neither a vm.toml nor a VM from 'ouassister list'")
     return find.domain(word, arguments.connect or virsh.DEFAULT, save)
 

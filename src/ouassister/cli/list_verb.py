@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 from ouassister.errors import OUassisterError
@@ -67,8 +66,8 @@ def _pending(store: Store, vm: str) -> str:
 
 def _domains(uri: str) -> tuple[tuple[str, str], ...]:
     """Domains of libvirt that sleep; none on a host without it."""
-    if shutil.which("virsh") is None:
-        return ()
-    from ouassister.provider import libvirt
+    from ouassister.provider import libvirt, libvirt_python
 
+    if not libvirt_python.installed():
+        return ()
     return libvirt.suspended(uri)

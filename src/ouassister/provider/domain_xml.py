@@ -207,6 +207,22 @@ def medium(path: Path, serial: str, target: str) -> bytes:
     return ElementTree.tostring(disk)
 
 
+def interface(xml: bytes, mac: str, state: str) -> bytes:
+    """The XML of the interface of that address, as the domain has it, with its link ``up`` or down.
+
+    Raises:
+        LookupError: The domain has none.
+    """
+    for card in _root(xml).iterfind("devices/interface"):
+        address = card.find("mac")
+        if address is not None and address.get("address", "").lower() == mac.lower():
+            link = card.find("link")
+            link = ElementTree.SubElement(card, "link") if link is None else link
+            link.set("state", state)
+            return ElementTree.tostring(card)
+    raise LookupError(mac)
+
+
 def has_medium(xml: bytes) -> bool:
     """Tell whether the change set's disk is plugged in."""
     return any(one.get("name") == MEDIUM for one in _root(xml).iterfind("devices/disk/alias"))

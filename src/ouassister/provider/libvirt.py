@@ -28,7 +28,7 @@ from ouassister.errors import (
     UnsupportedGuestError,
     UsageError,
 )
-from ouassister.provider import domain_xml
+from ouassister.provider import domain_xml, libvirt_python
 from ouassister.provider.domain_xml import Hardware
 from ouassister.provider.management import Management, forwarded_port
 from ouassister.provider.port import PortChannel
@@ -378,7 +378,7 @@ def find(word: str, uri: str = DEFAULT, save: Path | None = None) -> Domain:
         UnsupportedGuestError: See `domain_xml.parse`.
         UnsupportedStateError: The saved image's header is of a kind that was never seen.
     """
-    virsh = Virsh(uri)
+    virsh = libvirt_python.client(uri)
     saves = virsh.saves()
     known = virsh.ask("dumpxml", word, "--inactive")
     if not known.ok and save is None:
@@ -411,7 +411,7 @@ def load(source: str, save: Path | None = None) -> Domain:
 
 def suspended(uri: str = DEFAULT) -> tuple[tuple[str, str], ...]:
     """Names and sources of the domains that have a managed save; none where libvirt is not."""
-    virsh = Virsh(uri)
+    virsh = libvirt_python.client(uri)
     saves = virsh.saves()
     try:
         lines = virsh.run("list", "--inactive", "--uuid", "--name").splitlines()

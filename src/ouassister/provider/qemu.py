@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ouassister.access import AGENT, PORT, SSH, Access
+from ouassister.durable import sync_folder
 from ouassister.errors import (
     DeadlineError,
     HostNotReadyError,
@@ -363,7 +364,7 @@ class RunningVM:
             self._wait_migrated(timeout_s)
             os.fsync(file)
             part.rename(save)
-            _sync_folder(save.parent)
+            sync_folder(save.parent)
         except BaseException:
             part.unlink(missing_ok=True)
             with contextlib.suppress(OUassisterError):
@@ -469,11 +470,3 @@ def _last_words(config: VmConfig) -> str:
     told = [line for line in lines if line and "terminating on signal" not in line]
     text = "; ".join(told) or "it said nothing"
     return "".join(char if char.isprintable() else "?" for char in text)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,7 @@
 """libvirt, asked through virsh: one program for each question, its words never a shell's.
 
+Where libvirt-python is installed, that answers the same words (`libvirt_python`).
+
 Source: libvirt v9.0.0, ``docs/manpages/virsh.rst``.
 """
 
@@ -82,9 +84,7 @@ class Virsh:
         except subprocess.TimeoutExpired as error:
             message = f"virsh {words[0]} did not end within {timeout_s:.0f} s"
             raise DeadlineError(message, hint="look at what hangs in libvirt's log") from error
-        told = done.stderr.decode("utf-8", "replace").splitlines()
-        reason = "; ".join(line.removeprefix("error: ").strip() for line in told if line.strip())
-        reason = "".join(char if char.isprintable() else "?" for char in reason)[:1000]
+        reason = one_line(done.stderr.decode("utf-8", "replace"))
         if _UNREACHABLE in reason:
             raise HostNotReadyError(f"libvirt does not answer at {self.uri}: {reason}")
         return Answer(done.returncode == 0, done.stdout.decode("utf-8", "replace"), reason)
@@ -102,3 +102,9 @@ class Virsh:
             message = f"libvirt refused {words[0]}: {answer.reason}"
             raise StateError(message, hint="the reason is libvirt's own; its log has more")
         return answer.output
+
+
+def one_line(told: str) -> str:
+    """What libvirt says of an error, as one line of bounded length."""
+    lines = [line.removeprefix("error: ").strip() for line in told.splitlines() if line.strip()]
+    return "".join(char if char.isprintable() else "?" for char in "; ".join(lines))[:1000]
