@@ -28,10 +28,12 @@ MODULES: Final = sorted(SOURCE.rglob("*.py"))
 MAX_LINES: Final = 500
 
 BASE: Final = frozenset(
-    ("access", "errors", "guest_model", "partial_model", "restart_model", "model", "text", "codec")
-)
+    ("access", "durable", "errors", "guest_model", "partial_model", "restart_model", "model",
+     "text", "codec")
+)  # fmt: skip
 ALLOWED: Final[dict[str, frozenset[str]]] = {
     "access": frozenset(),
+    "durable": frozenset(),
     "errors": frozenset(),
     "text": frozenset(),
     "guest_model": frozenset(),
