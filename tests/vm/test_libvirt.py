@@ -369,7 +369,7 @@ def test_domain_without_its_agent_is_updated_by_the_helper_and_without_that_by_s
     sleeper: Sleeper, repository: Repository
 ) -> None:
     need("ssh-keygen")
-    key = sleeper.folder / "key"
+    key = sleeper.home.with_name("key")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     public = " ".join(key.with_suffix(".pub").read_text().split()[:2])
     sleeper.virsh.run("start", "web1", timeout_s=120)
