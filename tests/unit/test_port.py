@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Answer = Callable[[list[bytes]], bytes]
-    Serve = Callable[[Answer], PortChannel]
+    Serve = Callable[..., PortChannel]
 
 
 def said(words: str) -> bytes:
@@ -33,7 +33,10 @@ def silent(_words: list[bytes]) -> bytes:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Connect to a helper that is there, and answers ``run`` by the given function."""
+    """Connect to a helper that is there, and answers ``run`` by the given function.
+
+    With ``deaf``, as behind a port that was held back: only once somebody has hung up.
+    """
     path = tmp_path / "port.sock"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -41,8 +44,13 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     opened: list[PortChannel] = []
     threads: list[threading.Thread] = []
 
-    def work(answer: Answer) -> None:
+    def work(answer: Answer, *, deaf: bool) -> None:
         peer, _ = listener.accept()
+        if deaf:
+            with peer:
+                while peer.recv(4096):
+                    pass
+            peer, _ = listener.accept()
         with peer, peer.makefile("rb") as lines:
             for line in lines:
                 words = line.split()
@@ -56,8 +64,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
                 except OSError:
                     return  # the client had enough
 
-    def start(answer: Answer) -> PortChannel:
-        threads.append(threading.Thread(target=work, args=(answer,)))
+    def start(answer: Answer, *, deaf: bool = False) -> PortChannel:
+        threads.append(threading.Thread(target=work, args=(answer,), kwargs={"deaf": deaf}))
         threads[-1].start()
         opened.append(PortChannel(path))
         return opened[-1]
@@ -78,6 +86,13 @@ def answers(*lines: str) -> Answer:
 
 def _data(text: bytes) -> str:
     return base64.b64encode(text).decode()
+
+
+def test_who_gets_no_first_answer_hangs_up_and_comes_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(port, "_ANSWER_S", 1.0)
+    assert serve(answers("end ID 0 exit 3"), deaf=True).run(["x"], timeout_s=60).exit_status == 3
 
 
 def test_result_is_taken_from_its_lines_among_others(serve: Serve) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    Serve = Callable[[Callable[[str, object], bytes]], Qga]
+    Serve = Callable[..., Qga]
 
 
 def _line(value: object) -> bytes:
@@ -27,7 +26,11 @@ def _line(value: object) -> bytes:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Connect to an agent that syncs properly and answers by the given function."""
+    """Connect to an agent that syncs properly and answers by the given function.
+
+    With ``deaf``, as behind a port that was held back: only once somebody has hung up. With
+    ``late``, only once something else was asked.
+    """
     path = tmp_path / "qga.sock"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -35,24 +38,36 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     opened: list[Qga] = []
     threads: list[threading.Thread] = []
 
-    def work(answer: Callable[[str, object], bytes]) -> None:
+    def work(answer: Callable[[str, object], bytes], *, deaf: bool, late: bool) -> None:
         peer, _ = listener.accept()
+        if deaf:
+            with peer:
+                while peer.recv(4096):
+                    pass
+            peer, _ = listener.accept()
+        held = b""
         before = b'{"return": "stale"}\n'
         with peer, peer.makefile("rb") as lines:
             for line in lines:
                 request = json.loads(line.lstrip(b"\xff"))
                 if request["execute"] == "guest-sync-delimited":
-                    reply = before + b"\xff" + _line({"return": request["arguments"]["id"]})
+                    reply = held + before + b"\xff" + _line({"return": request["arguments"]["id"]})
+                    held = b""
                     before = b'{"error": {"desc": "JSON parse error, stray"}}\n'
                 else:
                     reply = answer(request["execute"], request["arguments"])
+                    if late:
+                        held, reply = reply, b""
                 try:
                     peer.sendall(reply)
                 except OSError:
                     return  # the client had enough
 
-    def start(answer: Callable[[str, object], bytes]) -> Qga:
-        threads.append(threading.Thread(target=work, args=(answer,)))
+    def start(
+        answer: Callable[[str, object], bytes], *, deaf: bool = False, late: bool = False
+    ) -> Qga:
+        how = {"deaf": deaf, "late": late}
+        threads.append(threading.Thread(target=work, args=(answer,), kwargs=how))
         threads[-1].start()
         opened.append(Qga(path))
         return opened[-1]
@@ -64,6 +79,14 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         thread.join(10)
         assert not thread.is_alive()
     listener.close()
+
+
+def test_who_gets_no_first_answer_hangs_up_and_comes_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qga, "_SYNC_S", 1.0)
+    agent = serve(lambda _name, _arguments: _line({"return": {"pid": 7}}), deaf=True)
+    assert agent.start(["/bin/true"], timeout_s=60) == 7
 
 
 def test_stale_replies_are_dropped(serve: Serve) -> None:
@@ -97,7 +120,7 @@ def test_reply_after_its_deadline_is_not_taken_for_the_next(serve: Serve) -> Non
 def test_agent_that_ends_with_a_question_is_told_apart_from_a_silent_one(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, torn: bytes
 ) -> None:
-    monkeypatch.setattr(qga, "_SYNC_S", 0.2)
+    monkeypatch.setattr(qga, "_SYNC_S", 1.0)
     answers = iter([torn, _line({"return": {"pid": 8}})])
     agent = serve(lambda _name, _arguments: next(answers))
     with pytest.raises(AgentEndedError, match="guest-ping"):
@@ -108,7 +131,7 @@ def test_agent_that_ends_with_a_question_is_told_apart_from_a_silent_one(
 def test_program_is_asked_for_again_when_the_agent_took_the_question_along(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qga, "_SYNC_S", 0.2)
+    monkeypatch.setattr(qga, "_SYNC_S", 1.0)
     ended = {"return": {"exited": True, "exitcode": 3}}
     answers = iter([_line({"return": {"pid": 8}}), b"", _line(ended)])
     agent = serve(lambda _name, _arguments: next(answers))
@@ -117,14 +140,9 @@ def test_program_is_asked_for_again_when_the_agent_took_the_question_along(
 
 def test_answer_of_a_slow_agent_is_taken(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     # A program's result is told once: it must not be dropped for what was asked behind it.
-    monkeypatch.setattr(qga, "_SYNC_S", 0.05)
+    monkeypatch.setattr(qga, "_SYNC_S", 1.0)
     pids = iter([7, 8])
-
-    def slow(_name: str, _arguments: object) -> bytes:
-        time.sleep(0.4)  # longer than the client's patience, again and again
-        return _line({"return": {"pid": next(pids)}})
-
-    agent = serve(slow)
+    agent = serve(lambda _name, _arguments: _line({"return": {"pid": next(pids)}}), late=True)
     assert agent.start(["/bin/true"], timeout_s=60) == 7
     assert agent.start(["/bin/true"], timeout_s=60) == 8
 

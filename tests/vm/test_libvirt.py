@@ -259,6 +259,7 @@ def _compare(sleeper: Sleeper, questions: list[list[str]]) -> None:
             assert library[2].rpartition(": ")[2] == virsh[2].rpartition(": ")[2], words
 
 
+@pytest.mark.parametrize("sleeper", _BOTH[:1], indirect=True)  # it asks both by itself
 def test_libvirt_python_says_what_virsh_says(sleeper: Sleeper) -> None:
     _compare(sleeper, _ASLEEP)
     sleeper.virsh.run("start", "web1", timeout_s=120)
