@@ -158,6 +158,8 @@ build/deps build/deps-arm64: Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --require-hashes -r requirements/dev.txt
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	# As pip does for what it copies: else the first update compiles our modules while it is timed.
+	$(BIN)/python -m compileall -q src
 	@touch $@
 
 # New versions: edit pyproject.toml, then this; the files carry hashes and no index.
